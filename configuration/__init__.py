@@ -1,0 +1,3 @@
+from .configuration_duostream import DuoStreamConfig
+
+__all__ = ["DuoStreamConfig"]

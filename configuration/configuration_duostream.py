@@ -1,0 +1,277 @@
+"""DuoStream's configuration: three transformers and what lies between them."""
+
+import copy
+from typing import Any, Literal
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from .image_tokens_duostream import image_size_of, image_token_shape
+
+SUB_CONFIGS = ("text_config", "vision_config", "fusion_config")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A few million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
+    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps.
+    "tiny": {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 2048,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "resnet",
+            "image_size": 48,
+            "embedding_size": 32,
+            "hidden_sizes": [64, 128],
+            "depths": [1, 2],
+            "layer_type": "basic",
+        },
+        "fusion_config": {
+            "model_type": "llama",
+            "vocab_size": 2048,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 2048,
+        },
+        "projector_position_embeddings": True,
+    },
+    # About 200 million parameters: SigLIP-B/16 beside a Llama of 8 + 4 layers.
+    "base": {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "image_size": 224,
+            "patch_size": 16,
+            "vision_use_head": False,
+        },
+        "fusion_config": {
+            "model_type": "llama",
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 4096,
+        },
+    },
+}
+
+
+class DuoStreamConfig(PreTrainedConfig):
+    r"""
+    Configuration of a DuoStream model: a text stream, a vision stream, and the fusion stack that both go through
+    together. Each is any `AutoConfig` type.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The text stream: a decoder (Llama, Qwen3, GPT-2, ...) or an encoder (BERT). Defaults to a small Llama.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The vision stream, with an `image_size` in pixels. Defaults to a small SigLIP.
+        fusion_config (`dict` or `PreTrainedConfig`, *optional*):
+            The fusion stack: a decoder as wide as the text stream. Defaults to a small Llama.
+        image_token_id (`int`, *optional*, defaults to 2):
+            The placeholder token: one stands in `input_ids` for each image token.
+        image_seq_length (`int`, *optional*):
+            Number of image tokens a picture gives. Derived from `vision_config` when absent.
+        image_hidden_size (`int`, *optional*):
+            Width of the vision stream's tokens. Derived from `vision_config` when absent.
+        projector_type (`str`, *optional*, defaults to `"mlp"`):
+            What maps image tokens to the width of the fusion stack: `"mlp"` (layer norm and two linear layers),
+            `"linear"` (layer norm and one), or `"none"`, where the widths are equal.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            The activation of the `"mlp"` projector.
+        projector_hidden_size (`int`, *optional*):
+            The inner width of the `"mlp"` projector. Defaults to that of the fusion stack.
+        projector_position_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to add a learned position to each image token, for vision streams that don't mark positions.
+        vision_feature_layer (`int`, *optional*, defaults to -1):
+            Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the language-model head is the text stream's embedding matrix.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the new weights outside the three backbones.
+
+    Raises:
+        ValueError: the parts don't fit together; the message names the fields.
+
+    Example:
+
+    ```python
+    >>> from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration
+
+    >>> config = DuoStreamConfig.from_preset("tiny")
+    >>> model = DuoStreamForConditionalGeneration(config)
+    >>> config.image_seq_length
+    36
+    ```
+    """
+
+    model_type = "duostream"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="llama", init_kwargs=PRESETS["tiny"]["text_config"]
+        ),
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="siglip_vision_model",
+            init_kwargs={
+                "image_size": 48,
+                "patch_size": 8,
+                "hidden_size": 128,
+                "intermediate_size": 384,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "vision_use_head": False,
+            },
+        ),
+        "fusion_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="llama", init_kwargs=PRESETS["tiny"]["fusion_config"]
+        ),
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    fusion_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 2
+    image_seq_length: int | None = None
+    image_hidden_size: int | None = None
+    projector_type: Literal["mlp", "linear", "none"] = "mlp"
+    projector_hidden_act: str = "gelu"
+    projector_hidden_size: int | None = None
+    projector_position_embeddings: bool = False
+    vision_feature_layer: int = -1
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in SUB_CONFIGS:
+            sub_config = getattr(self, name)
+            model_type = sub_config.get("model_type") if isinstance(sub_config, dict) else None
+            if model_type is not None and model_type not in CONFIG_MAPPING:
+                raise ValueError(f"`{name}.model_type` is {model_type!r}, which is no type that `AutoConfig` knows")
+        super().__post_init__(**kwargs)
+        self._check_widths()
+        self._check_picture()
+        if self.image_seq_length is None or self.image_hidden_size is None:
+            image_seq_length, image_hidden_size = image_token_shape(self.vision_config, self.vision_feature_layer)
+            self.image_seq_length = self.image_seq_length or image_seq_length
+            self.image_hidden_size = self.image_hidden_size or image_hidden_size
+        if self.projector_type == "none" and self.image_hidden_size != self.fusion_config.hidden_size:
+            raise ValueError(
+                f"`vision_config` gives tokens of width {self.image_hidden_size} and `fusion_config.hidden_size` is "
+                f'{self.fusion_config.hidden_size}: with `projector_type="none"` they must be equal'
+            )
+
+    def _check_widths(self) -> None:
+        text, fusion = self.text_config, self.fusion_config
+        if text.hidden_size != fusion.hidden_size:
+            raise ValueError(
+                f"`text_config.hidden_size` is {text.hidden_size} and `fusion_config.hidden_size` is "
+                f"{fusion.hidden_size}: text goes from the one into the other, so they must be equal"
+            )
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"`image_token_id` is {self.image_token_id}, outside of `text_config.vocab_size`={text.vocab_size}"
+            )
+        windows = {getattr(sub_config, "sliding_window", None) for sub_config in (text, fusion)} - {None}
+        if len(windows) > 1:
+            raise ValueError(
+                f"`text_config.sliding_window` and `fusion_config.sliding_window` differ ({sorted(windows)}): the "
+                "layers of both share one cache, which has one window"
+            )
+
+    def _check_picture(self) -> None:
+        patch_size = getattr(self.vision_config, "patch_size", None)
+        height, width = image_size_of(self.vision_config)
+        if isinstance(patch_size, int) and (height % patch_size or width % patch_size):
+            raise ValueError(
+                f"`vision_config.image_size` {self.vision_config.image_size} is not divided by "
+                f"`vision_config.patch_size` {patch_size}"
+            )
+
+    @classmethod
+    def from_preset(cls, preset: str, vocab_size: int | None = None, **kwargs: Any) -> "DuoStreamConfig":
+        """
+        A configuration for training from scratch.
+
+        Args:
+            preset (`str`): `"tiny"` (about one and a half million parameters) or `"base"` (about 200 million).
+            vocab_size (`int`, *optional*): Size of the tokenizer. Defaults to the preset's.
+            kwargs: Any field of the configuration. A sub-config given as a `dict` without `model_type` updates the
+                preset's; one with a `model_type` replaces it.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` is {preset!r}; there are {', '.join(map(repr, PRESETS))}")
+        fields = copy.deepcopy(PRESETS[preset])
+        for name, value in kwargs.items():
+            updates_preset = name in SUB_CONFIGS and isinstance(value, dict) and "model_type" not in value
+            fields[name] = {**fields[name], **value} if updates_preset else value
+        if vocab_size is not None:
+            for name in ("text_config", "fusion_config"):
+                fields[name]["vocab_size"] = vocab_size
+        return cls(**fields)
+
+    @property
+    def is_text_causal(self) -> bool:
+        """Whether the text stream is a decoder, which never looks ahead: only then can the model write, and cache."""
+        return is_causal(self.text_config)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        # `generate` builds its cache from the decoder's config: it must see the layers of both stacks, the fusion
+        # stack's first, so that `cache.get_seq_length()` is the length of the whole sequence.
+        if not (decoder and not encoder):
+            return self.text_config
+        cache_config = copy.copy(self.fusion_config)
+        if not self.is_text_causal:
+            return cache_config
+        cache_config.vocab_size = self.text_config.vocab_size
+        cache_config.layer_types = layer_types(self.fusion_config) + layer_types(self.text_config)
+        cache_config.num_hidden_layers = len(cache_config.layer_types)
+        if getattr(cache_config, "sliding_window", None) is None:
+            cache_config.sliding_window = getattr(self.text_config, "sliding_window", None)
+        return cache_config
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether `AutoModel` builds a decoder from `config`. BERT-like types are one only with `is_decoder=True`."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return False
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        return False
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """The kind of attention of each layer, as the library's caches infer it."""
+    if getattr(config, "layer_types", None) is not None:
+        return list(config.layer_types)
+    windowed = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
+
+
+__all__ = ["DuoStreamConfig"]

@@ -1,0 +1,706 @@
+"""DuoStream: a text and a vision transformer whose tokens are concatenated and go through one fusion stack together."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import is_flash_attention_requested
+
+from ..configuration.configuration_duostream import DuoStreamConfig, is_causal
+from ..configuration.image_tokens_duostream import image_tokens
+from .stream_layout_duostream import (
+    StreamLayout,
+    block_sequence_ids,
+    check,
+    count_text,
+    lay_out,
+    text_padding_mask,
+)
+
+logger = logging.get_logger(__name__)
+
+NEEDS_TYPES = (
+    "Continuing from a cache that holds pictures needs `mm_token_type_ids` (1 = image token) of the whole sequence, "
+    "cached tokens included, as `attention_mask` has"
+)
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
+POSITION_EMBEDDINGS = ("wpe", "embed_positions")
+
+
+@dataclass
+class DuoStreamModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Outputs of `DuoStreamModel`. `hidden_states` and `attentions` are the fusion stack's, over text and image tokens.
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
+            The projected image tokens, as they enter the fusion stack.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class DuoStreamCausalLMOutputWithPast(ModelOutput):
+    """
+    Outputs of `DuoStreamForConditionalGeneration`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Language-modelling loss (next-token prediction).
+        logits (`torch.FloatTensor` of shape `(batch, seq_len, vocab_size)`):
+            Scores of the next token at each position that `logits_to_keep` keeps.
+        past_key_values (`Cache`, *optional*): Keys and values of the fusion layers, then of the text layers.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
+            The projected image tokens.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class DuoStreamProjector(nn.Module):
+    """Image tokens to the width of the fusion stack: layer norm, one or two linear layers, learned positions."""
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__()
+        width, out = config.image_hidden_size, config.fusion_config.hidden_size
+        if config.projector_type == "mlp":
+            inner = config.projector_hidden_size or out
+            layers = [nn.LayerNorm(width), nn.Linear(width, inner), ACT2FN[config.projector_hidden_act]]
+            self.layers = nn.Sequential(*layers, nn.Linear(inner, out))
+        elif config.projector_type == "linear":
+            self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out))
+        else:
+            self.layers = nn.Identity()
+        self.position_embeddings = (
+            nn.Embedding(config.image_seq_length, out) if config.projector_position_embeddings else None
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.layers(hidden_states)  # (num_images, image_seq_length, hidden)
+        if self.position_embeddings is not None:
+            hidden_states = hidden_states + self.position_embeddings.weight
+        return hidden_states
+
+
+class NoPositions(nn.Module):
+    """Stands where the fusion stack would add learned positions, which its inputs already carry."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def remove_final_norm(model: PreTrainedModel) -> None:
+    """Takes the last norm off a decoder, in place: the fusion stack goes on where its layers end."""
+    stack = getattr(model, "decoder", model)
+    for name in FINAL_NORMS:
+        if hasattr(stack, name):
+            setattr(stack, name, nn.Identity())
+            return
+
+
+def remove_embeddings(model: PreTrainedModel) -> None:
+    """Takes token and position embeddings off a decoder, in place: it starts from the states of the two streams."""
+    model.set_input_embeddings(None)
+    stack = getattr(model, "decoder", model)
+    for name in POSITION_EMBEDDINGS:
+        if hasattr(stack, name):
+            setattr(stack, name, NoPositions())
+
+
+class DuoStreamPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving, common to all DuoStream models."""
+
+    config_class = DuoStreamConfig
+    config: DuoStreamConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DuoStreamProjector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class DuoStreamModel(DuoStreamPreTrainedModel):
+    """
+    The three transformers without a head.
+
+    Text goes through `text_model` on its own, pictures through `vision_model` and `projector`; their states are
+    joined in the order of `input_ids` and go through `fusion_model` together. An image token thus costs the fusion
+    layers only, and is cached there only.
+    """
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__(config)
+        if is_flash_attention_requested(config.fusion_config):
+            # Flash kernels know causal and padding masks only; a picture's tokens see each other both ways.
+            logger.warning_once("The fusion stack's masks are beyond flash attention: it uses `sdpa` instead.")
+            config.fusion_config._attn_implementation = "sdpa"
+        self.text_model = AutoModel.from_config(config.text_config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.projector = DuoStreamProjector(config)
+        self.fusion_model = AutoModel.from_config(config.fusion_config)
+        remove_final_norm(self.text_model)
+        remove_embeddings(self.fusion_model)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        Reads pictures.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): All pictures of all
+                rows, in the order of their placeholders.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, image_seq_length, hidden_size)`,
+            the tokens that enter the fusion stack; `last_hidden_state` is what the vision stream gave.
+        """
+        layer = self.config.vision_feature_layer
+        dtype = next(self.vision_model.parameters()).dtype
+        outputs = self.vision_model(pixel_values=pixel_values.to(dtype), output_hidden_states=layer != -1)
+        features = image_tokens(outputs, layer)  # (num_images, image_seq_length, image_hidden_size)
+        if features.shape[1] != self.config.image_seq_length:
+            raise ValueError(
+                f"`pixel_values` of shape {tuple(pixel_values.shape)} give {features.shape[1]} tokens a picture, but "
+                f"`config.image_seq_length` is {self.config.image_seq_length}"
+            )
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
+
+    def split_cache(self, past_key_values: Cache) -> tuple[Cache, Cache | None]:
+        """Views of one cache: the fusion stack's layers, and the text stream's behind them (`None` for an encoder)."""
+        num_fusion_layers = self.config.fusion_config.num_hidden_layers
+        num_layers = num_fusion_layers + self.config.text_config.num_hidden_layers * self.config.is_text_causal
+        while past_key_values.layer_class_to_replicate is not None and len(past_key_values.layers) < num_layers:
+            past_key_values.layers.append(past_key_values.layer_class_to_replicate())
+        if len(past_key_values.layers) != num_layers:
+            raise ValueError(
+                f"`past_key_values` has {len(past_key_values.layers)} layers, but the fusion stack and the text stream "
+                f"have {num_layers}: make it from `model.config`"
+            )
+        views = []
+        for layers in (past_key_values.layers[:num_fusion_layers], past_key_values.layers[num_fusion_layers:]):
+            view = Cache(layers=layers)
+            if past_key_values.offloading:
+                view.offloading = True
+                view.only_non_sliding = past_key_values.only_non_sliding
+                view.prefetch_stream = past_key_values.prefetch_stream
+            views.append(view)
+        return views[0], views[1] if self.config.is_text_causal else None
+
+    def image_placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        """Where the placeholders of image tokens stand: a mask of shape `(batch, seq_len)`."""
+        image_token_id = self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == image_token_id
+        token = torch.tensor(image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+
+    def prepare_decoding(
+        self,
+        past_key_values: Cache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        mm_token_type_ids: torch.LongTensor,
+        batch_size: int,
+    ) -> dict[str, Any]:
+        """
+        Masks and positions of both streams for the next text tokens, all of a fixed size, so that a compiled forward
+        over a static cache is never recompiled. `mm_token_type_ids` is of shape `(batch, past_len + seq_len)`.
+        """
+        is_image = mm_token_type_ids == 1
+        fusion_cache, text_cache = self.split_cache(past_key_values)
+        # Only the shape, dtype and device count
+        shape = (batch_size, position_ids.shape[1], 0)
+        shape_only = torch.empty(shape, dtype=self.dtype, device=is_image.device)
+        masks = {
+            "text": create_masks_for_generate(
+                config=self.config.text_config,
+                inputs_embeds=shape_only,
+                attention_mask=text_padding_mask(is_image, attention_mask),
+                past_key_values=text_cache,
+            ),
+            "fusion": create_masks_for_generate(
+                config=self.config.fusion_config,
+                inputs_embeds=shape_only,
+                attention_mask=attention_mask,
+                past_key_values=fusion_cache,
+            ),
+        }
+        return {"attention_mask": masks, "text_position_ids": count_text(position_ids, is_image)}
+
+    def locate_images(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        attention_mask: torch.Tensor | None,
+        mm_token_type_ids: torch.LongTensor | None,
+        past_len: int | torch.Tensor,
+        past_text_len: int | torch.Tensor,
+        has_new_images: bool,
+    ) -> torch.BoolTensor | None:
+        """Where the image tokens stand among the cached and the new tokens, `(batch, past_len + seq_len)`; or none."""
+        batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        if mm_token_type_ids is not None:
+            is_image = mm_token_type_ids == 1
+            if isinstance(past_len, torch.Tensor) or is_image.shape[1] == past_len + seq_len:
+                return is_image
+            if is_image.shape[1] != seq_len:
+                raise ValueError(
+                    f"`mm_token_type_ids` is of length {is_image.shape[1]}; expected {past_len + seq_len}, the length "
+                    "of the whole sequence, cached tokens included"
+                )
+        elif has_new_images:
+            is_image = self.image_placeholders(input_ids, inputs_embeds)
+        else:
+            is_image = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=self.device)
+
+        if isinstance(past_len, torch.Tensor):
+            check(past_len == past_text_len, NEEDS_TYPES)
+            if not has_new_images:
+                return None
+            if attention_mask is None:
+                raise ValueError(NEEDS_TYPES)
+            num_past, num_past_images = attention_mask.shape[1] - seq_len, 0
+        else:
+            num_past, num_past_images = past_len, past_len - past_text_len
+        if not num_past_images and not has_new_images:
+            return None
+        if num_past_images and (batch_size > 1 or (attention_mask is not None and not attention_mask.all())):
+            raise ValueError(NEEDS_TYPES)
+        # With one row and no padding it matters how many image tokens are cached, not where.
+        past = torch.arange(num_past, device=is_image.device) < num_past_images
+        return torch.cat([past.expand(batch_size, -1), is_image], dim=1)  # (batch, past_len + seq_len)
+
+    def lay_out(
+        self,
+        is_image: torch.BoolTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        seq_len: int,
+        num_image_tokens: int,
+        text_cache: Cache | None,
+        images_per_row: int | None,
+    ) -> StreamLayout:
+        """Deals out this forward's tokens to the two streams: see `stream_layout_duostream`."""
+        if is_image is None:
+            return StreamLayout(text_attention_mask=attention_mask, text_position_ids=position_ids)
+        if num_image_tokens:
+            layout = lay_out(
+                is_image,
+                attention_mask,
+                position_ids,
+                seq_len,
+                num_image_tokens,
+                self.config.image_seq_length,
+                cached=text_cache is not None,
+                text_is_causal=self.config.is_text_causal,
+                images_per_row=images_per_row,
+            )
+        else:
+            layout = StreamLayout(
+                text_attention_mask=text_padding_mask(is_image, attention_mask),
+                text_position_ids=count_text(position_ids, is_image),
+            )
+        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
+        if layout.text_attention_mask is not None and not isinstance(past_text_len, torch.Tensor):
+            # Behind the columns that are kept stand those that are left out
+            text_len = seq_len if layout.text_index is None else layout.text_index.shape[1]
+            text_attention_mask = layout.text_attention_mask[:, : past_text_len + text_len]
+            layout = layout._replace(text_attention_mask=text_attention_mask)
+        return layout
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        text_position_ids: torch.LongTensor | None = None,
+        images_per_row: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DuoStreamModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                Text, with `config.image_seq_length` times `config.image_token_id` where a picture stands.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The pictures of all rows, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*):
+                1 = token, 0 = padding.
+            position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                Positions that count all tokens. Defaults to the number of unpadded tokens before each.
+            past_key_values (`Cache`, *optional*): The fusion layers first, the text layers behind them.
+            token_type_ids (`torch.LongTensor` of shape `(batch, past_len + seq_len)`, *optional*):
+                0 = prefix, whose tokens see each other both ways, 1 = causal suffix. Absent: all causal.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch, past_len + seq_len)`, *optional*):
+                1 = image token. Needed to continue from a cache with pictures when rows differ.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, seq_len, hidden)`, *optional*):
+                Instead of `input_ids`. Placeholders are found by `mm_token_type_ids` or by their embedding.
+            use_cache (`bool`, *optional*): Defaults to `True`, except in training.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            text_position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                Positions that count text only, with an `attention_mask` from `prepare_decoding`.
+            images_per_row (`int`, *optional*):
+                The number of pictures in every row, where all rows have the same number (and, for several rows with a
+                cache, where they stand in front of the text). The forward pass then never waits for the device.
+
+        Raises:
+            ValueError: placeholders and pictures don't match, or the arguments contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
+        if use_cache is None:
+            # The library's models fill a cache in training, too. Without one the text is packed closer.
+            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
+        use_cache = use_cache and self.config.is_text_causal
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        elif past_key_values is not None and not self.config.is_text_causal:
+            raise ValueError("`past_key_values` can't be used: an encoder's text states change with every new token")
+        fusion_cache, text_cache = (None, None) if past_key_values is None else self.split_cache(past_key_values)
+
+        image_features = None
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        elif mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            image_features = mm_encoder_outputs["image"].pooler_output
+        num_image_tokens = 0 if image_features is None else image_features.shape[:-1].numel()
+        batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
+        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
+
+        fusion_attention_mask, block_ids = attention_mask, None
+        if isinstance(attention_mask, dict):
+            layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
+            fusion_attention_mask = attention_mask["fusion"]
+        else:
+            if not num_image_tokens and seq_len > 1:
+                has_placeholder = self.image_placeholders(input_ids, inputs_embeds).any()
+                check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
+            has_new_images = num_image_tokens > 0
+            is_image = self.locate_images(
+                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_len, past_text_len, has_new_images
+            )
+            given_position_ids = position_ids
+            if position_ids is None and (attention_mask is not None or is_image is not None):
+                position_ids = self._count_tokens(attention_mask, past_len, batch_size, seq_len)
+            # Without a cache text is packed to the left: its positions are the default ones
+            packed = has_new_images and text_cache is None
+            layout_position_ids = given_position_ids if packed else position_ids
+            layout = self.lay_out(
+                is_image, attention_mask, layout_position_ids, seq_len, num_image_tokens, text_cache, images_per_row
+            )
+            if has_new_images or token_type_ids is not None:
+                block_ids = self._block_sequence_ids(is_image, token_type_ids)
+
+        if layout.text_index is not None:
+            if inputs_embeds is None:
+                input_ids = input_ids.gather(1, layout.text_index)  # (batch, text_len)
+            else:
+                index = layout.text_index.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
+                inputs_embeds = inputs_embeds.gather(1, index)  # (batch, text_len, hidden)
+        if layout.text_index is None or layout.text_index.shape[1] > 0:
+            hidden_states = self.text_model(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=layout.text_attention_mask,
+                position_ids=layout.text_position_ids,
+                past_key_values=text_cache,
+                use_cache=text_cache is not None,
+            ).last_hidden_state  # (batch, text_len, hidden)
+        else:
+            hidden_states = image_features.new_empty(batch_size, 0, image_features.shape[-1])
+        if layout.join_index is not None:
+            image_features = image_features.to(hidden_states.device, hidden_states.dtype)
+            states = torch.cat([hidden_states.flatten(0, 1), image_features.flatten(0, -2)])  # (all tokens, hidden)
+            hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
+        if block_ids is not None:
+            fusion_attention_mask = create_masks_for_generate(
+                config=self.config.fusion_config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=fusion_cache,
+                block_sequence_ids=block_ids,
+            )
+
+        outputs = self.fusion_model(
+            inputs_embeds=hidden_states,
+            attention_mask=fusion_attention_mask,
+            position_ids=position_ids,
+            past_key_values=fusion_cache,
+            use_cache=fusion_cache is not None,
+            **kwargs,
+        )
+        return DuoStreamModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _count_tokens(
+        self, attention_mask: torch.Tensor | None, past_len: int | torch.Tensor, batch_size: int, seq_len: int
+    ) -> torch.LongTensor:
+        """Positions of shape `(batch, seq_len)`: how many tokens that are not padding stand before each."""
+        if attention_mask is not None:
+            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -seq_len:]
+        positions = torch.arange(seq_len, device=self.device) + past_len
+        return positions.expand(batch_size, -1)
+
+    def _block_sequence_ids(
+        self,
+        is_image: torch.BoolTensor | None,
+        token_type_ids: torch.LongTensor | None,
+    ) -> torch.LongTensor:
+        if is_image is None:
+            is_image = torch.zeros_like(token_type_ids, dtype=torch.bool)
+        if token_type_ids is not None and token_type_ids.shape[1] < is_image.shape[1]:
+            # Types of the new tokens alone: what is cached has been read, and is seen by all of them anyway
+            num_past = is_image.shape[1] - token_type_ids.shape[1]
+            token_type_ids = nn.functional.pad(token_type_ids, (num_past, 0), value=1)
+        return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids)
+
+
+class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixin):
+    """DuoStream with a language-model head: it reads text and pictures and writes text."""
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__(config)
+        for name in ("text_config", "fusion_config"):
+            sub_config = getattr(config, name)
+            if not is_causal(sub_config):
+                raise ValueError(
+                    f"`{name}` of type {sub_config.model_type!r} reads both ways: a model that writes would see the "
+                    "tokens it has yet to write. Use a decoder, or `is_decoder=True` where the type knows it"
+                )
+        self.model = DuoStreamModel(config)
+        self.lm_head = nn.Linear(config.fusion_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # The name of the embedding matrix is the text backbone's own
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See [`DuoStreamModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        text_position_ids: torch.LongTensor | None = None,
+        images_per_row: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DuoStreamCausalLMOutputWithPast:
+        r"""
+        Takes what [`DuoStreamModel.forward`] takes, and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                Tokens to predict, in their own positions: the loss shifts them. -100 is ignored. The token after a
+                picture is predicted from an image token; the collator leaves it out.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Logits of the last so many positions, of these positions, or of all (0).
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor
+
+        >>> model = DuoStreamForConditionalGeneration.from_pretrained("runs/quickstart/finetuned")
+        >>> processor = DuoStreamProcessor.from_pretrained("runs/quickstart/finetuned")
+        >>> picture = {"type": "image", "image": Image.open("scene.png")}
+        >>> question = {"type": "text", "text": "What color is the square?"}
+        >>> inputs = processor.apply_chat_template(
+        ...     [{"role": "user", "content": [picture, question]}],
+        ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        ... )
+        >>> processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        'red'
+        ```
+        """
+        if labels is not None and use_cache is None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            token_type_ids=token_type_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            text_position_ids=text_position_ids,
+            images_per_row=images_per_row,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        softcap = getattr(self.config.fusion_config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return DuoStreamCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        # `generate` calls this once, before the first step. From here on it carries `mm_token_type_ids` along, which
+        # tell the text stream at every step which of the cached tokens are text.
+        if model_kwargs.get("mm_token_type_ids") is None and model_kwargs.get("mm_encoder_outputs"):
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            ids = input_ids if inputs_embeds is None else None
+            model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # The library's version cuts the token types to the new tokens, and makes one 4D mask for the layers of a
+        # static cache; here the two streams need different ones, and the types of the cached tokens, too.
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if past_key_values is None or is_first_iteration:
+            # Generated tokens are causal; so the prefix matters only while it is read
+            model_inputs["token_type_ids"] = token_type_ids
+        if past_key_values is not None and past_key_values.is_compileable and not is_first_iteration:
+            if mm_token_type_ids is None:
+                mm_token_type_ids = torch.zeros_like(kwargs["position_ids"])
+            new_position_ids = model_inputs["position_ids"]
+            model_inputs |= self.model.prepare_decoding(
+                past_key_values, attention_mask, new_position_ids, mm_token_type_ids, batch_size=input_ids.shape[0]
+            )
+        elif mm_token_type_ids is not None:
+            # Assisted decoding appends candidates without telling their type: they are text
+            num_untold = kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1]
+            model_inputs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_untold))
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
+        # The library's hook makes one set of masks for all layers: `prepare_decoding` makes one for each stream
+        return attention_mask
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        token_type_ids = model_kwargs.get("token_type_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if token_type_ids is not None:
+            # The library repeats the last type, which may be the prefix's; a generated token belongs to the suffix
+            model_kwargs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, num_new_tokens), value=1)
+        return model_kwargs
+
+
+__all__ = ["DuoStreamForConditionalGeneration", "DuoStreamModel", "DuoStreamPreTrainedModel"]

@@ -1,0 +1,163 @@
+"""Where each token goes: which positions the text stream reads, how the two streams are joined, who sees whom."""
+
+from typing import NamedTuple
+
+import torch
+from transformers.utils.import_utils import is_tracing, torch_compilable_check
+
+
+class StreamLayout(NamedTuple):
+    """
+    How the tokens of one forward pass are dealt out to the streams. `None` stands for "as it is".
+
+    Attributes:
+        text_index (`torch.LongTensor` of shape `(batch, text_len)`):
+            The position in the sequence of each token that the text stream reads.
+        join_index (`torch.LongTensor` of shape `(batch, seq_len)`):
+            For each position its row in the text states of all rows followed by the image states of all pictures.
+        text_attention_mask (`torch.BoolTensor` of shape `(batch, past_text_len + text_len)`):
+            Which of the tokens in the text stream, those in its cache included, are text.
+        text_position_ids (`torch.LongTensor` of shape `(batch, text_len)`):
+            Positions that count text only.
+    """
+
+    text_index: torch.LongTensor | None = None
+    join_index: torch.LongTensor | None = None
+    text_attention_mask: torch.Tensor | None = None
+    text_position_ids: torch.LongTensor | None = None
+
+
+def check(condition: torch.Tensor, message: str) -> None:
+    """Raises `ValueError` on a CPU; elsewhere, and while tracing, asserts without waiting for the device."""
+    if condition.device.type == "cpu" and not is_tracing(condition):
+        torch_compilable_check(condition, message)
+    elif condition.device.type != "meta":
+        torch._assert_async(condition, message)
+
+
+def block_sequence_ids(
+    is_image: torch.BoolTensor, image_seq_length: int, token_type_ids: torch.LongTensor | None = None
+) -> torch.LongTensor:
+    """
+    Numbers the tokens that see each other both ways: a picture's tokens, and all tokens of the prefix.
+
+    Args:
+        is_image (`torch.BoolTensor` of shape `(batch, total_len)`): Where the image tokens stand.
+        image_seq_length (`int`): Tokens a picture.
+        token_type_ids (`torch.LongTensor` of shape `(batch, total_len)`, *optional*):
+            0 = bidirectional prefix, 1 = causal suffix (prefix-LM: Raffel et al. 2020, section 3.2.1).
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, total_len)`: 0 in the prefix, 1, 2, ... in the pictures outside of it, -1
+        in causal text.
+    """
+    picture = (is_image.cumsum(dim=1) - 1).div(image_seq_length, rounding_mode="floor") + 1  # (batch, total_len)
+    blocks = torch.where(is_image, picture, -1)
+    if token_type_ids is not None:
+        blocks = torch.where(token_type_ids == 0, 0, blocks)
+    return blocks
+
+
+def lay_out(
+    is_image: torch.BoolTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
+    seq_len: int,
+    num_image_tokens: int,
+    image_seq_length: int,
+    cached: bool,
+    text_is_causal: bool,
+    images_per_row: int | None = None,
+) -> StreamLayout:
+    """
+    Deals out a sequence in which some positions are image tokens.
+
+    Without a cache every row's text is packed to the left, row by row, so that the text stream is as short as the
+    longest text, wherever the pictures stand; and a causal text stream then needs no padding mask. With a cache whole
+    columns are left out, those with pictures and no text: what a column's slot is then depends on that column alone,
+    so the layout of a cached text never changes, whatever comes after it.
+
+    Args:
+        is_image (`torch.BoolTensor` of shape `(batch, past_len + seq_len)`): Where the image tokens stand.
+        attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*): 0 = padding.
+        position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+            Positions that count all tokens; required with a cache.
+        seq_len (`int`): Length of this forward's sequence: the last `seq_len` columns of the masks.
+        num_image_tokens (`int`): How many image tokens there are features for.
+        image_seq_length (`int`): Tokens a picture.
+        cached (`bool`): Whether the text states go into, or continue, a cache.
+        text_is_causal (`bool`): Whether the text stream is a decoder.
+        images_per_row (`int`, *optional*):
+            The number of pictures in *every* row, if all have the same number and, with a cache, the columns of
+            pictures hold no text. It says how long the text is, so that the host need not wait for the device to tell.
+
+    Raises:
+        ValueError: placeholders and image tokens differ in number, or a row holds a part of a picture.
+    """
+    batch_size = is_image.shape[0]
+    is_valid = torch.ones_like(is_image) if attention_mask is None else attention_mask.to(torch.bool)
+    is_text = is_valid & ~is_image  # (batch, past_len + seq_len)
+    image, text = is_image[:, -seq_len:], is_text[:, -seq_len:]  # (batch, seq_len)
+    check(
+        (image.sum() == num_image_tokens) & (image.sum(dim=1) % image_seq_length == 0).all(),
+        f"The placeholders in `input_ids` don't match the pictures: expected {num_image_tokens} in all, "
+        f"{image_seq_length} for each picture of a row",
+    )
+    if images_per_row is not None:
+        text_len = seq_len - images_per_row * image_seq_length
+
+    text_attention_mask, text_position_ids = None, None
+    if not cached:
+        if images_per_row is None:
+            text_len = int(text.sum(dim=1).max())
+        else:
+            check((text.sum(dim=1) <= text_len).all(), f"`images_per_row={images_per_row}` does not hold of all rows")
+        text_index = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, :text_len]  # (batch, text_len)
+        slot = text.cumsum(dim=1) - 1  # (batch, seq_len)
+        if not text_is_causal:
+            text_attention_mask = text.gather(1, text_index)
+    else:
+        kept = kept_columns(is_image, is_text)  # (past_len + seq_len,)
+        chunk_kept = kept[-seq_len:]
+        if images_per_row is None:
+            text_len = int(chunk_kept.sum())
+        else:
+            check(
+                chunk_kept.sum() == text_len,
+                f"`images_per_row={images_per_row}` does not hold: in a cache, columns of pictures must hold no text",
+            )
+        text_index = (~chunk_kept).to(torch.uint8).argsort(stable=True)[:text_len].expand(batch_size, -1)
+        slot = (chunk_kept.cumsum(dim=0) - 1).expand(batch_size, -1)  # (batch, seq_len)
+        text_attention_mask = text_padding_mask(is_image, attention_mask)
+    if cached or position_ids is not None:
+        text_position_ids = count_text(position_ids, is_image).gather(1, text_index)  # (batch, text_len)
+
+    row = torch.arange(batch_size, device=is_image.device)[:, None]
+    nth_image_token = image.flatten().cumsum(dim=0).view_as(image) - 1  # (batch, seq_len)
+    # Padding has no slot of its own; any will do, as it is masked wherever it is read.
+    join_index = torch.where(image, batch_size * text_len + nth_image_token, row * text_len + slot.clamp(min=0))
+    return StreamLayout(text_index, join_index, text_attention_mask, text_position_ids)
+
+
+def kept_columns(is_image: torch.BoolTensor, is_text: torch.BoolTensor) -> torch.BoolTensor:
+    """Columns of shape `(total_len,)` that a cached text stream reads: all but those with pictures and no text."""
+    return ~is_image.any(dim=0) | is_text.any(dim=0)
+
+
+def text_padding_mask(is_image: torch.BoolTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor | None:
+    """
+    Which slots of a cached text stream hold text, of shape `(batch, total_len)`: those of the kept columns first, in
+    order, then those left out. `None` where all that are kept do.
+    """
+    if is_image.shape[0] == 1 and attention_mask is None:
+        return None
+    is_text = ~is_image if attention_mask is None else attention_mask.to(torch.bool) & ~is_image
+    kept = kept_columns(is_image, is_text)
+    order = (~kept).to(torch.uint8).argsort(stable=True)
+    return is_text[:, order] & kept[order]
+
+
+def count_text(position_ids: torch.LongTensor, is_image: torch.BoolTensor) -> torch.LongTensor:
+    """Positions of shape `(batch, seq_len)` that count text alone, from those that count all tokens."""
+    images_so_far = is_image.cumsum(dim=1)[:, -position_ids.shape[1] :]
+    return (position_ids - images_so_far).clamp(min=0)

@@ -1,0 +1,53 @@
+"""The chat templates: DuoStream's own, and a text model's own with pictures added."""
+
+IMAGE_TOKEN = "<|image|>"
+
+# Role marker, text and pictures as they come; an answer ends with the end-of-sequence token. `generation` marks what
+# the model is trained to write.
+CHAT_TEMPLATE = """\
+{%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif -%}
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>' -}}
+    {%- set parts = message['content'] -%}
+    {%- if parts is string %}{% set parts = [{'type': 'text', 'text': parts}] %}{% endif -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+        {%- for part in parts %}{{ part['text'] }}{% endfor -%}
+        {{- eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {%- for part in parts %}{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}
+"""
+
+# Turns lists of parts into strings, with a marker for each picture, so that a text model's template can go on.
+FLATTEN_PARTS = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- set content = namespace(text='') -%}
+    {%- if message['content'] is string -%}
+        {%- set content.text = message['content'] -%}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- set content.text = content.text + ('<|image|>' if part['type'] == 'image' else part['text']) -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+
+def multimodal_chat_template(text_template: str | None, image_token: str = IMAGE_TOKEN) -> str:
+    """
+    A chat template that takes pictures.
+
+    Args:
+        text_template (`str`, *optional*): The tokenizer's own template, which stays as it is behind a preamble that
+            turns message parts into text. Defaults to DuoStream's template.
+        image_token (`str`, *optional*, defaults to `"<|image|>"`): The marker of a picture.
+    """
+    template = CHAT_TEMPLATE if text_template is None else FLATTEN_PARTS + text_template
+    return template.replace(IMAGE_TOKEN, image_token)

@@ -1,0 +1,179 @@
+"""From conversations with pictures to a batch for `Trainer`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.image_utils import load_image
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
+
+from .processing_duostream import DuoStreamProcessor
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class DuoStreamDataCollator:
+    """
+    Makes a batch of rows in the conversational form: `images` (a list of pictures) and `messages`, or `images`,
+    `prompt` and `completion` (lists of messages). Only what the assistant says, in `completion` if there is one, is
+    left in the labels.
+
+    Args:
+        processor (`DuoStreamProcessor`): Gives the chat template, the tokenizer and the image processor.
+        max_length (`int`, *optional*): Longer rows are cut at the end, which is logged: text only, never a picture.
+        pad_to_multiple_of (`int`, *optional*): Pads to a multiple of this number of tokens.
+
+    Returns (when called):
+        `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
+        with a bidirectional prefix `token_type_ids`, all of shape `(batch, seq_len)` and padded on the right;
+        `pixel_values` of shape `(num_images, channels, height, width)`; and `images_per_row` where all rows have the
+        same number of pictures.
+
+    Raises:
+        ValueError: a row is broken. The message names it (by its `row` column, or its place in the batch).
+    """
+
+    processor: DuoStreamProcessor
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        names = [f"Row {row.get('row', f'{i} of the batch')}" for i, row in enumerate(rows)]
+        segments: list[tuple[int, str, bool]] = []
+        for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+            try:
+                segments += [(i, text, is_answer) for text, is_answer in self.render(row)]
+            except Exception as error:
+                raise ValueError(f"{name}: {error}") from error
+
+        input_ids: list[list[int]] = [[] for _ in rows]
+        labels: list[list[int]] = [[] for _ in rows]
+        for (i, _, is_answer), ids in zip(segments, self.tokenize([text for _, text, _ in segments]), strict=True):
+            input_ids[i] += ids
+            labels[i] += ids if is_answer else [IGNORE_INDEX] * len(ids)
+
+        images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
+        for i, name in enumerate(names):
+            num_markers = input_ids[i].count(self.processor.image_token_id)
+            if num_markers != len(images[i]):
+                raise ValueError(f"{name} has {num_markers} picture markers but {len(images[i])} pictures")
+            input_ids[i], labels[i] = self.expand_and_cut(input_ids[i], labels[i], name)
+
+        batch = self.pad(input_ids, labels)
+        if any(images):
+            flat = [picture for pictures in images for picture in pictures]
+            batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+            if len({len(pictures) for pictures in images}) == 1:
+                batch["images_per_row"] = len(images[0])
+        return batch
+
+    def render(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
+        """The conversation as the chat template writes it, in pieces, with whether the piece is to be learnt."""
+        if "messages" in row:
+            messages, num_given = row["messages"], 0
+        elif "prompt" in row and "completion" in row:
+            messages, num_given = [*row["prompt"], *row["completion"]], len(row["prompt"])
+        else:
+            raise ValueError(f"expected `messages`, or `prompt` and `completion`; its columns are {sorted(row)}")
+        if not messages:
+            raise ValueError("there are no messages")
+        # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
+        tokenizer, template = self.processor.tokenizer, self.processor.chat_template
+        marked, *_ = tokenizer._mark_chat_inputs(template, [messages], None, None, {}, True, False)
+        text, answers = self.render_marked(marked[0])
+        num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])
+        pieces, end = [], 0
+        for start, stop in answers[num_given_answers:]:
+            pieces += [(text[end:start], False), (text[start:stop], True)]
+            end = stop
+        if not pieces:
+            raise ValueError("no message of the assistant to learn from")
+        return [*pieces, (text[end:], False)]
+
+    def render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as one text, and where in it each answer starts and stops (in characters)."""
+
+        def render(messages: list, **kwargs: Any) -> tuple[list[str], list]:
+            return render_jinja_template(
+                [messages], chat_template=template, **kwargs, **self.processor.tokenizer.special_tokens_map
+            )
+
+        template = self.processor.chat_template
+        if "generation" in template.replace("add_generation_prompt", ""):
+            texts, spans = render(messages, return_assistant_tokens_mask=True)
+            return texts[0], spans[0]
+        # A template that doesn't mark its answers: each is what it adds to the conversation before it
+        text, spans = render(messages)[0][0], []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = render(messages[:i], add_generation_prompt=True)[0][0]
+                after = render(messages[: i + 1])[0][0]
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise ValueError(
+                        "the chat template rewrites earlier turns, so that answers can't be told apart: give one "
+                        "answer a row, or a template with `{% generation %}`"
+                    )
+                spans.append((len(before), len(after)))
+        return text, spans
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of rendered pieces, in which control tokens that a user wrote are marked."""
+        tokenizer = self.processor.tokenizer
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for i, text in enumerate(texts):
+            if _CONTROL_TOKEN_START in text:
+                encoded[i] = encode_marked_chat(tokenizer, text)
+        return encoded
+
+    def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
+        try:
+            return [load_image(image) for image in row.get("images") or []]
+        except Exception as error:
+            raise ValueError(f"{name}: a picture can't be read: {error}") from error
+
+    def expand_and_cut(self, input_ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
+        """Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`."""
+        processor = self.processor
+        repeats = [processor.image_seq_length if token == processor.image_token_id else 1 for token in input_ids]
+        input_ids = [token for token, n in zip(input_ids, repeats, strict=True) for _ in range(n)]
+        labels = [label for label, n in zip(labels, repeats, strict=True) for _ in range(n)]
+        # What an image token predicts is not meant
+        labels = [
+            IGNORE_INDEX if i and input_ids[i - 1] == processor.image_token_id else label
+            for i, label in enumerate(labels)
+        ]
+        if self.max_length is None or len(input_ids) <= self.max_length:
+            return input_ids, labels
+        try:
+            kept = processor.truncated_positions(input_ids, self.max_length)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        num_labels = sum(label != IGNORE_INDEX for label in labels)
+        input_ids, labels = [input_ids[i] for i in kept], [labels[i] for i in kept]
+        num_lost = num_labels - sum(label != IGNORE_INDEX for label in labels)
+        logger.warning(
+            f"{name} was cut to `max_length={self.max_length}` tokens; {num_lost} tokens of answers are lost"
+        )
+        return input_ids, labels
+
+    def pad(self, input_ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+        processor, multiple = self.processor, self.pad_to_multiple_of or 1
+        length = -(-max(map(len, input_ids)) // multiple) * multiple
+
+        def padded(rows: list[list[int]], value: int) -> torch.LongTensor:
+            return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (batch, seq_len)
+
+        pad_token_id = processor.tokenizer.pad_token_id
+        batch = {
+            "input_ids": padded(input_ids, 0 if pad_token_id is None else pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in input_ids], 0),
+            "mm_token_type_ids": padded(processor.create_mm_token_type_ids(input_ids), 0),
+            "labels": padded(labels, IGNORE_INDEX),
+        }
+        if processor.bidirectional_prefix:
+            batch["token_type_ids"] = padded([processor.prefix_types(row) for row in input_ids], 1)
+        return batch
