@@ -1,0 +1,129 @@
+"""Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset, List, Value, load_dataset
+
+from .arguments import DataArguments
+from .scenes import MESSAGES_FEATURE, build_scenes, question_rows, to_conversations
+
+Rows = Dataset | IterableDataset
+
+CONVERSATIONAL = ("messages", "prompt")
+
+
+def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> Rows:
+    """
+    Loads a split in the conversational form that `apply_chat_template` and TRL use: `images`, and `messages` or
+    `prompt` and `completion`.
+
+    Args:
+        args (`DataArguments`): Where from, and which columns.
+        split (`str`): Name of the split.
+        max_rows (`int`, *optional*): Only the first rows of the source.
+
+    Returns:
+        `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
+        errors name them.
+
+    Raises:
+        ValueError: A column that the options name is missing, or there are no rows.
+    """
+    if args.dataset == "scenes":
+        scenes = build_scenes(split, num_rows=max_rows)
+        rows = to_conversations(scenes, include=("caption", "questions")) if split == "train" else question_rows(scenes)
+        return number_rows(rows)
+    rows = _load(args, split)
+    if max_rows is not None:
+        rows = rows.take(max_rows)
+    if isinstance(rows, Dataset) and len(rows) == 0:
+        raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
+    columns = rows.column_names or list(next(iter(rows.take(1))))
+    if "messages" in columns or {"prompt", "completion"} <= set(columns):
+        return number_rows(rows)
+    return number_rows(_to_prompt_completion(rows, columns, args))
+
+
+def _load(args: DataArguments, split: str) -> Rows:
+    path = Path(args.dataset)
+    options: dict[str, Any] = {"split": split, "streaming": args.streaming}
+    if not path.exists():
+        return load_dataset(args.dataset, args.dataset_config, **options)
+    suffixes = {file.suffix for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    pictures = suffixes & {".jpg", ".jpeg", ".png", ".webp"}
+    if path.is_dir() and pictures:
+        return load_dataset("imagefolder", data_dir=args.dataset, **options)
+    for builder, known in (("json", {".jsonl", ".json"}), ("parquet", {".parquet"})):
+        if suffixes & known:
+            if path.is_file():
+                # A file is one split, whatever its name
+                return load_dataset(builder, data_files={split.split("[")[0]: args.dataset}, **options)
+            return load_dataset(builder, data_dir=args.dataset, **options)
+    raise ValueError(f"`dataset` {args.dataset!r} has files of types {sorted(suffixes)}; expected pictures with a "
+                     "metadata file, JSONL or Parquet")
+
+
+def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -> Rows:
+    wanted = {"answer_column": args.answer_column, "prompt_column": args.prompt_column}
+    if args.answer_column is None:
+        raise ValueError(
+            f"The rows have no `messages`, and no `prompt` and `completion`, but {columns}: name the column to learn "
+            "with `--answer_column`"
+        )
+    for option, column in wanted.items():
+        if column is not None and column not in columns:
+            raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
+    has_images = args.image_column in columns
+    features: dict[str, Any] = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE, "source": Value("int64")}
+    if has_images:
+        is_list = isinstance(rows.features[args.image_column], List) if rows.features else False
+        # Files are opened by the collator, not here
+        undecoded = List(Image(decode=False)) if is_list else Image(decode=False)
+        rows = rows.cast_column(args.image_column, undecoded)
+        features["images"] = List(Image(decode=False))
+
+    def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {name: [] for name in features}
+        for i, index in enumerate(indices):
+            row = {name: values[i] for name, values in batch.items()}
+            for prompt, completion, images in _turns(row, args, has_images, index):
+                out["prompt"].append(prompt)
+                out["completion"].append(completion)
+                out["source"].append(index)
+                if has_images:
+                    out["images"].append(images)
+        return out
+
+    rows = rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=_features(features))
+    return rows.cast_column("images", List(Image())) if has_images else rows
+
+
+def _features(features: dict[str, Any]) -> Any:
+    from datasets import Features
+
+    return Features(features)
+
+
+def _turns(row: dict, args: DataArguments, has_images: bool, index: int) -> Iterator[tuple[list, list, list]]:
+    """Prompt, completion and pictures: once for each answer of a row."""
+    images = row[args.image_column] if has_images else []
+    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+    question = row[args.prompt_column] if args.prompt_column else args.prompt
+    answers = row[args.answer_column]
+    parts = [{"type": "image", "text": None}] * len(images) + [{"type": "text", "text": question}]
+    for answer in answers if isinstance(answers, list) else [answers]:
+        if not isinstance(answer, str) or not isinstance(question, str):
+            raise ValueError(
+                f"Row {index}: expected text in the columns of prompt and answer, not {question!r} and {answer!r}"
+            )
+        completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        yield [{"role": "user", "content": parts}], completion, images
+
+
+def number_rows(rows: Rows) -> Rows:
+    """Adds a column `row` that counts from 0."""
+    if isinstance(rows, Dataset):
+        return rows.add_column("row", list(range(len(rows))))
+    return rows.map(lambda row, i: {**row, "row": i}, with_indices=True)
