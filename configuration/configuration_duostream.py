@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .image_tokens_duostream import image_size_of, image_token_shape
 
-SUB_CONFIGS = ("text_config", "vision_config", "fusion_config")
+SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # A few million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "depths": [1, 2],
             "layer_type": "basic",
         },
-        "fusion_config": {
+        "fusion_stack_config": {
             "model_type": "llama",
             "vocab_size": 2048,
             "hidden_size": 128,
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "patch_size": 16,
             "vision_use_head": False,
         },
-        "fusion_config": {
+        "fusion_stack_config": {
             "model_type": "llama",
             "vocab_size": 32000,
             "hidden_size": 768,
@@ -88,10 +88,13 @@ class DuoStreamConfig(PreTrainedConfig):
             The text stream: a decoder (Llama, Qwen3, GPT-2, ...) or an encoder (BERT). Defaults to a small Llama.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             The vision stream, with an `image_size` in pixels. Defaults to a small SigLIP.
-        fusion_config (`dict` or `PreTrainedConfig`, *optional*):
-            The fusion stack: a decoder as wide as the text stream. Defaults to a small Llama.
+        fusion_stack_config (`dict` or `PreTrainedConfig`, *optional*):
+            The fusion stack: a decoder as wide as the text stream. Defaults to a small Llama. `fusion_config` is taken
+            for it, too, but it can't be called so: `from_pretrained` reads `config.fusion_config` as a list of fused
+            kernels.
         image_token_id (`int`, *optional*, defaults to 2):
-            The placeholder token: one stands in `input_ids` for each image token.
+            The placeholder token: one stands in `input_ids` for each image token. It needs no embedding, so it may be
+            beyond the vocabulary.
         image_seq_length (`int`, *optional*):
             Number of image tokens a picture gives. Derived from `vision_config` when absent.
         image_hidden_size (`int`, *optional*):
@@ -145,15 +148,15 @@ class DuoStreamConfig(PreTrainedConfig):
                 "vision_use_head": False,
             },
         ),
-        "fusion_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="llama", init_kwargs=PRESETS["tiny"]["fusion_config"]
+        "fusion_stack_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="llama", init_kwargs=PRESETS["tiny"]["fusion_stack_config"]
         ),
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
-    fusion_config: dict | PreTrainedConfig | None = None
+    fusion_stack_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 2
     image_seq_length: int | None = None
     image_hidden_size: int | None = None
@@ -166,6 +169,8 @@ class DuoStreamConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if _is_model_config(kwargs.get("fusion_config")):
+            self.fusion_stack_config = kwargs.pop("fusion_config")
         for name in SUB_CONFIGS:
             sub_config = getattr(self, name)
             model_type = sub_config.get("model_type") if isinstance(sub_config, dict) else None
@@ -178,27 +183,25 @@ class DuoStreamConfig(PreTrainedConfig):
             image_seq_length, image_hidden_size = image_token_shape(self.vision_config, self.vision_feature_layer)
             self.image_seq_length = self.image_seq_length or image_seq_length
             self.image_hidden_size = self.image_hidden_size or image_hidden_size
-        if self.projector_type == "none" and self.image_hidden_size != self.fusion_config.hidden_size:
+        if self.projector_type == "none" and self.image_hidden_size != self.fusion_stack_config.hidden_size:
             raise ValueError(
-                f"`vision_config` gives tokens of width {self.image_hidden_size} and `fusion_config.hidden_size` is "
-                f'{self.fusion_config.hidden_size}: with `projector_type="none"` they must be equal'
+                f"`vision_config` gives tokens of width {self.image_hidden_size} and `fusion_stack_config.hidden_size` is "
+                f'{self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
 
     def _check_widths(self) -> None:
-        text, fusion = self.text_config, self.fusion_config
+        text, fusion = self.text_config, self.fusion_stack_config
         if text.hidden_size != fusion.hidden_size:
             raise ValueError(
-                f"`text_config.hidden_size` is {text.hidden_size} and `fusion_config.hidden_size` is "
+                f"`text_config.hidden_size` is {text.hidden_size} and `fusion_stack_config.hidden_size` is "
                 f"{fusion.hidden_size}: text goes from the one into the other, so they must be equal"
             )
-        if not 0 <= self.image_token_id < text.vocab_size:
-            raise ValueError(
-                f"`image_token_id` is {self.image_token_id}, outside of `text_config.vocab_size`={text.vocab_size}"
-            )
+        if self.image_token_id < 0:
+            raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token's number")
         windows = {getattr(sub_config, "sliding_window", None) for sub_config in (text, fusion)} - {None}
         if len(windows) > 1:
             raise ValueError(
-                f"`text_config.sliding_window` and `fusion_config.sliding_window` differ ({sorted(windows)}): the "
+                f"`text_config.sliding_window` and `fusion_stack_config.sliding_window` differ ({sorted(windows)}): the "
                 "layers of both share one cache, which has one window"
             )
 
@@ -227,12 +230,14 @@ class DuoStreamConfig(PreTrainedConfig):
         """
         if preset not in PRESETS:
             raise ValueError(f"`preset` is {preset!r}; there are {', '.join(map(repr, PRESETS))}")
+        if _is_model_config(kwargs.get("fusion_config")):
+            kwargs["fusion_stack_config"] = kwargs.pop("fusion_config")
         fields = copy.deepcopy(PRESETS[preset])
         for name, value in kwargs.items():
             updates_preset = name in SUB_CONFIGS and isinstance(value, dict) and "model_type" not in value
             fields[name] = {**fields[name], **value} if updates_preset else value
         if vocab_size is not None:
-            for name in ("text_config", "fusion_config"):
+            for name in ("text_config", "fusion_stack_config"):
                 fields[name]["vocab_size"] = vocab_size
         return cls(**fields)
 
@@ -246,15 +251,21 @@ class DuoStreamConfig(PreTrainedConfig):
         # stack's first, so that `cache.get_seq_length()` is the length of the whole sequence.
         if not (decoder and not encoder):
             return self.text_config
-        cache_config = copy.copy(self.fusion_config)
+        cache_config = copy.copy(self.fusion_stack_config)
         if not self.is_text_causal:
             return cache_config
         cache_config.vocab_size = self.text_config.vocab_size
-        cache_config.layer_types = layer_types(self.fusion_config) + layer_types(self.text_config)
+        cache_config.layer_types = layer_types(self.fusion_stack_config) + layer_types(self.text_config)
         cache_config.num_hidden_layers = len(cache_config.layer_types)
         if getattr(cache_config, "sliding_window", None) is None:
             cache_config.sliding_window = getattr(self.text_config, "sliding_window", None)
         return cache_config
+
+
+def _is_model_config(value: Any) -> bool:
+    """Tells a model's config from the library's `fusion_config`, which maps names of kernels to switches or options."""
+    is_switches = isinstance(value, dict) and all(isinstance(switch, bool | dict) for switch in value.values())
+    return value is not None and not is_switches
 
 
 def is_causal(config: PreTrainedConfig) -> bool:

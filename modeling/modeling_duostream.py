@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
@@ -16,8 +16,18 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..configuration.configuration_duostream import DuoStreamConfig, is_causal
+from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
 from ..configuration.image_tokens_duostream import image_tokens
+from .composition_duostream import (
+    FINAL_NORMS,
+    POSITION_EMBEDDINGS,
+    Backbone,
+    compose_config,
+    compose_state_dict,
+    config_of,
+    load_backbones,
+    stack_of,
+)
 from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
@@ -33,8 +43,6 @@ NEEDS_TYPES = (
     "Continuing from a cache that holds pictures needs `mm_token_type_ids` (1 = image token) of the whole sequence, "
     "cached tokens included, as `attention_mask` has"
 )
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
-POSITION_EMBEDDINGS = ("wpe", "embed_positions")
 
 
 @dataclass
@@ -47,7 +55,7 @@ class DuoStreamModelOutputWithPast(BaseModelOutputWithPast):
             The projected image tokens, as they enter the fusion stack.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -67,12 +75,12 @@ class DuoStreamCausalLMOutputWithPast(ModelOutput):
             The projected image tokens.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class DuoStreamProjector(nn.Module):
@@ -80,7 +88,7 @@ class DuoStreamProjector(nn.Module):
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__()
-        width, out = config.image_hidden_size, config.fusion_config.hidden_size
+        width, out = config.image_hidden_size, config.fusion_stack_config.hidden_size
         if config.projector_type == "mlp":
             inner = config.projector_hidden_size or out
             layers = [nn.LayerNorm(width), nn.Linear(width, inner), ACT2FN[config.projector_hidden_act]]
@@ -109,7 +117,7 @@ class NoPositions(nn.Module):
 
 def remove_final_norm(model: PreTrainedModel) -> None:
     """Takes the last norm off a decoder, in place: the fusion stack goes on where its layers end."""
-    stack = getattr(model, "decoder", model)
+    stack = stack_of(model)
     for name in FINAL_NORMS:
         if hasattr(stack, name):
             setattr(stack, name, nn.Identity())
@@ -119,7 +127,7 @@ def remove_final_norm(model: PreTrainedModel) -> None:
 def remove_embeddings(model: PreTrainedModel) -> None:
     """Takes token and position embeddings off a decoder, in place: it starts from the states of the two streams."""
     model.set_input_embeddings(None)
-    stack = getattr(model, "decoder", model)
+    stack = stack_of(model)
     for name in POSITION_EMBEDDINGS:
         if hasattr(stack, name):
             setattr(stack, name, NoPositions())
@@ -141,6 +149,55 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_backbones(
+        cls,
+        text: Backbone,
+        vision: Backbone,
+        num_fusion_layers: int | None = None,
+        fusion_config: PreTrainedConfig | dict | None = None,
+        image_size: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "DuoStreamPreTrainedModel":
+        """
+        Composes a model out of pretrained ones.
+
+        With `num_fusion_layers`, a decoder's upper layers, final norm and head become the fusion stack and its lower
+        layers the text stream; only the projector is new, and on text alone the model is the decoder it was. With
+        `fusion_config` the whole text backbone is the text stream, and the fusion stack is new, too.
+
+        Args:
+            text (`str`, `os.PathLike` or `PreTrainedModel`): A decoder with its head (Llama, Qwen3, GPT-2, ...), or an
+                encoder (BERT, ...) with a `fusion_config`: a local folder, a Hub id, or a loaded model.
+            vision (`str`, `os.PathLike` or `PreTrainedModel`): A vision model (SigLIP, CLIP, ViT, DINOv2, ConvNeXtV2,
+                ResNet, ...), or one with a vision tower.
+            num_fusion_layers (`int`, *optional*): How many upper layers of `text` pictures go through.
+            fusion_config (`PreTrainedConfig` or `dict`, *optional*): A new fusion stack, as wide as `text`.
+            image_size (`int`, *optional*): Side of the pictures in pixels, where the vision config has none (ResNet).
+            dtype (`str` or `torch.dtype`, *optional*): Of the weights. Defaults to that of `text`.
+            kwargs: Other fields of [`DuoStreamConfig`]: `image_token_id` (defaults to the first number behind the
+                vocabulary, so that no row of the embeddings changes), `projector_type`, ...
+
+        Raises:
+            ValueError: The two can't work together; raised before any weight is loaded, where the configs tell.
+
+        Example:
+
+        ```python
+        >>> model = DuoStreamForConditionalGeneration.from_backbones(
+        ...     text="HuggingFaceTB/SmolLM2-135M", vision="google/siglip-base-patch16-224", num_fusion_layers=8
+        ... )
+        ```
+        """
+        writes = issubclass(cls, GenerationMixin)
+        config = compose_config(
+            config_of(text), config_of(vision), num_fusion_layers, fusion_config, image_size, writes, **kwargs
+        )
+        text, vision = load_backbones(text, vision, config, **({} if dtype is None else {"dtype": dtype}))
+        state_dict = compose_state_dict(text, vision, config, is_split=num_fusion_layers is not None)
+        return cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype or text.dtype)
+
 
 class DuoStreamModel(DuoStreamPreTrainedModel):
     """
@@ -153,14 +210,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__(config)
-        if is_flash_attention_requested(config.fusion_config):
+        if is_flash_attention_requested(config.fusion_stack_config):
             # Flash kernels know causal and padding masks only; a picture's tokens see each other both ways.
             logger.warning_once("The fusion stack's masks are beyond flash attention: it uses `sdpa` instead.")
-            config.fusion_config._attn_implementation = "sdpa"
+            config.fusion_stack_config._attn_implementation = "sdpa"
         self.text_model = AutoModel.from_config(config.text_config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.projector = DuoStreamProjector(config)
-        self.fusion_model = AutoModel.from_config(config.fusion_config)
+        self.fusion_model = AutoModel.from_config(config.fusion_stack_config)
         remove_final_norm(self.text_model)
         remove_embeddings(self.fusion_model)
         self.post_init()
@@ -173,7 +230,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """
         Reads pictures.
@@ -197,9 +254,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
 
+    @property
+    def _text_window(self) -> int | None:
+        has_window = "sliding_attention" in layer_types(self.config.text_config)
+        return self.config.text_config.sliding_window if has_window else None
+
     def split_cache(self, past_key_values: Cache) -> tuple[Cache, Cache | None]:
         """Views of one cache: the fusion stack's layers, and the text stream's behind them (`None` for an encoder)."""
-        num_fusion_layers = self.config.fusion_config.num_hidden_layers
+        num_fusion_layers = self.config.fusion_stack_config.num_hidden_layers
         num_layers = num_fusion_layers + self.config.text_config.num_hidden_layers * self.config.is_text_causal
         while past_key_values.layer_class_to_replicate is not None and len(past_key_values.layers) < num_layers:
             past_key_values.layers.append(past_key_values.layer_class_to_replicate())
@@ -218,13 +280,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             views.append(view)
         return views[0], views[1] if self.config.is_text_causal else None
 
-    def image_placeholders(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
-    ) -> torch.BoolTensor:
+    def image_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the placeholders of image tokens stand: a mask of shape `(batch, seq_len)`."""
         image_token_id = self.config.image_token_id
         if input_ids is not None:
             return input_ids == image_token_id
+        if image_token_id >= self.config.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` {image_token_id} has no embedding: with `inputs_embeds`, give `mm_token_type_ids`"
+            )
         token = torch.tensor(image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
@@ -232,8 +296,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         self,
         past_key_values: Cache,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-        mm_token_type_ids: torch.LongTensor,
+        position_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor,
         batch_size: int,
     ) -> dict[str, Any]:
         """
@@ -249,11 +313,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             "text": create_masks_for_generate(
                 config=self.config.text_config,
                 inputs_embeds=shape_only,
-                attention_mask=text_padding_mask(is_image, attention_mask),
+                attention_mask=text_padding_mask(is_image, attention_mask, self._text_window),
                 past_key_values=text_cache,
             ),
             "fusion": create_masks_for_generate(
-                config=self.config.fusion_config,
+                config=self.config.fusion_stack_config,
                 inputs_embeds=shape_only,
                 attention_mask=attention_mask,
                 past_key_values=fusion_cache,
@@ -263,14 +327,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def locate_images(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        mm_token_type_ids: torch.LongTensor | None,
+        mm_token_type_ids: torch.Tensor | None,
         past_len: int | torch.Tensor,
         past_text_len: int | torch.Tensor,
         has_new_images: bool,
-    ) -> torch.BoolTensor | None:
+    ) -> torch.Tensor | None:
         """Where the image tokens stand among the cached and the new tokens, `(batch, past_len + seq_len)`; or none."""
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if mm_token_type_ids is not None:
@@ -306,9 +370,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def lay_out(
         self,
-        is_image: torch.BoolTensor | None,
+        is_image: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         seq_len: int,
         num_image_tokens: int,
         text_cache: Cache | None,
@@ -328,10 +392,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 cached=text_cache is not None,
                 text_is_causal=self.config.is_text_causal,
                 images_per_row=images_per_row,
+                sliding_window=self._text_window,
             )
         else:
             layout = StreamLayout(
-                text_attention_mask=text_padding_mask(is_image, attention_mask),
+                text_attention_mask=text_padding_mask(is_image, attention_mask, self._text_window),
                 text_position_ids=count_text(position_ids, is_image),
             )
         past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
@@ -345,17 +410,17 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, Any] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        text_position_ids: torch.LongTensor | None = None,
+        text_position_ids: torch.Tensor | None = None,
         images_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamModelOutputWithPast:
@@ -439,6 +504,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if layout.text_index is not None:
             if inputs_embeds is None:
                 input_ids = input_ids.gather(1, layout.text_index)  # (batch, text_len)
+                # Slots behind a row's text may hold placeholders, which need not have an embedding
+                input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
             else:
                 index = layout.text_index.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
                 inputs_embeds = inputs_embeds.gather(1, index)  # (batch, text_len, hidden)
@@ -459,7 +526,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
         if block_ids is not None:
             fusion_attention_mask = create_masks_for_generate(
-                config=self.config.fusion_config,
+                config=self.config.fusion_stack_config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
                 past_key_values=fusion_cache,
@@ -484,7 +551,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def _count_tokens(
         self, attention_mask: torch.Tensor | None, past_len: int | torch.Tensor, batch_size: int, seq_len: int
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """Positions of shape `(batch, seq_len)`: how many tokens that are not padding stand before each."""
         if attention_mask is not None:
             return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -seq_len:]
@@ -493,9 +560,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def _block_sequence_ids(
         self,
-        is_image: torch.BoolTensor | None,
-        token_type_ids: torch.LongTensor | None,
-    ) -> torch.LongTensor:
+        is_image: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
         if is_image is None:
             is_image = torch.zeros_like(token_type_ids, dtype=torch.bool)
         if token_type_ids is not None and token_type_ids.shape[1] < is_image.shape[1]:
@@ -510,7 +577,7 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__(config)
-        for name in ("text_config", "fusion_config"):
+        for name in ("text_config", "fusion_stack_config"):
             sub_config = getattr(config, name)
             if not is_causal(sub_config):
                 raise ValueError(
@@ -518,7 +585,7 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
                     "tokens it has yet to write. Use a decoder, or `is_decoder=True` where the type knows it"
                 )
         self.model = DuoStreamModel(config)
-        self.lm_head = nn.Linear(config.fusion_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.fusion_stack_config.hidden_size, config.text_config.vocab_size, bias=False)
         # The name of the embedding matrix is the text backbone's own
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
@@ -538,7 +605,7 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
         self.lm_head = value
 
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """See [`DuoStreamModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -546,19 +613,19 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, Any] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        text_position_ids: torch.LongTensor | None = None,
+        text_position_ids: torch.Tensor | None = None,
         images_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamCausalLMOutputWithPast:
@@ -610,7 +677,7 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
-        softcap = getattr(self.config.fusion_config, "final_logit_softcapping", None)
+        softcap = getattr(self.config.fusion_stack_config, "final_logit_softcapping", None)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
 
@@ -631,9 +698,9 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         # `generate` calls this once, before the first step. From here on it carries `mm_token_type_ids` along, which
         # tell the text stream at every step which of the cached tokens are text.
         if model_kwargs.get("mm_token_type_ids") is None and model_kwargs.get("mm_encoder_outputs"):
@@ -646,12 +713,12 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -680,6 +747,12 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
             num_untold = kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1]
             model_inputs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_untold))
         return model_inputs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        # Whatever the generation config says: a placeholder that was generated would have no picture
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.insert(0, SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device))
+        return processors
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:

@@ -21,10 +21,10 @@ class StreamLayout(NamedTuple):
             Positions that count text only.
     """
 
-    text_index: torch.LongTensor | None = None
-    join_index: torch.LongTensor | None = None
+    text_index: torch.Tensor | None = None
+    join_index: torch.Tensor | None = None
     text_attention_mask: torch.Tensor | None = None
-    text_position_ids: torch.LongTensor | None = None
+    text_position_ids: torch.Tensor | None = None
 
 
 def check(condition: torch.Tensor, message: str) -> None:
@@ -36,8 +36,8 @@ def check(condition: torch.Tensor, message: str) -> None:
 
 
 def block_sequence_ids(
-    is_image: torch.BoolTensor, image_seq_length: int, token_type_ids: torch.LongTensor | None = None
-) -> torch.LongTensor:
+    is_image: torch.Tensor, image_seq_length: int, token_type_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Numbers the tokens that see each other both ways: a picture's tokens, and all tokens of the prefix.
 
@@ -59,15 +59,16 @@ def block_sequence_ids(
 
 
 def lay_out(
-    is_image: torch.BoolTensor,
+    is_image: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.LongTensor | None,
+    position_ids: torch.Tensor | None,
     seq_len: int,
     num_image_tokens: int,
     image_seq_length: int,
     cached: bool,
     text_is_causal: bool,
     images_per_row: int | None = None,
+    sliding_window: int | None = None,
 ) -> StreamLayout:
     """
     Deals out a sequence in which some positions are image tokens.
@@ -90,6 +91,8 @@ def lay_out(
         images_per_row (`int`, *optional*):
             The number of pictures in *every* row, if all have the same number and, with a cache, the columns of
             pictures hold no text. It says how long the text is, so that the host need not wait for the device to tell.
+
+        sliding_window (`int`, *optional*): Of the text stream's layers, in tokens.
 
     Raises:
         ValueError: placeholders and image tokens differ in number, or a row holds a part of a picture.
@@ -128,7 +131,7 @@ def lay_out(
             )
         text_index = (~chunk_kept).to(torch.uint8).argsort(stable=True)[:text_len].expand(batch_size, -1)
         slot = (chunk_kept.cumsum(dim=0) - 1).expand(batch_size, -1)  # (batch, seq_len)
-        text_attention_mask = text_padding_mask(is_image, attention_mask)
+        text_attention_mask = text_padding_mask(is_image, attention_mask, sliding_window)
     if cached or position_ids is not None:
         text_position_ids = count_text(position_ids, is_image).gather(1, text_index)  # (batch, text_len)
 
@@ -139,25 +142,43 @@ def lay_out(
     return StreamLayout(text_index, join_index, text_attention_mask, text_position_ids)
 
 
-def kept_columns(is_image: torch.BoolTensor, is_text: torch.BoolTensor) -> torch.BoolTensor:
+def kept_columns(is_image: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
     """Columns of shape `(total_len,)` that a cached text stream reads: all but those with pictures and no text."""
     return ~is_image.any(dim=0) | is_text.any(dim=0)
 
 
-def text_padding_mask(is_image: torch.BoolTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor | None:
+def text_padding_mask(
+    is_image: torch.Tensor, attention_mask: torch.Tensor | None, sliding_window: int | None = None
+) -> torch.Tensor | None:
     """
     Which slots of a cached text stream hold text, of shape `(batch, total_len)`: those of the kept columns first, in
     order, then those left out. `None` where all that are kept do.
+
+    Args:
+        is_image (`torch.BoolTensor` of shape `(batch, total_len)`): Where the image tokens stand.
+        attention_mask (`torch.Tensor` of shape `(batch, total_len)`, *optional*): 0 = padding.
+        sliding_window (`int`, *optional*): Of the text stream's layers, in tokens.
+
+    Raises:
+        ValueError: The text is longer than the window, which counts slots, and a row has empty slots in its midst.
     """
     if is_image.shape[0] == 1 and attention_mask is None:
         return None
     is_text = ~is_image if attention_mask is None else attention_mask.to(torch.bool) & ~is_image
     kept = kept_columns(is_image, is_text)
+    if sliding_window is not None and is_image.shape[1] > sliding_window:
+        followed = is_text.flip(1).cumsum(dim=1).flip(1) > 0
+        has_gap = (is_image & kept & followed & (is_text.cumsum(dim=1) > 0)).any()
+        check(
+            ~has_gap | (kept.sum() <= sliding_window),
+            f"The text is longer than its sliding window of {sliding_window} tokens, and pictures stand at different "
+            "places in different rows: generate these rows one by one, or without a cache",
+        )
     order = (~kept).to(torch.uint8).argsort(stable=True)
     return is_text[:, order] & kept[order]
 
 
-def count_text(position_ids: torch.LongTensor, is_image: torch.BoolTensor) -> torch.LongTensor:
+def count_text(position_ids: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:
     """Positions of shape `(batch, seq_len)` that count text alone, from those that count all tokens."""
     images_so_far = is_image.cumsum(dim=1)[:, -position_ids.shape[1] :]
     return (position_ids - images_so_far).clamp(min=0)

@@ -27,7 +27,9 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a local copy."})
     image_column: str = field(default="image", metadata={"help": "Column with a picture, or a list of them."})
-    prompt: str = field(default="Describe the picture.", metadata={"help": "What the user says, where no column does."})
+    prompt: str = field(
+        default="Describe the picture.", metadata={"help": "What the user says, where no column does."}
+    )
     prompt_column: str | None = field(default=None, metadata={"help": "Column with what the user says: a question."})
     answer_column: str | None = field(
         default=None, metadata={"help": "Column with the answer or caption; from a list, each makes a row of its own."}

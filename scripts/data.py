@@ -33,7 +33,9 @@ def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> R
     """
     if args.dataset == "scenes":
         scenes = build_scenes(split, num_rows=max_rows)
-        rows = to_conversations(scenes, include=("caption", "questions")) if split == "train" else question_rows(scenes)
+        rows = (
+            to_conversations(scenes, include=("caption", "questions")) if split == "train" else question_rows(scenes)
+        )
         return number_rows(rows)
     rows = _load(args, split)
     if max_rows is not None:
@@ -61,8 +63,10 @@ def _load(args: DataArguments, split: str) -> Rows:
                 # A file is one split, whatever its name
                 return load_dataset(builder, data_files={split.split("[")[0]: args.dataset}, **options)
             return load_dataset(builder, data_dir=args.dataset, **options)
-    raise ValueError(f"`dataset` {args.dataset!r} has files of types {sorted(suffixes)}; expected pictures with a "
-                     "metadata file, JSONL or Parquet")
+    raise ValueError(
+        f"`dataset` {args.dataset!r} has files of types {sorted(suffixes)}; expected pictures with a "
+        "metadata file, JSONL or Parquet"
+    )
 
 
 def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -> Rows:

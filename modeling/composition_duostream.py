@@ -1,0 +1,200 @@
+"""Composing a DuoStream model out of pretrained backbones: which parts of them go where, and which can't."""
+
+import copy
+import inspect
+import os
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
+
+Backbone = str | os.PathLike | PreTrainedModel
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
+POSITION_EMBEDDINGS = ("wpe", "embed_positions")
+
+# Fields by which a decoder treats its input embeddings, its layers' numbers or its logits in a way of its own, which
+# its upper layers alone would repeat, miss or get wrong. Each with the values that change nothing.
+INDIVISIBLE_FIELDS: dict[str, tuple] = {
+    "embedding_multiplier": (1, 1.0),
+    "scale_emb": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "alibi": (False,),
+    "hidden_size_per_layer_input": (0,),
+    "num_kv_shared_layers": (0,),
+    "first_k_dense_replace": (0,),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+}
+
+
+def stack_of(model: nn.Module) -> nn.Module:
+    """The module that holds a decoder's layers: OPT-like models keep them one level down."""
+    return getattr(model, "decoder", model)
+
+
+def config_of(backbone: Backbone) -> PreTrainedConfig:
+    """The config of a backbone that is a loaded model, a local folder or a Hub id."""
+    return backbone.config if isinstance(backbone, PreTrainedModel) else AutoConfig.from_pretrained(backbone)
+
+
+def check_decoder(config: PreTrainedConfig, field: str) -> None:
+    """Raises `ValueError` if `config` is not a decoder that can start or stop between any two of its layers."""
+    kind = f"`{field}` of type {config.model_type!r}"
+    if not is_causal(config):
+        raise ValueError(f"{kind} is no decoder, so it can't be split: give a `fusion_config` instead")
+    unknown_layers = set(layer_types(config)) - {"full_attention", "sliding_attention"}
+    if unknown_layers:
+        raise ValueError(f"{kind} has layers of kinds {sorted(unknown_layers)}; only attention layers can be split")
+    for name, harmless in INDIVISIBLE_FIELDS.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in harmless:
+            raise ValueError(f"{kind} has `{name}={value}`, which its layers apart from each other can't keep to")
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise ValueError(f"{kind} has a `word_embed_proj_dim` other than its `hidden_size`")
+    arguments = inspect.signature(MODEL_MAPPING[type(config)].forward).parameters
+    missing = {"inputs_embeds", "position_ids", "past_key_values"} - set(arguments)
+    if missing:
+        raise ValueError(f"{kind} takes no {', '.join(f'`{name}`' for name in sorted(missing))}")
+
+
+def split_config(config: PreTrainedConfig, num_fusion_layers: int) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """
+    Configs of a decoder's lower and upper layers.
+
+    Args:
+        config (`PreTrainedConfig`): A decoder's.
+        num_fusion_layers (`int`): How many of its layers, counted from the top, are the fusion stack.
+
+    Raises:
+        ValueError: The decoder can't be split, or not there.
+    """
+    check_decoder(config, "text")
+    num_layers = config.num_hidden_layers
+    if not 1 <= num_fusion_layers < num_layers:
+        raise ValueError(
+            f"`num_fusion_layers` is {num_fusion_layers}; expected 1 to {num_layers - 1}, as `text` has {num_layers} "
+            "layers and the text stream keeps at least one"
+        )
+    num_text_layers = num_layers - num_fusion_layers
+    text_config, fusion_config = copy.deepcopy(config), copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        is_per_layer = isinstance(value, list) and len(value) == num_layers and not name.endswith(("_id", "_ids"))
+        if is_per_layer and name != "architectures":
+            setattr(text_config, name, value[:num_text_layers])
+            setattr(fusion_config, name, value[num_text_layers:])
+    text_config.num_hidden_layers, fusion_config.num_hidden_layers = num_text_layers, num_fusion_layers
+    if hasattr(fusion_config, "embd_pdrop"):
+        fusion_config.embd_pdrop = 0.0  # GPT-2's dropout of embeddings, which are the text stream's
+    return text_config, fusion_config
+
+
+def compose_config(
+    text_config: PreTrainedConfig,
+    vision_config: PreTrainedConfig,
+    num_fusion_layers: int | None = None,
+    fusion_config: PreTrainedConfig | dict | None = None,
+    image_size: int | None = None,
+    writes: bool = True,
+    **kwargs: Any,
+) -> DuoStreamConfig:
+    """
+    The config of a model made of these backbones, or an error that says why there can be none. Loads no weights.
+
+    Args:
+        text_config (`PreTrainedConfig`): Of a language model or a text encoder.
+        vision_config (`PreTrainedConfig`): Of a vision model, or of one that has a vision tower.
+        num_fusion_layers (`int`, *optional*): How many of the language model's upper layers become the fusion stack.
+        fusion_config (`PreTrainedConfig` or `dict`, *optional*): A new fusion stack instead.
+        image_size (`int`, *optional*): Side of the pictures in pixels, for vision models whose config has none.
+        writes (`bool`, *optional*, defaults to `True`): Whether the model is to write text. If so, an encoder that
+            knows how to is made a decoder.
+        kwargs: Other fields of [`DuoStreamConfig`].
+
+    Raises:
+        ValueError: The parts can't work together.
+    """
+    if (num_fusion_layers is None) == (fusion_config is None):
+        raise ValueError("Exactly one of `num_fusion_layers` and `fusion_config` must be given")
+    text_config = copy.deepcopy(text_config.get_text_config(decoder=True))
+    vision_config = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
+    if type(vision_config) not in MODEL_MAPPING:
+        raise ValueError(f"`vision` of type {vision_config.model_type!r} is no type that `AutoModel` builds")
+    if image_size is not None:
+        own_size = getattr(vision_config, "image_size", None)
+        if own_size not in (None, image_size):
+            raise ValueError(f"`image_size` is {image_size}, but `vision` has `image_size={own_size}`")
+        vision_config.image_size = image_size
+    if hasattr(vision_config, "vision_use_head"):
+        vision_config.vision_use_head = False  # SigLIP's pooling, which is not read
+
+    if num_fusion_layers is not None:
+        text_config, fusion_config = split_config(text_config, num_fusion_layers)
+    elif writes and not is_causal(text_config):
+        if not hasattr(text_config, "is_decoder"):
+            raise ValueError(
+                f"`text` of type {text_config.model_type!r} reads both ways and can't be made a decoder: it would see "
+                "the text it is to write"
+            )
+        text_config.is_decoder = True
+    kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", True)))
+    kwargs.setdefault("image_token_id", text_config.vocab_size)
+    return DuoStreamConfig(
+        text_config=text_config, vision_config=vision_config, fusion_stack_config=fusion_config, **kwargs
+    )
+
+
+def load_backbones(
+    text: Backbone, vision: Backbone, config: DuoStreamConfig, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Loads what is not loaded yet: the text backbone with its language-model head if it has one."""
+    if not isinstance(text, PreTrainedModel):
+        has_head = is_causal(config_of(text).get_text_config(decoder=True))
+        text = (AutoModelForCausalLM if has_head else AutoModel).from_pretrained(text, **kwargs)
+    if not isinstance(vision, PreTrainedModel):
+        vision = AutoModel.from_pretrained(vision, config=config.vision_config, **kwargs)
+    return text, getattr(vision, "vision_model", vision)
+
+
+def compose_state_dict(
+    text: PreTrainedModel, vision: PreTrainedModel, config: DuoStreamConfig, is_split: bool
+) -> dict[str, torch.Tensor]:
+    """
+    The backbones' weights under their names in `DuoStreamForConditionalGeneration`; nothing is copied.
+
+    Raises:
+        ValueError: A part of the language model has no place in DuoStream.
+    """
+    state_dict = {f"model.vision_model.{name}": weight for name, weight in vision.state_dict().items()}
+    base = text.base_model
+    layers_name, num_text_layers = "", config.text_config.num_hidden_layers
+    if is_split:
+        num_layers = num_text_layers + config.fusion_stack_config.num_hidden_layers
+        stacks = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+        if not stacks:
+            raise ValueError(f"`text` of type {base.config.model_type!r} has no list of its {num_layers} layers")
+        layers_name = stacks[0]
+    for name, weight in base.state_dict().items():
+        layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.(.+)", name) if is_split else None
+        if layer and int(layer[1]) >= num_text_layers:
+            name = f"fusion_model.{layers_name}.{int(layer[1]) - num_text_layers}.{layer[2]}"
+        elif re.fullmatch(rf"(decoder\.)?({'|'.join(FINAL_NORMS)})\.\w+", name):
+            if not is_split:
+                continue  # the new fusion stack ends in a norm of its own
+            name = f"fusion_model.{name}"
+        else:
+            name = f"text_model.{name}"
+        state_dict[f"model.{name}"] = weight
+    head = text.get_output_embeddings()
+    if head is not None:
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"`text` of type {base.config.model_type!r} has a language-model head with a bias")
+        state_dict["lm_head.weight"] = head.weight
+    return state_dict
