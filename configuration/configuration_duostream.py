@@ -185,7 +185,7 @@ class DuoStreamConfig(PreTrainedConfig):
             self.image_hidden_size = self.image_hidden_size or image_hidden_size
         if self.projector_type == "none" and self.image_hidden_size != self.fusion_stack_config.hidden_size:
             raise ValueError(
-                f"`vision_config` gives tokens of width {self.image_hidden_size} and `fusion_stack_config.hidden_size` is "
+                f"`vision_config` gives tokens of width {self.image_hidden_size}, `fusion_stack_config.hidden_size` is "
                 f'{self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
 
@@ -198,11 +198,11 @@ class DuoStreamConfig(PreTrainedConfig):
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token's number")
-        windows = {getattr(sub_config, "sliding_window", None) for sub_config in (text, fusion)} - {None}
+        windows: set[Any] = {getattr(sub_config, "sliding_window", None) for sub_config in (text, fusion)} - {None}
         if len(windows) > 1:
             raise ValueError(
-                f"`text_config.sliding_window` and `fusion_stack_config.sliding_window` differ ({sorted(windows)}): the "
-                "layers of both share one cache, which has one window"
+                f"`text_config.sliding_window` and `fusion_stack_config.sliding_window` differ ({sorted(windows)}): "
+                "the layers of both share one cache, which has one window"
             )
 
     def _check_picture(self) -> None:
@@ -263,7 +263,7 @@ class DuoStreamConfig(PreTrainedConfig):
 
 
 def _is_model_config(value: Any) -> bool:
-    """Tells a model's config from the library's `fusion_config`, which maps names of kernels to switches or options."""
+    """Tells a model's config from the library's `fusion_config`, which maps names of kernels to switches."""
     is_switches = isinstance(value, dict) and all(isinstance(switch, bool | dict) for switch in value.values())
     return value is not None and not is_switches
 

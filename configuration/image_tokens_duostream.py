@@ -74,7 +74,7 @@ def image_size_of(vision_config: PreTrainedConfig) -> tuple[int, int]:
     image_size = getattr(vision_config, "image_size", None)
     if image_size is None:
         raise ValueError(
-            f"`vision_config` of type {vision_config.model_type!r} has no `image_size`: set `vision_config.image_size` "
-            "to the height and width of the pictures in pixels"
+            f"`vision_config` of type {vision_config.model_type!r} has no `image_size`: set `vision_config.image_size`"
+            " to the height and width of the pictures in pixels"
         )
     return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])

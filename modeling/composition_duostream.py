@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
 
-Backbone = str | os.PathLike | PreTrainedModel
+Backbone: TypeAlias = str | os.PathLike | PreTrainedModel
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 POSITION_EMBEDDINGS = ("wpe", "embed_positions")

@@ -1,4 +1,4 @@
-"""DuoStream: a text and a vision transformer whose tokens are concatenated and go through one fusion stack together."""
+"""DuoStream: text and image tokens, each from a transformer of its own, go through one fusion stack together."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class DuoStreamProjector(nn.Module):
         if config.projector_type == "mlp":
             inner = config.projector_hidden_size or out
             layers = [nn.LayerNorm(width), nn.Linear(width, inner), ACT2FN[config.projector_hidden_act]]
-            self.layers = nn.Sequential(*layers, nn.Linear(inner, out))
+            self.layers: nn.Module = nn.Sequential(*layers, nn.Linear(inner, out))
         elif config.projector_type == "linear":
             self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out))
         else:
@@ -267,7 +267,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             past_key_values.layers.append(past_key_values.layer_class_to_replicate())
         if len(past_key_values.layers) != num_layers:
             raise ValueError(
-                f"`past_key_values` has {len(past_key_values.layers)} layers, but the fusion stack and the text stream "
+                f"`past_key_values` has {len(past_key_values.layers)} layers, but fusion stack and text stream "
                 f"have {num_layers}: make it from `model.config`"
             )
         views = []
@@ -359,7 +359,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 raise ValueError(NEEDS_TYPES)
             num_past, num_past_images = attention_mask.shape[1] - seq_len, 0
         else:
-            num_past, num_past_images = past_len, past_len - past_text_len
+            num_past, num_past_images = past_len, past_len - int(past_text_len)
         if not num_past_images and not has_new_images:
             return None
         if num_past_images and (batch_size > 1 or (attention_mask is not None and not attention_mask.all())):

@@ -164,7 +164,7 @@ class DuoStreamDataCollator:
         processor, multiple = self.processor, self.pad_to_multiple_of or 1
         length = -(-max(map(len, input_ids)) // multiple) * multiple
 
-        def padded(rows: list[list[int]], value: int) -> torch.LongTensor:
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
             return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (batch, seq_len)
 
         pad_token_id = processor.tokenizer.pad_token_id

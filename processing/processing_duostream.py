@@ -132,7 +132,7 @@ class DuoStreamProcessor(ProcessorMixin):
         room = max_length - (len(input_ids) - len(text))
         if room < 0:
             raise ValueError(
-                f"Row {row}: its pictures take {len(input_ids) - len(text)} tokens, more than `max_length`={max_length}"
+                f"Row {row}: pictures take {len(input_ids) - len(text)} tokens, more than `max_length`={max_length}"
             )
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))

@@ -27,8 +27,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(special_tokens) + len(alphabet):
         raise ValueError(
-            f"`vocab_size` is {vocab_size}; expected at least {len(special_tokens) + len(alphabet)}, for all bytes and "
-            "the special tokens"
+            f"`vocab_size` is {vocab_size}; expected at least {len(special_tokens) + len(alphabet)}, for all bytes "
+            "and the special tokens"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,5 +1,6 @@
 """Options that the scripts share, on the command line or in a YAML or JSON file."""
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -60,7 +61,11 @@ class DuoStreamTrainingArguments(TrainingArguments):
             raise ValueError("`remove_unused_columns` must be False: the collator needs `images` and `messages`")
 
 
-def parse(*classes: type, args: Sequence[str] | None = None) -> Any:
+class OptionsFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default, and the description as it is written."""
+
+
+def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = None) -> Any:
     """
     Parses options into one object for each of `classes`.
 
@@ -69,6 +74,7 @@ def parse(*classes: type, args: Sequence[str] | None = None) -> Any:
     Args:
         classes (`type`): Dataclasses of options.
         args (`Sequence[str]`, *optional*): Defaults to the command line.
+        doc (`str`, *optional*): What `--help` says before the options.
 
     Raises:
         ValueError: The file is no mapping.
@@ -80,7 +86,7 @@ def parse(*classes: type, args: Sequence[str] | None = None) -> Any:
         if not isinstance(options, dict):
             raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
         args = [text for name, value in options.items() for text in _as_option(name, value)] + args
-    parser = HfArgumentParser(classes)  # type: ignore[arg-type]
+    parser = HfArgumentParser(classes, description=doc, formatter_class=OptionsFormatter)
     return parser.parse_args_into_dataclasses(args)
 
 

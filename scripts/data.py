@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from datasets import Dataset, Image, IterableDataset, List, Value, load_dataset
+import PIL.Image
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
 from .arguments import DataArguments
 from .scenes import MESSAGES_FEATURE, build_scenes, question_rows, to_conversations
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
-CONVERSATIONAL = ("messages", "prompt")
+BLANK_GRAY = (128, 128, 128)
 
 
 def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> Rows:
@@ -44,8 +45,8 @@ def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> R
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return number_rows(rows)
-    return number_rows(_to_prompt_completion(rows, columns, args))
+        return rows
+    return _to_prompt_completion(rows, columns, args)
 
 
 def _load(args: DataArguments, split: str) -> Rows:
@@ -100,14 +101,8 @@ def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -
                     out["images"].append(images)
         return out
 
-    rows = rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=_features(features))
+    rows = rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features))
     return rows.cast_column("images", List(Image())) if has_images else rows
-
-
-def _features(features: dict[str, Any]) -> Any:
-    from datasets import Features
-
-    return Features(features)
 
 
 def _turns(row: dict, args: DataArguments, has_images: bool, index: int) -> Iterator[tuple[list, list, list]]:
@@ -131,3 +126,22 @@ def number_rows(rows: Rows) -> Rows:
     if isinstance(rows, Dataset):
         return rows.add_column("row", list(range(len(rows))))
     return rows.map(lambda row, i: {**row, "row": i}, with_indices=True)
+
+
+def blank(rows: Rows) -> Rows:
+    """Puts a gray picture of the same size in place of every picture, as rows are read."""
+
+    def blank_batch(batch: dict[str, list]) -> dict[str, list]:
+        images = batch.get("images") or []
+        return {**batch, "images": [[PIL.Image.new("RGB", p.size, BLANK_GRAY) for p in row] for row in images]}
+
+    return rows.with_transform(blank_batch) if isinstance(rows, Dataset) else rows.map(blank_batch, batched=True)
+
+
+def texts_of(rows: Rows) -> Iterator[str]:
+    """Everything that is said in the rows, message by message, for training a tokenizer."""
+    columns = [name for name in ("messages", "prompt", "completion") if name in (rows.column_names or [])]
+    for row in rows.select_columns(columns) if columns else rows:
+        for message in row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]:
+            content = message["content"]
+            yield from [content] if isinstance(content, str) else (part["text"] for part in content if part["text"])

@@ -1,0 +1,87 @@
+"""
+Writes a checkpoint made of a language model and a vision model.
+
+Example:
+
+    duostream-compose --text HuggingFaceTB/SmolLM2-135M --vision google/siglip-base-patch16-224 \\
+        --num_fusion_layers 8 --output_dir runs/composed
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
+
+from .. import DuoStreamForConditionalGeneration, DuoStreamProcessor
+from .arguments import parse
+
+
+@dataclass
+class ComposeArguments:
+    """Which backbones, and where to write the checkpoint."""
+
+    text: str = field(metadata={"help": "Local folder or Hub id of a language model, or of a text encoder."})
+    vision: str = field(metadata={"help": "Local folder or Hub id of a vision model."})
+    output_dir: str = field(metadata={"help": "Folder to write model and processor to."})
+    num_fusion_layers: int | None = field(
+        default=None, metadata={"help": "How many upper layers of the language model pictures go through."}
+    )
+    fusion_config: str | None = field(
+        default=None, metadata={"help": "Local folder or Hub id of a config for a new fusion stack instead."}
+    )
+    dtype: str | None = field(default=None, metadata={"help": "Of the weights: by default, the language model's."})
+    seed: int = field(default=42, metadata={"help": "Of the new weights."})
+
+
+def compose(args: ComposeArguments) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
+    """
+    The model and its processor.
+
+    Raises:
+        ValueError: The parts can't work together.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.text)
+    image_processor = AutoImageProcessor.from_pretrained(args.vision)
+    processor = DuoStreamProcessor(image_processor, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    gray = Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8))
+    height, width = image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
+    vision_config = AutoConfig.from_pretrained(args.vision)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    own_size = getattr(vision_config, "image_size", None)
+    if height != width or own_size not in (None, height, [height, width]):
+        raise ValueError(
+            f"The image processor of `vision` makes pictures of {height} x {width} pixels, but its model expects "
+            f"`image_size={own_size}`, square"
+        )
+    model = DuoStreamForConditionalGeneration.from_backbones(
+        args.text,
+        args.vision,
+        num_fusion_layers=args.num_fusion_layers,
+        fusion_config=None if args.fusion_config is None else AutoConfig.from_pretrained(args.fusion_config),
+        image_size=height if own_size is None else None,
+        image_token_id=processor.image_token_id,
+        dtype=args.dtype,
+    )
+    processor.image_seq_length = model.config.image_seq_length
+    return model, processor
+
+
+def main(args: list[str] | None = None) -> None:
+    (compose_args,) = parse(ComposeArguments, args=args, doc=__doc__)
+    set_seed(compose_args.seed)
+    model, processor = compose(compose_args)
+    model.save_pretrained(compose_args.output_dir)
+    processor.save_pretrained(compose_args.output_dir)
+    config = model.config
+    print(
+        f"{compose_args.output_dir}: {model.num_parameters():,} parameters, {config.text_config.num_hidden_layers} "
+        f"text and {config.fusion_stack_config.num_hidden_layers} fusion layers, {config.image_seq_length} tokens a "
+        "picture"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""
+Answers about pictures, or about text alone.
+
+Example:
+
+    duostream-generate --checkpoint runs/finetuned --image scene.png --prompt "What color is the square?"
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from ..processing import DuoStreamProcessor
+from .arguments import parse
+
+
+@dataclass
+class GenerateArguments:
+    """What to answer."""
+
+    checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
+    prompt: str = field(default="Describe the picture.", metadata={"help": "What the user says."})
+    image: list[str] = field(default_factory=list, metadata={"help": "Paths of the pictures that go before it."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest."})
+
+
+def answer(
+    model: PreTrainedModel, processor: DuoStreamProcessor, conversations: Sequence[list[dict]], **kwargs: Any
+) -> list[str]:
+    """
+    What the assistant says next in each of `conversations`, whose picture parts carry their picture
+    (`{"type": "image", "image": ...}`). `kwargs` go to `generate`; greedy by default.
+    """
+    inputs = processor.apply_chat_template(
+        list(conversations),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device)
+    with torch.no_grad():
+        sequences = model.generate(**inputs, **{"do_sample": False, **kwargs})
+    new_tokens = sequences[:, inputs["input_ids"].shape[1] :]  # (batch, new_tokens)
+    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def main(args: list[str] | None = None) -> None:
+    (generate_args,) = parse(GenerateArguments, args=args, doc=__doc__)
+    model = AutoModelForImageTextToText.from_pretrained(generate_args.checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(generate_args.checkpoint)
+    pictures = [{"type": "image", "image": Image.open(path)} for path in generate_args.image]
+    conversation = [{"role": "user", "content": [*pictures, {"type": "text", "text": generate_args.prompt}]}]
+    options = {name: getattr(generate_args, name) for name in ("max_new_tokens", "num_beams", "do_sample")}
+    print(answer(model, processor, [conversation], **options)[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""
+The whole way on scenes that are drawn here: pretrain, fine-tune, evaluate, save, load, answer, and write a report.
+
+Example:
+
+    duostream-quickstart --output_dir runs/quickstart
+"""
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
+
+from .. import DuoStreamProcessor, __version__
+from .arguments import DuoStreamTrainingArguments, parse
+from .data import blank, number_rows
+from .evaluate import exact_match, generate_answers, text_of
+from .generate import answer
+from .pretrain import PretrainArguments, new_model
+from .report import attended_tokens, write_report
+from .scenes import build_scenes, caption_rows, question_rows, to_conversations
+from .training import train
+
+
+@dataclass
+class QuickstartArguments:
+    """How much of everything. The defaults take less than ten minutes on two CPU cores."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Checkpoints, metrics and report go here."})
+    train_scenes: int = field(default=20_000, metadata={"help": "Scenes to train on."})
+    eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
+    pretrain_steps: int = field(default=300, metadata={"help": "Steps of 64 captions."})
+    finetune_steps: int = field(default=1000, metadata={"help": "Steps of 48 conversations."})
+    seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
+
+
+def training_arguments(output_dir: Path, **kwargs: Any) -> DuoStreamTrainingArguments:
+    """The recipe: AdamW (0.9, 0.98), a short warm-up, then linear decay over the last half."""
+    steps = kwargs["max_steps"]
+    defaults = {
+        "output_dir": str(output_dir),
+        "learning_rate": 2e-3,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.98,
+        "warmup_steps": min(50, steps // 4),
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": steps // 2, "decay_type": "linear"},
+        "logging_steps": max(1, min(25, steps // 10)),
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_num_workers": 1,
+    }
+    return DuoStreamTrainingArguments(**{**defaults, **kwargs})
+
+
+class Stopwatch:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+
+
+def caption_names_objects(prediction: str, objects: list[dict]) -> bool:
+    """Whether a caption names exactly the colours and shapes that are there, each pair as often as it is there."""
+    shapes, colours = {item["shape"] for item in _all_objects()}, {item["colour"] for item in _all_objects()}
+    words = prediction.lower().replace(".", " ").replace(",", " ").split()
+    named = [(a, b) for a, b in zip(words, words[1:], strict=False) if a in colours and b in shapes]
+    return sorted(named) == sorted((item["colour"], item["shape"]) for item in objects)
+
+
+def _all_objects() -> list[dict]:
+    from .scenes import ALL_COMBINATIONS
+
+    return [{"colour": colour, "shape": shape} for colour, shape in ALL_COMBINATIONS]
+
+
+def evaluate(
+    model: PreTrainedModel, processor: DuoStreamProcessor, num_scenes: int, seed: int
+) -> tuple[dict[str, Any], list[dict], Dataset]:
+    """Answers by `generate` on held-out scenes, on blank pictures, and on held-out combinations of colour and shape."""
+    held_out_scenes = build_scenes("validation", num_scenes, seed=seed)
+    questions = number_rows(question_rows(held_out_scenes))
+    results = generate_answers(model, processor, questions, max_new_tokens=12)
+    blank_results = generate_answers(model, processor, blank(questions), max_new_tokens=12)
+    combinations = number_rows(question_rows(build_scenes("combinations", num_scenes, seed=seed)))
+    combination_results = generate_answers(model, processor, combinations, max_new_tokens=12)
+    captions = caption_rows(held_out_scenes)
+    caption_results = generate_answers(model, processor, captions, max_new_tokens=64)
+    are_right = [
+        caption_names_objects(result["prediction"], objects)
+        for result, objects in zip(caption_results, captions["objects"], strict=True)
+    ]
+    metrics = {
+        "held_out_scenes": exact_match(results),
+        "blank_picture": exact_match(blank_results),
+        "held_out_combinations": exact_match(combination_results),
+        "captions_with_all_colours_and_shapes": sum(are_right) / len(are_right),
+        "num_questions": {
+            "held_out_scenes": len(results),
+            "held_out_combinations": sum(result["held_out"] for result in combination_results),
+        },
+        "num_captions": len(are_right),
+    }
+    return metrics, results, questions
+
+
+def main(args: list[str] | None = None) -> None:
+    (quickstart_args,) = parse(QuickstartArguments, args=args, doc=__doc__)
+    output_dir, seed = Path(quickstart_args.output_dir), quickstart_args.seed
+    output_dir.mkdir(parents=True, exist_ok=True)
+    set_seed(seed)
+    watch = Stopwatch()
+
+    with watch.stage("draw scenes"):
+        scenes = build_scenes("train", quickstart_args.train_scenes, seed=seed)
+        captions = number_rows(to_conversations(scenes, include=("caption",), seed=seed))
+        conversations = number_rows(to_conversations(scenes, include=("caption", "questions"), seed=seed))
+
+    with watch.stage("pretrain"):
+        model, processor = new_model(PretrainArguments(), conversations)
+        pretrain_args = training_arguments(
+            output_dir / "pretrained",
+            max_steps=quickstart_args.pretrain_steps,
+            per_device_train_batch_size=64,
+            seed=seed,
+        )
+        pretraining = train(model, processor, pretrain_args, captions)
+
+    with watch.stage("fine-tune"):
+        finetune_args = training_arguments(
+            output_dir / "finetuned",
+            max_steps=quickstart_args.finetune_steps,
+            per_device_train_batch_size=48,
+            seed=seed,
+        )
+        finetuning = train(model, processor, finetune_args, conversations)
+
+    with watch.stage("load"):
+        model = AutoModelForImageTextToText.from_pretrained(output_dir / "finetuned").eval()
+        processor = AutoProcessor.from_pretrained(output_dir / "finetuned")
+
+    with watch.stage("evaluate"):
+        metrics, results, questions = evaluate(model, processor, quickstart_args.eval_scenes, seed)
+
+    with watch.stage("answer"):
+        row = questions[0]
+        question = {"type": "text", "text": text_of(row["prompt"][0])}
+        conversation = [{"role": "user", "content": [{"type": "image", "image": row["images"][0]}, question]}]
+        print(f"{question['text']} {answer(model, processor, [conversation], max_new_tokens=12)[0]}")
+
+    with watch.stage("report"):
+        metrics |= {
+            "seconds": watch.seconds,
+            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "num_parameters": model.num_parameters(),
+            "versions": {
+                "duostream": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "datasets": datasets.__version__,
+                "python": platform.python_version(),
+            },
+            "arguments": vars(quickstart_args),
+        }
+        losses = {
+            "pretraining": [(e["step"], float(e["loss"])) for e in pretraining.state.log_history if "loss" in e],
+            "fine-tuning": [(e["step"], float(e["loss"])) for e in finetuning.state.log_history if "loss" in e],
+        }
+        shown = [(questions[result["row"]]["images"][0], result) for result in pick(results, 12)]
+        attention = [(p, r, attended_tokens(output_dir / "finetuned", p, r)) for p, r in shown[:2]]
+        write_report(output_dir / "report.html", metrics, losses, shown, attention)
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
+    print(f"\nThe report is in {output_dir / 'report.html'}")
+
+
+def pick(results: list[dict], number: int) -> list[dict]:
+    """Rows spread evenly over all."""
+    return results[:: max(1, len(results) // number)][:number]
+
+
+if __name__ == "__main__":
+    main()
