@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .evaluate import exact_match, generate_answers, text_of
 from .generate import answer
 from .pretrain import PretrainArguments, new_model
 from .report import attended_tokens, write_report
-from .scenes import build_scenes, caption_rows, question_rows, to_conversations
+from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows, to_conversations
 from .training import train
 
 
@@ -80,22 +81,15 @@ class Stopwatch:
 
 def caption_names_objects(prediction: str, objects: list[dict]) -> bool:
     """Whether a caption names exactly the colours and shapes that are there, each pair as often as it is there."""
-    shapes, colours = {item["shape"] for item in _all_objects()}, {item["colour"] for item in _all_objects()}
     words = prediction.lower().replace(".", " ").replace(",", " ").split()
-    named = [(a, b) for a, b in zip(words, words[1:], strict=False) if a in colours and b in shapes]
+    named = [pair for pair in pairwise(words) if pair in ALL_COMBINATIONS]
     return sorted(named) == sorted((item["colour"], item["shape"]) for item in objects)
-
-
-def _all_objects() -> list[dict]:
-    from .scenes import ALL_COMBINATIONS
-
-    return [{"colour": colour, "shape": shape} for colour, shape in ALL_COMBINATIONS]
 
 
 def evaluate(
     model: PreTrainedModel, processor: DuoStreamProcessor, num_scenes: int, seed: int
 ) -> tuple[dict[str, Any], list[dict], Dataset]:
-    """Answers by `generate` on held-out scenes, on blank pictures, and on held-out combinations of colour and shape."""
+    """Answers by `generate` on held-out scenes, blank pictures, and held-out combinations of colour and shape."""
     held_out_scenes = build_scenes("validation", num_scenes, seed=seed)
     questions = number_rows(question_rows(held_out_scenes))
     results = generate_answers(model, processor, questions, max_new_tokens=12)

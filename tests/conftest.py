@@ -1,0 +1,27 @@
+"""Settings for all tests: no network, one seed, no progress bars."""
+
+import os
+
+# Before transformers is imported, which reads them once
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+import duostream  # noqa: F401  registers the Auto classes
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The models are the slow part, not the drawing; and a run must find what the last one found.
+settings.register_profile("duostream", deadline=None, derandomize=True, database=None)
+settings.load_profile("duostream")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, alone or with others."""
+    transformers.set_seed(0)

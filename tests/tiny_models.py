@@ -1,0 +1,154 @@
+"""Small models whose weights are large enough that every difference shows, and rows of text and pictures for them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration
+
+VOCAB_SIZE = 99
+PICTURE = "picture"
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    # So that a model in training gives the same as one that is not
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vision_use_head": False,
+}
+VIT = {**SIGLIP, "model_type": "vit"}
+VIT.pop("vision_use_head")
+
+# Llama counts positions relative to each other, so a text stream that counted from the wrong place would go
+# unnoticed; GPT-2 adds them to its inputs.
+KINDS = ("llama", "tiny", "gpt2")
+
+
+def small_config(kind: str = "llama", **kwargs: Any) -> DuoStreamConfig:
+    if kind == "llama":
+        fields: dict[str, Any] = {"text_config": LLAMA, "vision_config": SIGLIP, "fusion_stack_config": LLAMA}
+    elif kind == "tiny":
+        kwargs = {"vocab_size": VOCAB_SIZE, "vision_config": {"image_size": 24}, **kwargs}
+        return DuoStreamConfig.from_preset("tiny", **kwargs)
+    elif kind == "gpt2":
+        fields = {"text_config": GPT2, "vision_config": VIT, "fusion_stack_config": GPT2}
+    elif kind == "bert":
+        fields = {"text_config": BERT, "vision_config": SIGLIP, "fusion_stack_config": LLAMA}
+    else:
+        raise ValueError(kind)
+    return DuoStreamConfig(**{**fields, **kwargs})
+
+
+def roughen(model: nn.Module, scale: float = 0.2) -> Any:
+    """Moves every weight, those that start at zero or one too, in place: nothing cancels, everything matters."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=scale)
+    return model.eval()
+
+
+def small_model(kind: str = "llama", cls: type = DuoStreamForConditionalGeneration, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    model = roughen(cls(small_config(kind, **kwargs)), scale=0.1 if kind == "tiny" else 0.2)
+    if isinstance(model, DuoStreamForConditionalGeneration):
+        # A row that ends early would be padded, and could not be compared token by token
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+    return model
+
+
+class Row:
+    """One row: `Row(model, 3, PICTURE, 2)` is three words of text, a picture and two words."""
+
+    def __init__(self, model: Any, *parts: int | str):
+        config = model.config
+        image = torch.full((config.image_seq_length,), config.image_token_id)
+        # 0 pads, and 2 stands for pictures in most of the models here
+        pieces = [image if part == PICTURE else torch.randint(3, VOCAB_SIZE, (int(part),)) for part in parts]
+        self.ids = torch.cat(pieces)
+        size = config.vision_config.image_size
+        self.pictures = torch.randn(parts.count(PICTURE), 3, size, size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        inputs = {"input_ids": self.ids[None]}
+        return inputs | ({"pixel_values": self.pictures} if len(self.pictures) else {})
+
+
+def ragged_rows(model: Any) -> list[Row]:
+    """A picture in front, one in the middle, none, and two in one row, the second right behind some text."""
+    return [
+        Row(model, PICTURE, 7),
+        Row(model, 4, PICTURE, 5),
+        Row(model, 12),
+        Row(model, PICTURE, 2, PICTURE, 6),
+    ]
+
+
+def places(rows: Sequence[Row], side: str) -> Iterator[tuple[int, slice]]:
+    """Where each row stands in a padded batch."""
+    length = max(map(len, rows))
+    for i, row in enumerate(rows):
+        yield i, slice(length - len(row), length) if side == "left" else slice(0, len(row))
+
+
+def batch(rows: Sequence[Row], side: str = "left", pad: int = 0) -> dict[str, Tensor]:
+    """All rows as one padded batch."""
+    length = max(map(len, rows))
+    input_ids = torch.full((len(rows), length), pad)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, place in places(rows, side):
+        input_ids[i, place] = rows[i].ids
+        attention_mask[i, place] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    pictures = torch.cat([row.pictures for row in rows])
+    return inputs | ({"pixel_values": pictures} if len(pictures) else {})
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    assert left.shape == right.shape, (left.shape, right.shape)
+    return (left - right).abs().max().item()
