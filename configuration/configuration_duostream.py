@@ -15,9 +15,9 @@ from .image_tokens_duostream import image_size_of, image_token_shape
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # A few million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
-    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps. Weights
-    # start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns far slower.
+    # Over a million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
+    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps.
+    # Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
     "tiny": {
         "text_config": {
             "model_type": "llama",

@@ -59,10 +59,16 @@ def check_decoder(config: PreTrainedConfig, field: str) -> None:
             raise ValueError(f"{kind} has `{name}={value}`, which its layers apart from each other can't keep to")
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         raise ValueError(f"{kind} has a `word_embed_proj_dim` other than its `hidden_size`")
-    arguments = inspect.signature(MODEL_MAPPING[type(config)].forward).parameters
-    missing = {"inputs_embeds", "position_ids", "past_key_values"} - set(arguments)
+    model_class = MODEL_MAPPING[type(config)]
+    missing = {"inputs_embeds", "position_ids", "past_key_values"} - set(
+        inspect.signature(model_class.forward).parameters
+    )
     if missing:
         raise ValueError(f"{kind} takes no {', '.join(f'`{name}`' for name in sorted(missing))}")
+    with torch.device("meta"):
+        stack = stack_of(AutoModel.from_config(copy.deepcopy(config)))
+    if not any(hasattr(stack, name) for name in FINAL_NORMS):
+        raise ValueError(f"{kind} has no final norm by any of the names {', '.join(FINAL_NORMS)}")
 
 
 def split_config(config: PreTrainedConfig, num_fusion_layers: int) -> tuple[PreTrainedConfig, PreTrainedConfig]:
@@ -144,6 +150,8 @@ def compose_config(
                 "the text it is to write"
             )
         text_config.is_decoder = True
+    if isinstance(fusion_config, PreTrainedConfig) and num_fusion_layers is None:
+        check_decoder(fusion_config, "fusion_config")
     kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", True)))
     kwargs.setdefault("image_token_id", text_config.vocab_size)
     return DuoStreamConfig(

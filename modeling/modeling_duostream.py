@@ -482,8 +482,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
             fusion_attention_mask = attention_mask["fusion"]
         else:
-            if not num_image_tokens and seq_len > 1:
-                has_placeholder = self.image_placeholders(input_ids, inputs_embeds).any()
+            if not num_image_tokens and seq_len > 1 and input_ids is not None:
+                has_placeholder = (input_ids == self.config.image_token_id).any()
                 check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
             has_new_images = num_image_tokens > 0
             is_image = self.locate_images(

@@ -66,9 +66,9 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) ->
 
 def measure_overhead(args: BenchmarkArguments) -> dict[str, float]:
     """
-    `DuoStreamModel.forward` over its three backbones run by hand: the text stream on the text, the vision stream on the
-    pictures, the fusion stack on states of the joined length, with a mask that is ready. What is over is the projector,
-    dealing out and joining the tokens, and making the mask.
+    `DuoStreamModel.forward` over its three backbones run by hand: the text stream on the text, the vision stream on
+    the pictures, the fusion stack on states of the joined length, with a mask that is ready. What is over is the
+    projector, dealing out and joining the tokens, and making the mask.
     """
     torch.manual_seed(args.seed)
     config = DuoStreamConfig.from_preset(args.preset)
