@@ -135,7 +135,7 @@ def compose_config(
         raise ValueError(f"`vision` of type {vision_config.model_type!r} is no type that `AutoModel` builds")
     if image_size is not None:
         own_size = getattr(vision_config, "image_size", None)
-        if own_size not in (None, image_size):
+        if own_size not in (None, image_size, [image_size, image_size]):
             raise ValueError(f"`image_size` is {image_size}, but `vision` has `image_size={own_size}`")
         vision_config.image_size = image_size
     if hasattr(vision_config, "vision_use_head"):

@@ -39,6 +39,8 @@ from .stream_layout_duostream import (
 
 logger = logging.get_logger(__name__)
 
+STREAMS = {"text": "text_model", "vision": "vision_model", "projector": "projector", "fusion": "fusion_model"}
+
 NEEDS_TYPES = (
     "Continuing from a cache that holds pictures needs `mm_token_type_ids` (1 = image token) of the whole sequence, "
     "cached tokens included, as `attention_mask` has"
@@ -149,6 +151,22 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def freeze(self, *streams: str) -> None:
+        """
+        Stops training of whole parts, which then stay in eval mode, too.
+
+        Args:
+            streams (`str`): Any of `"text"`, `"vision"`, `"projector"` and `"fusion"`.
+
+        Raises:
+            ValueError: There is no such part.
+        """
+        for name in streams:
+            if name not in STREAMS:
+                raise ValueError(f"There is no stream {name!r} to freeze; there are {', '.join(map(repr, STREAMS))}")
+            getattr(self.base_model, STREAMS[name]).requires_grad_(False)
+        self.train(self.training)
+
     @classmethod
     def from_backbones(
         cls,
@@ -227,6 +245,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> "DuoStreamModel":
+        # The batch norms of a frozen stream would drift away from its weights, and its dropout be noise for nothing
+        super().train(mode)
+        for name in STREAMS.values():
+            part = getattr(self, name)
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
 
     @can_return_tuple
     def get_image_features(

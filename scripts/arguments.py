@@ -51,6 +51,9 @@ class DuoStreamTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the collator makes the model's inputs out of raw columns."}
     )
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Parts not to train: any of text, vision, projector, fusion."}
+    )
     resume: bool = field(
         default=False, metadata={"help": "Continue from the newest checkpoint in `output_dir`, if there is one."}
     )

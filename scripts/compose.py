@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedConfig, set_seed
 
 from .. import DuoStreamForConditionalGeneration, DuoStreamProcessor
 from .arguments import parse
@@ -34,6 +34,28 @@ class ComposeArguments:
     seed: int = field(default=42, metadata={"help": "Of the new weights."})
 
 
+def load_vision(vision: str) -> tuple[BaseImageProcessor, PreTrainedConfig]:
+    """
+    A vision model's image processor, and its config with the `image_size` of what the image processor makes.
+
+    Raises:
+        ValueError: The model is for pictures of another size.
+    """
+    image_processor = AutoImageProcessor.from_pretrained(vision)
+    gray = Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8))
+    height, width = image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
+    config = AutoConfig.from_pretrained(vision)
+    config = getattr(config, "vision_config", config)
+    own_size = getattr(config, "image_size", None)
+    if height != width or own_size not in (None, height, [height, width]):
+        raise ValueError(
+            f"The image processor of {vision!r} makes pictures of {height} x {width} pixels, but its model expects "
+            f"`image_size={own_size}`, square"
+        )
+    config.image_size = height
+    return image_processor, config
+
+
 def compose(args: ComposeArguments) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
     """
     The model and its processor.
@@ -42,26 +64,16 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamForConditionalGeneration, 
         ValueError: The parts can't work together.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.text)
-    image_processor = AutoImageProcessor.from_pretrained(args.vision)
+    image_processor, vision_config = load_vision(args.vision)
     processor = DuoStreamProcessor(image_processor, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    gray = Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8))
-    height, width = image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
-    vision_config = AutoConfig.from_pretrained(args.vision)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    own_size = getattr(vision_config, "image_size", None)
-    if height != width or own_size not in (None, height, [height, width]):
-        raise ValueError(
-            f"The image processor of `vision` makes pictures of {height} x {width} pixels, but its model expects "
-            f"`image_size={own_size}`, square"
-        )
     model = DuoStreamForConditionalGeneration.from_backbones(
         args.text,
         args.vision,
         num_fusion_layers=args.num_fusion_layers,
         fusion_config=None if args.fusion_config is None else AutoConfig.from_pretrained(args.fusion_config),
-        image_size=height if own_size is None else None,
+        image_size=vision_config.image_size,
         image_token_id=processor.image_token_id,
         dtype=args.dtype,
     )

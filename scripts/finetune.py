@@ -32,6 +32,7 @@ def main(args: list[str] | None = None) -> None:
     eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
     model = AutoModelForImageTextToText.from_pretrained(finetune_args.checkpoint)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
+    model.freeze(*training_args.freeze)
     train(model, processor, training_args, rows, eval_rows, data_args.max_length)
 
 

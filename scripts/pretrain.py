@@ -6,14 +6,16 @@ Example:
     duostream-pretrain --preset tiny --dataset scenes --output_dir runs/pretrained --max_steps 300
 """
 
+import json
 from dataclasses import dataclass, field
 from itertools import islice
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .. import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .compose import load_vision
 from .data import Rows, load_rows, texts_of
 from .training import train
 
@@ -28,29 +30,48 @@ class PretrainArguments:
     )
     vocab_size: int = field(default=2048, metadata={"help": "Size at most of a tokenizer that is trained."})
     tokenizer_rows: int = field(default=5000, metadata={"help": "Rows whose text a tokenizer is trained on."})
+    vision: str | None = field(
+        default=None, metadata={"help": "Local folder or Hub id of a vision model to take instead of the preset's."}
+    )
+    config_overrides: str = field(
+        default="{}",
+        metadata={"help": 'Fields that differ from the preset, as JSON: {"text_config": {"hidden_size": 256}}.'},
+    )
     bidirectional_prefix: bool = field(
         default=False, metadata={"help": "Read what comes before the first answer both ways (prefix-LM)."}
     )
 
 
 def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
-    """A preset's model with random weights, and its processor."""
+    """
+    A preset's model with random weights (but for a given vision model's), and its processor.
+
+    Raises:
+        ValueError: The parts don't fit together.
+    """
     tokenizer: PreTrainedTokenizerBase
     if args.tokenizer is None:
         tokenizer = train_tokenizer(islice(texts_of(rows), args.tokenizer_rows), args.vocab_size)
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    image_size = DuoStreamConfig.from_preset(args.preset).vision_config.image_size
+    fields = json.loads(args.config_overrides)
+    if args.vision is not None:
+        image_processor, fields["vision_config"] = load_vision(args.vision)
+    config = DuoStreamConfig.from_preset(args.preset, vocab_size=len(tokenizer), **fields)
+    if args.vision is None:
+        size = config.vision_config.image_size
+        image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     processor = DuoStreamProcessor(
-        SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
+        image_processor,
         tokenizer,
+        image_seq_length=config.image_seq_length,
         bidirectional_prefix=args.bidirectional_prefix,
     )
-    config = DuoStreamConfig.from_preset(
-        args.preset, vocab_size=len(tokenizer), image_token_id=processor.image_token_id
-    )
-    processor.image_seq_length = config.image_seq_length
-    return DuoStreamForConditionalGeneration(config), processor
+    config.image_token_id = processor.image_token_id
+    model = DuoStreamForConditionalGeneration(config)
+    if args.vision is not None:
+        model.model.vision_model = AutoModel.from_pretrained(args.vision, config=config.vision_config)
+    return model, processor
 
 
 def main(args: list[str] | None = None) -> None:
@@ -63,6 +84,7 @@ def main(args: list[str] | None = None) -> None:
     if training_args.eval_strategy != "no":
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
     model, processor = new_model(pretrain_args, rows)
+    model.freeze(*training_args.freeze)
     train(model, processor, training_args, rows, eval_rows, data_args.max_length)
 
 

@@ -213,7 +213,7 @@ def to_conversations(
     Args:
         dataset: A data set of `build_scenes`.
         max_turns: Most pairs of a user and an assistant message to keep per scene, at least 1. Default: all.
-        seed: Seed of the order of the turns, which is random for each row.
+        seed: Seed of the order of the turns: the questions in random order, then the texts in random order.
         include: What to ask for, out of "caption", "description", "summary" and "questions". A summary is left out by
             default because it repeats the description.
         language: Language of the caption's turn: "en", "de" or "zh". The other turns are in English.
@@ -521,12 +521,15 @@ def _map_batch(
 def _conversation(
     row: Row, index: int, max_turns: int | None, seed: int, include: tuple[str, ...], language: str
 ) -> list[Row]:
-    turns = [(prompt, row[name]) for name, prompt in TEXT_PROMPTS.items() if name in include]
+    rng = random.Random(f"{seed}/turns/{index}")
+    turns = [(item["question"], item["answer"]) for item in row["questions"]] if "questions" in include else []
+    texts = [(prompt, row[name]) for name, prompt in TEXT_PROMPTS.items() if name in include]
     if "caption" in include:
-        turns.append((CAPTION_PROMPTS[language], row[f"caption_{language}"]))
-    if "questions" in include:
-        turns.extend((item["question"], item["answer"]) for item in row["questions"])
-    random.Random(f"{seed}/turns/{index}").shuffle(turns)
+        texts.append((CAPTION_PROMPTS[language], row[f"caption_{language}"]))
+    rng.shuffle(turns)
+    rng.shuffle(texts)
+    # Texts come last. Questions that followed one would be answered from it, and not from the picture.
+    turns += texts
     return [{"images": [row["image"]], "messages": _messages(turns[:max_turns])}]
 
 
