@@ -66,8 +66,10 @@ def check_decoder(config: PreTrainedConfig, field: str) -> None:
     if missing:
         raise ValueError(f"{kind} takes no {', '.join(f'`{name}`' for name in sorted(missing))}")
     with torch.device("meta"):
-        stack = stack_of(AutoModel.from_config(copy.deepcopy(config)))
-    if not any(hasattr(stack, name) for name in FINAL_NORMS):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(f"{kind} has a language-model head with a bias")
+    if not any(hasattr(stack_of(model.base_model), name) for name in FINAL_NORMS):
         raise ValueError(f"{kind} has no final norm by any of the names {', '.join(FINAL_NORMS)}")
 
 
@@ -176,19 +178,17 @@ def compose_state_dict(
 ) -> dict[str, torch.Tensor]:
     """
     The backbones' weights under their names in `DuoStreamForConditionalGeneration`; nothing is copied.
-
-    Raises:
-        ValueError: A part of the language model has no place in DuoStream.
     """
     state_dict = {f"model.vision_model.{name}": weight for name, weight in vision.state_dict().items()}
     base = text.base_model
     layers_name, num_text_layers = "", config.text_config.num_hidden_layers
     if is_split:
         num_layers = num_text_layers + config.fusion_stack_config.num_hidden_layers
-        stacks = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-        if not stacks:
-            raise ValueError(f"`text` of type {base.config.model_type!r} has no list of its {num_layers} layers")
-        layers_name = stacks[0]
+        layers_name = next(
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        )
     for name, weight in base.state_dict().items():
         layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.(.+)", name) if is_split else None
         if layer and int(layer[1]) >= num_text_layers:
@@ -202,7 +202,5 @@ def compose_state_dict(
         state_dict[f"model.{name}"] = weight
     head = text.get_output_embeddings()
     if head is not None:
-        if getattr(head, "bias", None) is not None:
-            raise ValueError(f"`text` of type {base.config.model_type!r} has a language-model head with a bias")
         state_dict["lm_head.weight"] = head.weight
     return state_dict

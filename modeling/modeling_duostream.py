@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin, LogitsProcessorList, Suppre
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested
@@ -151,6 +152,13 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # For models from outside of the library it leaves out what `_init_weights` does to modules without weights of
+        # their own, and so the backbones' own rules (GPT-2, CLIP) when a checkpoint lacks some. All of these models
+        # initialise by the library's `initialization`, which needs no such care.
+        return False
+
     def freeze(self, *streams: str) -> None:
         """
         Stops training of whole parts, which then stay in eval mode, too.
@@ -232,6 +240,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # Flash kernels know causal and padding masks only; a picture's tokens see each other both ways.
             logger.warning_once("The fusion stack's masks are beyond flash attention: it uses `sdpa` instead.")
             config.fusion_stack_config._attn_implementation = "sdpa"
+        if not MODEL_MAPPING[type(config.vision_config)]._supports_sdpa:
+            # A convolutional stream has no attention to choose, but would refuse whatever is chosen for the others
+            config.vision_config._attn_implementation = "eager"
         self.text_model = AutoModel.from_config(config.text_config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.projector = DuoStreamProjector(config)
@@ -526,7 +537,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 is_image, attention_mask, layout_position_ids, seq_len, num_image_tokens, text_cache, images_per_row
             )
             if has_new_images or token_type_ids is not None:
-                block_ids = self._block_sequence_ids(is_image, token_type_ids)
+                block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len)
 
         if layout.text_index is not None:
             if inputs_embeds is None:
@@ -589,6 +600,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         self,
         is_image: torch.Tensor | None,
         token_type_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        seq_len: int,
     ) -> torch.Tensor:
         if is_image is None:
             is_image = torch.zeros_like(token_type_ids, dtype=torch.bool)
@@ -596,6 +609,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # Types of the new tokens alone: what is cached has been read, and is seen by all of them anyway
             num_past = is_image.shape[1] - token_type_ids.shape[1]
             token_type_ids = nn.functional.pad(token_type_ids, (num_past, 0), value=1)
+        elif token_type_ids is not None and token_type_ids.shape[1] > seq_len:
+            is_prefix = (
+                token_type_ids == 0 if attention_mask is None else (token_type_ids == 0) & (attention_mask != 0)
+            )
+            is_cut = is_prefix[:, :-seq_len].any(dim=1) & is_prefix[:, -seq_len:].any(dim=1)
+            check(~is_cut.any(), "A prefix that is read both ways (`token_type_ids` 0) must be read at once")
         return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids)
 
 
@@ -771,7 +790,7 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
             )
         elif mm_token_type_ids is not None:
             # Assisted decoding appends candidates without telling their type: they are text
-            num_untold = kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1]
+            num_untold = max(kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1], 0)
             model_inputs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_untold))
         return model_inputs
 

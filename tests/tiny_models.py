@@ -1,8 +1,10 @@
 """Small models whose weights are large enough that every difference shows, and rows of text and pictures for them."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +96,7 @@ def small_model(kind: str = "llama", cls: type = DuoStreamForConditionalGenerati
     if isinstance(model, DuoStreamForConditionalGeneration):
         # A row that ends early would be padded, and could not be compared token by token
         model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
+        model.generation_config.pad_token_id = None  # nor is a mask to be read off the tokens
     return model
 
 
@@ -152,3 +154,8 @@ def batch(rows: Sequence[Row], side: str = "left", pad: int = 0) -> dict[str, Te
 def difference(left: Tensor, right: Tensor) -> float:
     assert left.shape == right.shape, (left.shape, right.shape)
     return (left - right).abs().max().item()
+
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile makes C++ for a CPU; no compiler here"
+)

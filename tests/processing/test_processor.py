@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, BertTokenizer, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
@@ -35,10 +35,17 @@ def image_processor():
 
 
 def chatml_tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer = train_tokenizer(TEXTS, 300)
+    """As of a language model from elsewhere: no image token, no padding token, and a chat template of its own."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
+        tokenizer_object=backend,
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHATML,
@@ -98,10 +105,11 @@ def tokenize(processor, conversation, **kwargs):
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[name]), np.asarray(b[name])) for name in a)
+    def is_equal(x, y):
+        is_ragged = isinstance(x, list) and not isinstance(x[0], np.ndarray)
+        return x == y if is_ragged else np.array_equal(np.asarray(x), np.asarray(y))
 
-
-# What a call gives
+    return a.keys() == b.keys() and all(is_equal(a[name], b[name]) for name in a)
 
 
 def test_a_marker_becomes_as_many_placeholders_as_a_picture_has_tokens(processor):
@@ -132,6 +140,13 @@ def test_pictures_stay_in_the_order_of_their_markers(processor):
     means = [float(np.mean(pixels[0])) for pixels in nested["pixel_values"]]
     assert means == sorted(means)
     assert equal(nested, flat)
+
+
+def test_one_text_and_one_picture_need_no_lists(processor):
+    assert equal(
+        processor(text="a<|image|>", images=picture(), return_tensors="pt"),
+        processor(text=["a<|image|>"], images=[[picture()]], return_tensors="pt"),
+    )
 
 
 def test_text_alone_needs_no_picture_and_a_picture_no_text(processor):
@@ -171,9 +186,6 @@ def test_a_picture_must_have_tokens():
         DuoStreamProcessor(image_processor(), train_tokenizer(TEXTS, 300), image_seq_length=0)
 
 
-# Markers and pictures that don't match
-
-
 @pytest.mark.parametrize(
     ("texts", "counts", "message"),
     [
@@ -203,9 +215,6 @@ def test_markers_without_any_picture_are_refused(processor):
         processor(text=["<|image|>a", "<|image|>b"])
 
 
-# The chat template
-
-
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_tokenizing_the_chat_template_equals_calling_on_what_it_renders(processor, name):
     conversation = CONVERSATIONS[name]
@@ -224,9 +233,7 @@ def test_tokenizing_the_chat_template_equals_calling_on_what_it_renders(processo
 
 def test_the_chat_template_writes_roles_pictures_and_ends_of_answers(processor):
     rendered = processor.apply_chat_template(CONVERSATIONS["several turns"], add_generation_prompt=True)
-    assert rendered == (
-        "<|user|><|image|>Color?<|assistant|>It is red.<|end|><|user|>And <|image|><|assistant|>"
-    )
+    assert rendered == ("<|user|><|image|>Color?<|assistant|>It is red.<|end|><|user|>And <|image|><|assistant|>")
     assert processor.apply_chat_template([user(text("a"))]) == "<|user|>a"
 
 
@@ -279,7 +286,7 @@ def test_a_marker_in_user_text_takes_no_other_picture_away(processor):
 
 
 @given(content=st.text(max_size=40))
-@settings(max_examples=40, deadline=None, database=None)
+@settings(max_examples=40)
 def test_any_user_text_is_kept_exactly_between_the_role_markers(processor, content):
     ids = tokenize(processor, [user(text(content))])["input_ids"][0]
     assert (ids[0], ids[-1]) == (USER, ASSISTANT)
@@ -323,18 +330,254 @@ def test_the_assistants_tokens_can_be_told(processor):
     assert processor.decode(said) == "It is red.<|end|>"
 
 
-# The image token
+@pytest.mark.parametrize("make", [chatml_tokenizer, bert_tokenizer])
+def test_a_tokenizer_without_the_image_token_gets_it_behind_its_vocabulary(make):
+    tokenizer = make()
+    size, specials = len(tokenizer), tokenizer.all_special_tokens
+    before = tokenizer.encode("a red b")
+    processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    assert (processor.image_token_id, len(tokenizer)) == (size, size + 1)
+    assert set(specials) < set(tokenizer.all_special_tokens)
+    assert tokenizer.encode("a red b") == before
+    ids = processor(text="a<|image|>b", images=[picture()])["input_ids"][0]
+    assert ids.count(size) == NUM_TOKENS
 
 
-def test_a_tokenizer_without_the_image_token_gets_it_behind_its_vocabulary():
-    tokenizer = chatml_tokenizer()
-    size, specials = len(tokenizer), set(tokenizer.all_special_tokens)
-    assert tokenizer.pad_token is None
-    del tokenizer
-    plain = BertTokenizer(vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])})
-    processor = DuoStreamProcessor(image_processor(), plain, image_seq_length=2)
-    assert processor.image_token_id == 6
-    assert len(plain) == 7
-    ids = processor(text="a<|image|>a", images=[picture()])["input_ids"][0]
-    assert ids == [2, 5, 6, 6, 5, 3]
-    assert size and specials
+def test_a_tokenizer_that_has_the_image_token_is_left_as_it_is():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    vocabulary = tokenizer.get_vocab()
+    assert DuoStreamProcessor(image_processor(), tokenizer).image_token_id == IMAGE
+    assert tokenizer.get_vocab() == vocabulary
+
+
+def test_another_image_token_is_used_in_text_and_template():
+    processor = DuoStreamProcessor(
+        image_processor(), chatml_tokenizer(), image_token="<image>", image_seq_length=NUM_TOKENS
+    )
+    assert "<|im_start|>user\n<image>What" in processor.apply_chat_template(CONVERSATIONS["one picture"])
+    ids = tokenize(processor, CONVERSATIONS["one picture"])["input_ids"][0]
+    assert ids.count(processor.image_token_id) == NUM_TOKENS
+    assert processor.tokenizer.convert_ids_to_tokens(processor.image_token_id) == "<image>"
+
+
+def test_a_prompt_is_a_prefix_up_to_the_role_marker_of_its_answer(prefix_processor):
+    outputs = tokenize(prefix_processor, CONVERSATIONS["one picture"], return_tensors="pt")
+    assert outputs["input_ids"][0, -1] == ASSISTANT
+    length = outputs["input_ids"].shape[1]
+    assert outputs["token_type_ids"].tolist() == [[0] * (length - 1) + [1]]
+    assert outputs["token_type_ids"].dtype == torch.long
+
+
+def test_a_completion_alone_is_no_prefix(prefix_processor):
+    outputs = prefix_processor(text=["It is red.<|end|>", "No."])
+    assert outputs["token_type_ids"] == [[1] * len(row) for row in outputs["input_ids"]]
+
+
+@pytest.mark.parametrize("name", ["one picture", "several turns", "text only"])
+def test_types_of_prompt_and_completion_join_to_those_of_the_whole(prefix_processor, name):
+    # TRL tokenizes both on their own and joins them
+    prompt = prefix_processor.apply_chat_template(CONVERSATIONS[name], add_generation_prompt=True)
+    completion = "It is red.<|end|>"
+    images = [picture()] * prompt.count("<|image|>") or None
+    first = prefix_processor(text=prompt, images=images)
+    second = prefix_processor(text=completion)
+    whole = prefix_processor(text=prompt + completion, images=images)
+    for key in ("input_ids", "token_type_ids"):
+        assert first[key][0] + second[key][0] == whole[key][0]
+
+
+def test_later_turns_belong_to_the_suffix(prefix_processor):
+    outputs = tokenize(prefix_processor, CONVERSATIONS["several turns"])
+    first_answer = outputs["input_ids"][0].index(ASSISTANT)
+    types = outputs["token_type_ids"][0]
+    assert types == [0] * first_answer + [1] * (len(types) - first_answer)
+
+
+def test_a_role_marker_in_user_text_does_not_end_the_prefix(prefix_processor):
+    outputs = tokenize(prefix_processor, [user(text("What does <|assistant|> mean?"))])
+    assert outputs["token_type_ids"][0] == [0] * (len(outputs["input_ids"][0]) - 1) + [1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_the_types_of_the_tokens_as_they_are(prefix_processor, side):
+    conversations = [CONVERSATIONS["text only"], CONVERSATIONS["several pictures"]]
+    batch = tokenize(
+        prefix_processor,
+        conversations,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": side},
+    )
+    assert batch["attention_mask"].min() == 0
+    for i, conversation in enumerate(conversations):
+        alone = tokenize(prefix_processor, conversation)["token_type_ids"][0]
+        assert batch["token_type_ids"][i][batch["attention_mask"][i] == 1].tolist() == alone
+
+
+def test_a_role_marker_of_several_tokens_is_found_whole():
+    processor = DuoStreamProcessor(
+        image_processor(), chatml_tokenizer(), image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+    )
+    outputs = tokenize(processor, CONVERSATIONS["one picture"])
+    (ids,), (types,) = outputs["input_ids"], outputs["token_type_ids"]
+    assert processor.decode([i for i, kind in zip(ids, types, strict=True) if kind]) == "<|im_start|>assistant\n"
+    assert types == sorted(types)
+
+
+def test_a_causal_prefix_has_no_types(processor):
+    assert "token_type_ids" not in tokenize(processor, CONVERSATIONS["one picture"])
+
+
+def test_segment_ids_of_a_bert_tokenizer_are_not_taken_for_types():
+    tokenizer = bert_tokenizer()
+    assert "token_type_ids" in tokenizer("a b")
+    causal = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    assert "token_type_ids" not in causal(text="a <|image|> b", images=[picture()])
+    assert "token_type_ids" not in causal(text="a b c", truncation=True, max_length=4)
+    prefix = DuoStreamProcessor(
+        image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+    )
+    outputs = tokenize(prefix, [user(text("a b"))])
+    assert set(outputs["token_type_ids"][0]) == {0, 1}
+    assert outputs["token_type_ids"][0] == sorted(outputs["token_type_ids"][0])
+
+
+def numbered(processor, **kwargs):
+    """Text of one-token letters around two pictures, a b c [picture] d e [picture] f g h, cut to `max_length`."""
+    return processor(text=["abc<|image|>de<|image|>fgh"], images=[[picture(), picture()]], truncation=True, **kwargs)
+
+
+def letters(processor, ids):
+    return [processor.decode([i]) for i in ids if i not in (IMAGE, processor.tokenizer.pad_token_id)]
+
+
+@pytest.fixture
+def byte_processor():
+    """No merges, so that every letter is a token. For each test its own, because its truncation side changes."""
+    return DuoStreamProcessor(image_processor(), train_tokenizer([], 262), image_seq_length=NUM_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("side", "max_length", "kept"),
+    [
+        ("right", 16, "abcdefgh"),
+        ("right", 13, "abcde"),
+        ("right", 10, "ab"),
+        ("right", 8, ""),
+        ("left", 13, "defgh"),
+        ("left", 9, "h"),
+        ("left", 8, ""),
+    ],
+)
+def test_truncation_shortens_text_and_never_a_picture(byte_processor, side, max_length, kept):
+    byte_processor.tokenizer.truncation_side = side
+    outputs = numbered(byte_processor, max_length=max_length)
+    (ids,) = outputs["input_ids"]
+    assert len(ids) == max_length
+    assert "".join(letters(byte_processor, ids)) == kept
+    assert ids.count(IMAGE) == 2 * NUM_TOKENS
+    assert outputs["attention_mask"] == [[1] * max_length]
+    assert outputs["mm_token_type_ids"] == [[int(i == IMAGE) for i in ids]]
+    assert len(outputs["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize("name", ["padding", "padding_side"])
+def test_truncation_with_padding_fills_up_short_rows(byte_processor, name):
+    padding_side = "left" if name == "padding_side" else "right"
+    outputs = byte_processor(
+        text=["abcdefghijkl<|image|>", "a<|image|>"],
+        images=[[picture()], [picture()]],
+        truncation=True,
+        max_length=10,
+        padding="max_length",
+        padding_side=padding_side,
+        return_tensors="pt",
+    )
+    assert outputs["input_ids"].shape == outputs["attention_mask"].shape == (2, 10)
+    assert outputs["mm_token_type_ids"].tolist() == (outputs["input_ids"] == IMAGE).long().tolist()
+    short = [1] * 5 + [0] * 5
+    assert outputs["attention_mask"].tolist() == [[1] * 10, short[::-1] if padding_side == "left" else short]
+    assert letters(byte_processor, outputs["input_ids"][0].tolist()) == list("abcdef")
+
+
+def test_truncation_of_what_is_short_enough_changes_nothing(byte_processor):
+    assert equal(
+        numbered(byte_processor, max_length=40, padding=True, return_tensors="pt"),
+        byte_processor(
+            text=["abc<|image|>de<|image|>fgh"], images=[[picture(), picture()]], padding=True, return_tensors="pt"
+        ),
+    )
+
+
+def test_truncation_of_text_alone_is_the_tokenizers(byte_processor):
+    outputs = byte_processor(text=["abcdef", "ab"], truncation=True, max_length=4)
+    assert (
+        outputs["input_ids"] == byte_processor.tokenizer(["abcdef", "ab"], truncation=True, max_length=4)["input_ids"]
+    )
+
+
+def test_truncation_without_a_length_goes_by_what_the_model_takes(byte_processor):
+    byte_processor.tokenizer.model_max_length = 12
+    assert len(numbered(byte_processor)["input_ids"][0]) == 12
+
+
+def test_truncation_works_through_the_chat_template(byte_processor):
+    outputs = tokenize(
+        byte_processor,
+        [user(image(), text("a <|image|> of long text"))],
+        return_tensors="pt",
+        processor_kwargs={"truncation": True, "max_length": 12},
+    )
+    assert outputs["input_ids"].shape == (1, 12)
+    assert (outputs["input_ids"] == IMAGE).sum() == NUM_TOKENS
+
+
+def test_truncation_keeps_the_types_of_a_prefix_in_step():
+    processor = DuoStreamProcessor(
+        image_processor(), train_tokenizer([], 262), image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+    )
+    conversation = "<|user|>ab<|image|><|assistant|>yes"
+    outputs = processor(text=conversation, images=[picture()], truncation=True, max_length=10, return_tensors="pt")
+    assert processor.decode(outputs["input_ids"][0][-3:]) == "<|assistant|>ye"
+    assert outputs["token_type_ids"].tolist() == [[0] * 7 + [1] * 3]
+
+
+def test_pictures_longer_than_the_limit_are_refused_with_their_row(byte_processor):
+    with pytest.raises(ValueError, match="Row 1: pictures take 8 tokens, more than `max_length`=7"):
+        byte_processor(
+            text=["a", "<|image|>b<|image|>"], images=[[], [picture(), picture()]], truncation=True, max_length=7
+        )
+
+
+@pytest.mark.parametrize("bidirectional_prefix", [False, True])
+def test_a_saved_processor_loads_as_it_was(tmp_path, bidirectional_prefix):
+    processor = DuoStreamProcessor(
+        image_processor(),
+        chatml_tokenizer(),
+        image_token="<image>",
+        image_seq_length=7,
+        bidirectional_prefix=bidirectional_prefix,
+    )
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is DuoStreamProcessor
+    for name in ("image_token", "image_token_id", "image_seq_length", "bidirectional_prefix", "chat_template"):
+        assert getattr(loaded, name) == getattr(processor, name), name
+    assert loaded.model_input_names == processor.model_input_names
+    for conversation in CONVERSATIONS.values():
+        assert equal(
+            tokenize(loaded, conversation, return_tensors="pt"), tokenize(processor, conversation, return_tensors="pt")
+        )
+
+
+def test_a_processor_saved_twice_is_still_the_same(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "first")
+    AutoProcessor.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for name in ("processor_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text()
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_without_torchvision_the_pil_image_processor_is_loaded(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path).image_processor) is SiglipImageProcessorPil
+    assert "torchvision" not in sys.modules

@@ -21,13 +21,13 @@ def tokenizer():
 @example(text="  two leading spaces, a\ttab\r\n\n\nnew lines, and spaces behind \n ")
 @example(text="e\u0301 is two code points, \u00e9 is one; \u0000 and \u200b too")
 @example(text="a comma , a full stop . and I 'm a question ?")
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 def test_any_text_comes_back_exactly(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(texts=st.lists(st.text(max_size=20), min_size=2, max_size=4))
-@settings(max_examples=20, deadline=None, database=None)
+@settings(max_examples=20)
 def test_any_texts_come_back_exactly_from_a_padded_batch(tokenizer, texts):
     batch = tokenizer(texts, padding=True)["input_ids"]
     assert len({len(row) for row in batch}) == 1

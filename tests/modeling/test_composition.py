@@ -1,0 +1,579 @@
+"""A model made of pretrained backbones does what they did, and backbones that can't be used say why."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import LLAMA, PICTURE, VOCAB_SIZE, Row, batch, difference, places, roughen
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamModel
+
+CLOSE = 2e-4
+NEW = 6
+NUM_LAYERS = 4
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 8}
+MANY = {**COMMON, "num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
+OPT = {key: value for key, value in COMMON.items() if key != "intermediate_size"} | {"ffn_dim": 48}
+GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": NUM_LAYERS,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+
+FULL: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=False),
+    "llama, tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
+    # Every fourth layer without positions, which must stay where it was
+    "smollm3": lambda: transformers.SmolLM3Config(**COMMON, num_key_value_heads=2, no_rope_layers=[1, 0, 1, 0]),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "gemma": lambda: transformers.GemmaConfig(**GROUPED),
+    "phi3": lambda: transformers.Phi3Config(**COMMON, num_key_value_heads=2),
+    "opt": lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**COMMON),
+    "olmo2": lambda: transformers.Olmo2Config(**COMMON),
+}
+SLIDING: dict[str, Callable[[], PreTrainedConfig]] = {
+    # Layers of both kinds, in an order that differs between the two halves
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, sliding_window=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **GROUPED,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=8),
+}
+TEXTS = FULL | SLIDING
+
+SMALL_VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_VISION |= {"image_size": 16, "patch_size": 8}
+VISIONS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "siglip": lambda: transformers.SiglipVisionConfig(**SMALL_VISION),
+    "clip": lambda: transformers.CLIPVisionConfig(**SMALL_VISION),
+    "vit": lambda: transformers.ViTConfig(**SMALL_VISION),
+    "dinov2": lambda: transformers.Dinov2Config(
+        **{key: value for key, value in SMALL_VISION.items() if key != "intermediate_size"}, mlp_ratio=2
+    ),
+    "convnextv2": lambda: transformers.ConvNextV2Config(
+        hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=64
+    ),
+    "resnet": lambda: transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    ),
+    "regnet": lambda: transformers.RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, image_size=48
+    ),
+    "swin": lambda: transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
+    ),
+    "beit": lambda: transformers.BeitConfig(**SMALL_VISION),
+    "dinov3": lambda: transformers.DINOv3ViTConfig(
+        **{**SMALL_VISION, "num_attention_heads": 3}, num_register_tokens=2
+    ),
+    "a whole siglip": lambda: transformers.SiglipConfig(
+        text_config={**SMALL_VISION, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        vision_config=SMALL_VISION,
+    ),
+    "a whole clip": lambda: transformers.CLIPConfig(
+        text_config={**SMALL_VISION, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        vision_config=SMALL_VISION,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a random checkpoint to disk, once, and says where it is."""
+    root = tmp_path_factory.mktemp("backbones")
+
+    def write(name: str) -> Path:
+        path = root / name.replace(" ", "_").replace(",", "")
+        if not path.exists():
+            torch.manual_seed(0)
+            if name in TEXTS:
+                model = AutoModelForCausalLM.from_config(TEXTS[name]())
+            elif name == "bert":
+                model = AutoModel.from_config(transformers.BertConfig(**COMMON))
+            else:
+                model = AutoModel.from_config(VISIONS[name]())
+            roughen(model, scale=0.1).save_pretrained(path)
+        return path
+
+    return write
+
+
+def compose(folder: Callable[[str], Path], text: str = "llama", vision: str = "siglip", **kwargs: Any) -> Any:
+    arguments = {"num_fusion_layers": 2, **kwargs}
+    model = DuoStreamForConditionalGeneration.from_backbones(folder(text), folder(vision), **arguments).eval()
+    # A row that ends early could not be compared token by token
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = None
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
+    return model(**inputs, **kwargs).logits
+
+
+@pytest.mark.parametrize("num_fusion_layers", [1, 3])
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_alone_gives_exactly_the_backbones_logits(
+    text: str, num_fusion_layers: int, folder: Callable[[str], Path]
+) -> None:
+    backbone = AutoModelForCausalLM.from_pretrained(folder(text)).eval()
+    model = compose(folder, text, num_fusion_layers=num_fusion_layers)
+    ids = torch.randint(3, VOCAB_SIZE, (3, 20))  # longer than the sliding windows
+    mask = torch.ones_like(ids)
+    mask[0, 11:] = mask[1, 19:] = 0
+    for use_cache in (True, False):
+        ours, theirs = (logits(m, {"input_ids": ids}, use_cache=use_cache) for m in (model, backbone))
+        assert difference(ours, theirs) == 0.0
+        padded = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
+        ours, theirs = (logits(m, padded)[mask.bool()] for m in (model, backbone))
+        assert difference(ours, theirs) == 0.0
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    left = {"input_ids": ids, "attention_mask": mask.flip(1)}
+    assert torch.equal(model.generate(**left, **settings), backbone.generate(**left, **settings))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_backbones_weights_are_the_models_and_only_the_projector_is_new(
+    text: str, folder: Callable[[str], Path]
+) -> None:
+    torch.manual_seed(1)
+    first = compose(folder, text)
+    torch.manual_seed(2)
+    second = compose(folder, text)
+    drawn = [name for name, weight in first.named_parameters() if not torch.equal(weight, second.get_parameter(name))]
+    assert drawn and all(name.startswith("model.projector.") for name in drawn)
+    backbone = AutoModelForCausalLM.from_pretrained(folder(text))
+    streams = [first.model.text_model, first.model.fusion_model, first.lm_head]
+    weights = {id(weight): weight for stream in streams for weight in stream.parameters()}
+    assert sum(weight.numel() for weight in weights.values()) == sum(
+        weight.numel() for weight in backbone.parameters()
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_composed_model_comes_back_from_disk(text: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = compose(folder, text)
+    row = Row(model, 2, PICTURE, 5)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded, row.inputs), logits(model, row.inputs))
+    tied = AutoModelForCausalLM.from_pretrained(folder(text)).config.tie_word_embeddings
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
+    assert loaded.config.image_token_id == VOCAB_SIZE  # no row of the embeddings changes its meaning
+
+
+@pytest.mark.parametrize("text", FULL)
+def test_pictures_anywhere_give_the_same_with_a_cache_and_without(text: str, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, text)
+    rows = [Row(model, PICTURE, 9), Row(model, 5, PICTURE, 7), Row(model, 15), Row(model, PICTURE, 3, PICTURE, 4)]
+    for side in ("left", "right"):
+        together = {use_cache: logits(model, batch(rows, side), use_cache=use_cache) for use_cache in (True, False)}
+        for i, place in places(rows, side):
+            alone = logits(model, rows[i].inputs, use_cache=False)[0]
+            for use_cache in (True, False):
+                assert difference(together[use_cache][i, place], alone) < CLOSE
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    inputs = batch(rows)
+    cached = model.generate(**inputs, **settings)
+    assert torch.equal(cached, model.generate(**inputs, **settings, use_cache=False))
+    static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, cached)
+    for tokens, row in zip(cached, rows, strict=True):
+        alone = model.generate(**row.inputs, **settings, use_cache=False)
+        assert torch.equal(tokens[-NEW:], alone[0, -NEW:])
+
+
+@pytest.mark.parametrize("text", SLIDING)
+def test_a_window_slides_over_text_and_pictures_with_a_cache_as_without(
+    text: str, folder: Callable[[str], Path]
+) -> None:
+    model = compose(folder, text)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    for parts in ((20,), (PICTURE, 12), (10, PICTURE, 4), (3, PICTURE, 5, PICTURE, 12)):
+        row = Row(model, *parts)
+        cached, uncached = (logits(model, row.inputs, use_cache=use_cache) for use_cache in (True, False))
+        assert difference(cached, uncached) < CLOSE
+        expected = model.generate(**row.inputs, **settings, use_cache=False)
+        assert torch.equal(model.generate(**row.inputs, **settings), expected)
+        static = model.generate(**row.inputs, **settings, cache_implementation="static", disable_compile=True)
+        assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("text", SLIDING)
+def test_a_window_slides_over_a_batch_without_a_cache(text: str, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, text)
+    rows = [Row(model, PICTURE, 9), Row(model, 12, PICTURE, 5), Row(model, 25), Row(model, PICTURE, 3, PICTURE, 12)]
+    for side in ("left", "right"):
+        together = logits(model, batch(rows, side), use_cache=False)
+        for i, place in places(rows, side):
+            assert difference(together[i, place], logits(model, rows[i].inputs, use_cache=False)[0]) < CLOSE
+
+
+@pytest.mark.parametrize("text", SLIDING)
+def test_a_window_slides_over_a_batch_with_pictures_in_front(text: str, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, text)
+    rows = [Row(model, PICTURE, 14), Row(model, PICTURE, 9)]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    together = model.generate(**batch(rows), **settings)
+    for tokens, row in zip(together, rows, strict=True):
+        assert torch.equal(tokens[-12:], model.generate(**row.inputs, **settings, use_cache=False)[0, -12:])
+
+
+@pytest.mark.parametrize("text", SLIDING)
+def test_a_window_and_pictures_at_different_places_are_refused_with_a_cache(
+    text: str, folder: Callable[[str], Path]
+) -> None:
+    # A cached window counts slots, and the row with the picture in its midst has empty ones
+    model = compose(folder, text)
+    inputs = batch([Row(model, PICTURE, 12), Row(model, 8, PICTURE, 4)])
+    with pytest.raises(ValueError, match="sliding window of 8 tokens"):
+        model.generate(**inputs, max_new_tokens=NEW)
+
+
+def test_a_window_that_the_text_outgrows_while_it_is_written_is_refused_then(folder: Callable[[str], Path]) -> None:
+    model = compose(folder, "mistral")
+    rows = [Row(model, PICTURE, 3), Row(model, 2, PICTURE, 1)]
+    settings: dict[str, Any] = {"do_sample": False}
+    together = model.generate(**batch(rows), **settings, max_new_tokens=2)
+    for tokens, row in zip(together, rows, strict=True):
+        alone = model.generate(**row.inputs, **settings, max_new_tokens=2, use_cache=False)
+        assert torch.equal(tokens[-2:], alone[0, -2:])
+    with pytest.raises(ValueError, match="sliding window of 8 tokens"):
+        model.generate(**batch(rows), **settings, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("fusion", [LLAMA, transformers.LlamaConfig(**GROUPED)], ids=["a dict", "a config"])
+def test_an_encoder_takes_a_fusion_stack_of_its_own(fusion: Any, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, "bert", num_fusion_layers=None, fusion_config=fusion)
+    assert model.config.text_config.is_decoder  # it would see the text it is to write
+    bert = AutoModel.from_pretrained(folder("bert"), is_decoder=True).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (2, 9))
+    with torch.no_grad():
+        states = model.model.text_model(ids).last_hidden_state
+        assert torch.equal(states, bert(ids).last_hidden_state)
+    rows = [Row(model, PICTURE, 9), Row(model, 5, PICTURE, 7), Row(model, 12)]
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    together = model.generate(**batch(rows), **settings)
+    for tokens, row in zip(together, rows, strict=True):
+        assert torch.equal(tokens[-NEW:], model.generate(**row.inputs, **settings, use_cache=False)[0, -NEW:])
+
+
+def test_a_model_without_a_head_keeps_the_encoder_an_encoder(folder: Callable[[str], Path]) -> None:
+    model = DuoStreamModel.from_backbones(folder("bert"), folder("siglip"), fusion_config=LLAMA).eval()
+    assert not model.config.is_text_causal
+    bert = AutoModel.from_pretrained(folder("bert")).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model.text_model(ids).last_hidden_state, bert(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("text", ["llama", "gpt2", "opt"])
+def test_a_decoder_may_be_kept_whole_under_a_new_fusion_stack(text: str, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, text, num_fusion_layers=None, fusion_config=LLAMA)
+    assert model.config.text_config.num_hidden_layers == NUM_LAYERS
+    backbone = AutoModelForCausalLM.from_pretrained(folder(text))
+    for name, weight in backbone.base_model.named_parameters():
+        if "norm" not in name.split(".")[-2] and "ln_f" not in name:
+            assert torch.equal(model.model.text_model.get_parameter(name), weight), name
+    assert torch.equal(model.lm_head.weight, backbone.get_output_embeddings().weight)
+    row = Row(model, 2, PICTURE, 3)
+    assert difference(logits(model, row.inputs), logits(model, row.inputs, use_cache=False)) < CLOSE
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_image_features_are_the_vision_models_own_last_states(vision: str, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, vision=vision, image_size=48 if vision == "resnet" else None)
+    own = AutoModel.from_pretrained(folder(vision)).eval()
+    own = getattr(own, "vision_model", own)
+    size, L = model.config.vision_config.image_size, model.config.image_seq_length
+    pictures = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = own(pixel_values=pictures).last_hidden_state
+        if expected.ndim == 4:  # a feature map, read like a page
+            height, width = expected.shape[2:]
+            expected = torch.stack([expected[:, :, y, x] for y in range(height) for x in range(width)], dim=1)
+        got = model.get_image_features(pictures)
+    assert torch.equal(got.last_hidden_state, expected)
+    assert got.pooler_output.shape == (2, L, 32)
+    row = Row(model, 2, PICTURE, 3)
+    assert logits(model, row.inputs).isfinite().all()
+
+
+def test_backbones_may_be_loaded_already(folder: Callable[[str], Path]) -> None:
+    text = AutoModelForCausalLM.from_pretrained(folder("gpt2"))
+    vision = AutoModel.from_pretrained(folder("a whole siglip"))
+    before = {name: weight.clone() for name, weight in [*text.state_dict().items(), *vision.state_dict().items()]}
+    torch.manual_seed(0)
+    model = DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2).eval()
+    torch.manual_seed(0)
+    from_disk = compose(folder, "gpt2", "a whole siglip")
+    row = Row(model, 2, PICTURE, 3)
+    assert torch.equal(logits(model, row.inputs), logits(from_disk, row.inputs))
+    # They stay as they were
+    for name, weight in [*text.state_dict().items(), *vision.state_dict().items()]:
+        assert torch.equal(weight, before[name]), name
+    assert text.config.num_hidden_layers == NUM_LAYERS
+    assert AutoModelForCausalLM.from_config(text.config).config.n_layer == NUM_LAYERS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"], ids=str)
+def test_the_dtype_may_be_asked_for(dtype: Any, folder: Callable[[str], Path]) -> None:
+    model = compose(folder, "llama", dtype=dtype)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    row = Row(model, 2, PICTURE, 3)
+    assert logits(model, row.inputs).isfinite().all()
+
+
+def test_other_fields_of_the_config_are_taken(folder: Callable[[str], Path]) -> None:
+    model = compose(folder, image_token_id=7, projector_type="linear", vision_feature_layer=-2)
+    config = model.config
+    assert (config.image_token_id, config.projector_type, config.vision_feature_layer) == (7, "linear", -2)
+    assert isinstance(config, DuoStreamConfig)
+
+
+def test_dropout_of_embeddings_stays_in_the_text_stream(folder: Callable[[str], Path]) -> None:
+    config = compose(folder, "gpt2").config
+    assert config.text_config.embd_pdrop > 0
+    assert config.fusion_stack_config.embd_pdrop == 0
+
+
+class Unloadable:
+    """Folders with a config and no weights: only an error that comes before they are looked for is the right one."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __call__(self, config: PreTrainedConfig) -> Path:
+        path = self.root / config.model_type
+        config.save_pretrained(path)
+        return path
+
+
+@pytest.fixture
+def unloadable(tmp_path: Path) -> Unloadable:
+    return Unloadable(tmp_path)
+
+
+def test_weights_that_are_not_there_are_an_error_of_another_kind(unloadable: Unloadable) -> None:
+    # What the tests below would see if weights were looked for first
+    with pytest.raises(OSError):
+        DuoStreamForConditionalGeneration.from_backbones(
+            unloadable(TEXTS["llama"]()), unloadable(VISIONS["siglip"]()), num_fusion_layers=2
+        )
+
+
+def bloom() -> PreTrainedConfig:
+    return transformers.BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=4, n_head=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs", "reason"),
+    [
+        (lambda: transformers.BertConfig(**COMMON), {"num_fusion_layers": 2}, r"bert.*no decoder.*fusion_config"),
+        (TEXTS["llama"], {"num_fusion_layers": 4}, r"num_fusion_layers.* is 4; expected 1 to 3"),
+        (TEXTS["llama"], {"num_fusion_layers": 0}, r"num_fusion_layers.* is 0; expected 1 to 3"),
+        (TEXTS["llama"], {"num_fusion_layers": -1}, r"num_fusion_layers.* is -1; expected 1 to 3"),
+        (TEXTS["llama"], {}, r"num_fusion_layers.*fusion_config"),
+        (TEXTS["llama"], {"num_fusion_layers": 2, "fusion_config": LLAMA}, r"num_fusion_layers.*fusion_config"),
+        (TEXTS["llama"], {"fusion_config": {**LLAMA, "hidden_size": 64}}, r"text_config.hidden_size.* 32 .* 64"),
+        (lambda: transformers.ModernBertConfig(**COMMON), {"fusion_config": LLAMA}, r"modernbert.*both ways"),
+        (
+            lambda: transformers.GraniteConfig(**COMMON, embedding_multiplier=2.0),
+            {"num_fusion_layers": 2},
+            r"granite.*embedding_multiplier=2.0",
+        ),
+        (bloom, {"num_fusion_layers": 2}, r"bloom.*`position_ids`"),
+        (
+            lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16),
+            {"num_fusion_layers": 2},
+            r"opt.*word_embed_proj_dim",
+        ),
+        (
+            lambda: transformers.Qwen3NextConfig(**GROUPED, layer_types=["linear_attention", "full_attention"] * 2),
+            {"num_fusion_layers": 2},
+            r"qwen3_next.*linear_attention",
+        ),
+        (
+            lambda: transformers.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True),
+            {"num_fusion_layers": 2},
+            r"gpt2.*scale_attn_by_inverse_layer_idx=True",
+        ),
+        (lambda: transformers.GPTJConfig(**GPT2, rotary_dim=4), {"num_fusion_layers": 2}, r"gptj.*bias"),
+        (TEXTS["llama"], {"num_fusion_layers": 2, "projector_type": "none"}, r"projector_type"),
+        (TEXTS["llama"], {"num_fusion_layers": 2, "image_size": 32}, r"image_size.* is 32.*image_size=16"),
+        (TEXTS["llama"], {"num_fusion_layers": 2, "vision_feature_layer": 9}, r"vision_feature_layer"),
+    ],
+)
+def test_backbones_that_can_not_work_say_why_before_any_weight_is_loaded(
+    text: Callable[[], PreTrainedConfig], kwargs: dict[str, Any], reason: str, unloadable: Unloadable
+) -> None:
+    folders = unloadable(text()), unloadable(VISIONS["siglip"]())
+    with pytest.raises(ValueError, match=reason):
+        DuoStreamForConditionalGeneration.from_backbones(*folders, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("vision", "reason"),
+    [
+        (VISIONS["resnet"], "resnet.*image_size"),
+        (TEXTS["llama"], "vision"),
+        (lambda: transformers.ViTConfig(**{**SMALL_VISION, "image_size": 20}), r"image_size.*20.*patch_size.*8"),
+        (lambda: transformers.BertConfig(**COMMON, image_size=16), "vision_config.*bert.*no image tokens"),
+    ],
+    ids=["no size", "no vision model", "a size that patches do not fill", "no pixels taken"],
+)
+def test_vision_models_that_can_not_work_say_why_before_any_weight_is_loaded(
+    vision: Callable[[], PreTrainedConfig], reason: str, unloadable: Unloadable
+) -> None:
+    folders = unloadable(TEXTS["gpt2"]()), unloadable(vision())
+    with pytest.raises(ValueError, match=reason):
+        DuoStreamForConditionalGeneration.from_backbones(*folders, num_fusion_layers=2)
+
+
+OTHERS: dict[str, tuple[bool, Callable[[], PreTrainedConfig]]] = {
+    # Whether it can be split, and what it is
+    "qwen2": (True, lambda: transformers.Qwen2Config(**MANY)),
+    "qwen2_moe": (True, lambda: transformers.Qwen2MoeConfig(**MANY, **EXPERTS, num_experts=2)),
+    "qwen3_moe": (True, lambda: transformers.Qwen3MoeConfig(**GROUPED, **EXPERTS, num_experts=2)),
+    "qwen3_moe, dense in part": (
+        False,
+        lambda: transformers.Qwen3MoeConfig(**GROUPED, **EXPERTS, num_experts=2, mlp_only_layers=[1]),
+    ),
+    "mixtral": (True, lambda: transformers.MixtralConfig(**MANY, num_local_experts=2, num_experts_per_tok=1)),
+    "stablelm": (True, lambda: transformers.StableLmConfig(**MANY)),
+    "granite": (
+        True,
+        lambda: transformers.GraniteConfig(**COMMON, residual_multiplier=0.5, attention_multiplier=0.3),
+    ),
+    "granite, scaled logits": (False, lambda: transformers.GraniteConfig(**COMMON, logits_scaling=2.0)),
+    "cohere": (False, lambda: transformers.CohereConfig(**MANY)),
+    "cohere2": (False, lambda: transformers.Cohere2Config(**MANY, sliding_window=8)),
+    "phi": (False, lambda: transformers.PhiConfig(**MANY)),  # a head with a bias
+    "falcon": (
+        True,
+        lambda: transformers.FalconConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=4, num_attention_heads=4
+        ),
+    ),
+    "falcon, alibi": (
+        False,
+        lambda: transformers.FalconConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, alibi=True
+        ),
+    ),
+    "gpt_neo": (
+        True,
+        lambda: transformers.GPTNeoConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_layers=4,
+            num_heads=4,
+            window_size=8,
+            attention_types=[[["global", "local"], 2]],
+        ),
+    ),
+    "gptj": (False, lambda: transformers.GPTJConfig(**GPT2, rotary_dim=4)),  # a head with a bias
+    "gpt_bigcode": (True, lambda: transformers.GPTBigCodeConfig(**GPT2)),
+    "starcoder2": (True, lambda: transformers.Starcoder2Config(**MANY)),
+    "nemotron": (True, lambda: transformers.NemotronConfig(**MANY)),
+    "mpt": (False, lambda: transformers.MptConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layers=4, n_heads=4)),
+    "glm4": (True, lambda: transformers.Glm4Config(**GROUPED)),
+    "olmo3": (True, lambda: transformers.Olmo3Config(**MANY, sliding_window=8)),
+    "exaone4": (True, lambda: transformers.Exaone4Config(**MANY, sliding_window=8)),
+    "gpt_oss": (
+        True,
+        lambda: transformers.GptOssConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
+    ),
+    "llama4": (
+        False,
+        lambda: transformers.Llama4TextConfig(**GROUPED, num_local_experts=2, intermediate_size_mlp=48),
+    ),
+    "deepseek_v3": (
+        False,
+        lambda: transformers.DeepseekV3Config(
+            **{**COMMON, "num_key_value_heads": 4},
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=1,
+            first_k_dense_replace=1,
+            moe_intermediate_size=16,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+        ),
+    ),
+    "gemma3n": (
+        False,
+        lambda: transformers.Gemma3nTextConfig(
+            **{**GROUPED, "intermediate_size": [48] * 4},
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+    ),
+    "xglm": (
+        False,
+        lambda: transformers.XGLMConfig(
+            vocab_size=VOCAB_SIZE, d_model=32, ffn_dim=48, num_layers=4, attention_heads=4, max_position_embeddings=256
+        ),
+    ),
+    "biogpt": (False, lambda: transformers.BioGptConfig(**COMMON)),
+    "apertus": (True, lambda: transformers.ApertusConfig(**MANY)),
+    "helium": (True, lambda: transformers.HeliumConfig(**GROUPED)),
+    "ernie4_5": (True, lambda: transformers.Ernie4_5Config(**GROUPED)),
+}
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_any_other_decoder_is_exactly_itself_or_refused(text: str) -> None:
+    can_be_split, config = OTHERS[text]
+    torch.manual_seed(0)
+    backbone = roughen(AutoModelForCausalLM.from_config(config()), scale=0.1)
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    if not can_be_split:
+        with pytest.raises(ValueError, match="`text` of type"):
+            DuoStreamForConditionalGeneration.from_backbones(backbone, vision, num_fusion_layers=2)
+        return
+    model = DuoStreamForConditionalGeneration.from_backbones(backbone, vision, num_fusion_layers=2).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, 11:] = 0
+    for use_cache in (True, False):
+        padded = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
+        ours, theirs = (logits(m, padded)[mask.bool()] for m in (model, backbone))
+        assert difference(ours, theirs) == 0.0
+    row = Row(model, 3, PICTURE, 4)
+    cached, uncached = (logits(model, row.inputs, use_cache=use_cache) for use_cache in (True, False))
+    assert difference(cached, uncached) < CLOSE

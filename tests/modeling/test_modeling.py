@@ -1,0 +1,953 @@
+"""The forward pass: whatever stands beside a token, and whoever computes it, it gets the states it should."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    BERT,
+    KINDS,
+    LLAMA,
+    PICTURE,
+    SIGLIP,
+    VOCAB_SIZE,
+    Row,
+    batch,
+    difference,
+    needs_compiler,
+    places,
+    ragged_rows,
+    roughen,
+    small_config,
+    small_model,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+    StaticCache,
+)
+
+from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamModel
+
+# float32, with logits of up to ten; an error of layout is of the order of one
+CLOSE = 2e-4
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return small_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return small_model("llama")
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
+    return model(**inputs, **kwargs).logits
+
+
+@torch.no_grad()
+def alone(model: Any, row: Row) -> Tensor:
+    return logits(model, row.inputs, use_cache=False)[0]
+
+
+def changed(left: Tensor, right: Tensor) -> list[bool]:
+    """Which positions of one row differ."""
+    return ((left - right).abs().amax(dim=-1) > CLOSE).flatten().tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_auto_classes_load_what_was_saved(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = small_model(kind, tie_word_embeddings=tied)
+    inputs = batch(ragged_rows(model))
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is DuoStreamForConditionalGeneration
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert torch.equal(logits(loaded, inputs), expected)
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
+        assert set(loaded.state_dict()) == set(model.state_dict())
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is DuoStreamModel
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_saved_keys_are_those_of_the_state_dict(tmp_path: Path) -> None:
+    # Trainer resumes by them
+    from safetensors import safe_open
+
+    model = small_model("tiny")
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict()) - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("config", [DuoStreamConfig, lambda: DuoStreamConfig.from_preset("tiny")])
+def test_a_model_of_the_defaults_reads_and_learns(config: Any) -> None:
+    model = DuoStreamForConditionalGeneration(config()).train()
+    ids = torch.full((2, 50), model.config.image_token_id)
+    ids[:, model.config.image_seq_length :] = torch.randint(3, 2048, (2, 50 - model.config.image_seq_length))
+    labels = ids.masked_fill(ids == model.config.image_token_id, -100)
+    outputs = model(input_ids=ids, pixel_values=torch.randn(2, 3, 48, 48), labels=labels)
+    outputs.loss.backward()
+    assert outputs.loss < 1.3 * torch.tensor(2048.0).log()  # guessing
+    assert outputs.past_key_values is None
+    unmoved = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # Softmax does not feel what all keys share
+    assert all("k_proj.bias" in name for name in unmoved), unmoved
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_gets_the_same_logits_alone_and_in_a_ragged_batch(model: Any, side: str, use_cache: bool) -> None:
+    rows = ragged_rows(model)
+    together = logits(model, batch(rows, side), use_cache=use_cache)
+    for i, place in places(rows, side):
+        assert difference(together[i, place], alone(model, rows[i])) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (6,),
+        (PICTURE,),
+        (PICTURE, 5),
+        (3, PICTURE, 5),
+        (3, PICTURE),
+        (PICTURE, PICTURE, 4),
+        (2, PICTURE, 1, PICTURE, PICTURE, 3),
+    ],
+    ids=str,
+)
+def test_text_and_pictures_may_stand_anywhere(model: Any, parts: tuple) -> None:
+    row = Row(model, *parts)
+    expected = alone(model, row)
+    assert expected.shape == (len(row), VOCAB_SIZE)
+    assert expected.isfinite().all()
+    assert difference(logits(model, row.inputs, use_cache=True)[0], expected) < CLOSE
+    # Beside a longer row it is padded, beside a shorter one it pads
+    for other in (Row(model, 1), Row(model, 2, PICTURE, PICTURE, 2, PICTURE, PICTURE, 20)):
+        for side in ("left", "right"):
+            rows = [other, row]
+            together = logits(model, batch(rows, side))
+            assert difference(together[1, dict(places(rows, side))[1]], expected) < CLOSE
+
+
+ROW = st.lists(st.one_of(st.just(PICTURE), st.integers(1, 4)), min_size=1, max_size=5)
+
+
+@given(st.lists(ROW, min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.booleans(), st.integers(0, 999))
+@settings(max_examples=25)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_any_rows_give_in_any_batch_what_they_give_alone(
+    kind: str, plans: list[list], side: str, use_cache: bool, seed: int
+) -> None:
+    model = MODELS.setdefault(kind, small_model(kind))
+    torch.manual_seed(seed)
+    rows = [Row(model, *plan) for plan in plans]
+    together = logits(model, batch(rows, side), use_cache=use_cache)
+    for i, place in places(rows, side):
+        assert difference(together[i, place], alone(model, rows[i])) < CLOSE
+
+
+# Hypothesis calls a test many times, and fixtures once
+MODELS: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_pad_holds_never_changes_anything(model: Any, side: str) -> None:
+    rows = ragged_rows(model)
+    clean = batch(rows, side)
+    pads = clean["attention_mask"] == 0
+    garbage = torch.randint(3, VOCAB_SIZE, pads.shape)
+    dirty = {**clean, "input_ids": torch.where(pads, garbage, clean["input_ids"])}
+    for use_cache in (True, False):
+        left, right = logits(model, clean, use_cache=use_cache), logits(model, dirty, use_cache=use_cache)
+        assert torch.equal(left[~pads], right[~pads])
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_more_padding_never_changes_anything(model: Any, use_cache: bool) -> None:
+    rows = ragged_rows(model)
+    inputs = batch(rows, "right")
+    expected = logits(model, inputs, use_cache=use_cache)
+    for left, right in ((5, 0), (0, 5), (3, 4)):
+        padded = {
+            **inputs,
+            "input_ids": torch.nn.functional.pad(inputs["input_ids"], (left, right)),
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (left, right)),
+        }
+        got = logits(model, padded, use_cache=use_cache)[:, left : left + expected.shape[1]]
+        assert difference(got[inputs["attention_mask"].bool()], expected[inputs["attention_mask"].bool()]) < CLOSE
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("parts", [(9,), (PICTURE, 7), (4, PICTURE, 5), (2, PICTURE, 3, PICTURE, 3)], ids=str)
+def test_a_future_token_never_changes_an_earlier_logit(model: Any, parts: tuple, use_cache: bool) -> None:
+    row = Row(model, *parts)
+    before = logits(model, row.inputs, use_cache=use_cache)[0]
+    for i, token in enumerate(row.ids.tolist()):
+        if token == model.config.image_token_id:
+            continue
+        inputs = row.inputs
+        inputs["input_ids"] = inputs["input_ids"].clone()
+        inputs["input_ids"][0, i] = 3 + (token - 2) % (VOCAB_SIZE - 3)
+        after = logits(model, inputs, use_cache=use_cache)[0]
+        assert torch.equal(after[:i], before[:i])
+        assert all(changed(after[i:], before[i:]))
+
+
+def test_a_future_answer_token_never_changes_an_earlier_logit(model: Any) -> None:
+    # In a batch with pads, and with the prompt as a prefix that is seen both ways
+    rows = ragged_rows(model)
+    inputs = batch(rows, "right")
+    num_answer_tokens = 3
+    lengths = inputs["attention_mask"].sum(dim=1)
+    is_answer = torch.arange(inputs["input_ids"].shape[1]) >= (lengths - num_answer_tokens)[:, None]
+    for kwargs in ({}, {"token_type_ids": is_answer.long()}):
+        before = logits(model, inputs, **kwargs)
+        for i in range(1, num_answer_tokens + 1):
+            ids = inputs["input_ids"].clone()
+            ids[torch.arange(len(rows)), lengths - i] = 5
+            after = logits(model, {**inputs, "input_ids": ids}, **kwargs)
+            for row, length in enumerate(lengths.tolist()):
+                assert torch.equal(after[row, : length - i], before[row, : length - i])
+                assert all(changed(after[row, length - i : length], before[row, length - i : length]))
+
+
+def features(model: Any, row: Row) -> dict[str, Any]:
+    """A row's inputs with its pictures read already, so that single image tokens can be changed."""
+    with torch.no_grad():
+        return {"input_ids": row.ids[None], "mm_encoder_outputs": {"image": model.get_image_features(row.pictures)}}
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_a_pictures_tokens_see_each_other_both_ways_and_not_a_later_picture(model: Any, use_cache: bool) -> None:
+    row = Row(model, 3, PICTURE, 2, PICTURE, 2)
+    inputs, L = features(model, row), model.config.image_seq_length
+    before = logits(model, inputs, use_cache=use_cache)
+    starts = [3, 3 + L + 2]
+    for picture, start in enumerate(starts):
+        for token in range(L):
+            moved = copy.deepcopy(inputs)
+            states = moved["mm_encoder_outputs"]["image"].pooler_output
+            states[picture, token] += torch.randn_like(states[picture, token])  # a layer norm hides a constant
+            after = logits(model, moved, use_cache=use_cache)
+            # Everything from the picture's own first token on, and nothing before it
+            assert torch.equal(after[:, :start], before[:, :start])
+            assert all(changed(after[:, start:], before[:, start:]))
+
+
+def test_a_picture_changes_what_is_said_about_it(model: Any) -> None:
+    row = Row(model, 3, PICTURE, 5)
+    before = alone(model, row)
+    row.pictures = row.pictures + torch.randn_like(row.pictures)
+    assert changed(alone(model, row), before) == [False] * 3 + [True] * (len(row) - 3)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("parts", [(9,), (PICTURE, 6), (3, PICTURE, 5)], ids=str)
+def test_the_prefix_sees_the_whole_prefix_and_the_suffix_is_causal(model: Any, parts: tuple, use_cache: bool) -> None:
+    row = Row(model, *parts)
+    prefix_len = len(row) - 3
+    token_type_ids = (torch.arange(len(row)) >= prefix_len).long()[None]
+
+    def read(ids: Tensor) -> Tensor:
+        inputs = {**row.inputs, "input_ids": ids}
+        return logits(model, inputs, use_cache=use_cache, token_type_ids=token_type_ids)[0]
+
+    before = read(row.ids[None])
+    for i, token in enumerate(row.ids.tolist()):
+        if token == model.config.image_token_id:
+            continue
+        ids = row.ids[None].clone()
+        ids[0, i] = 3 + (token - 2) % (VOCAB_SIZE - 3)
+        first = 0 if i < prefix_len else i
+        assert changed(read(ids), before) == [False] * first + [True] * (len(row) - first)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_with_a_prefix_gets_the_same_logits_in_a_ragged_batch(model: Any, side: str, use_cache: bool) -> None:
+    rows = ragged_rows(model)
+    inputs = batch(rows, side)
+    token_type_ids = torch.zeros_like(inputs["input_ids"])
+    types = [(torch.arange(len(row)) >= len(row) - 3).long() for row in rows]
+    for i, place in places(rows, side):
+        token_type_ids[i, place] = types[i]
+    together = logits(model, inputs, token_type_ids=token_type_ids, use_cache=use_cache)
+    for i, place in places(rows, side):
+        single = logits(model, rows[i].inputs, token_type_ids=types[i][None], use_cache=False)[0]
+        assert difference(together[i, place], single) < CLOSE
+        assert any(changed(single, alone(model, rows[i])))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_text_alone_gives_exactly_the_backbones_logits(kind: str) -> None:
+    config = small_config(kind)
+    config.text_config.num_hidden_layers = 4
+    backbone = roughen(AutoModelForCausalLM.from_config(config.text_config))
+    vision = AutoModel.from_config(config.vision_config)
+    model = DuoStreamForConditionalGeneration.from_backbones(backbone, vision, num_fusion_layers=2).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[0, 11:] = mask[1, 19:] = 0
+    for use_cache in (True, False):
+        assert (
+            difference(
+                logits(model, {"input_ids": ids}, use_cache=use_cache),
+                logits(backbone, {"input_ids": ids}, use_cache=use_cache),
+            )
+            == 0.0
+        )
+        padded = {"input_ids": ids, "attention_mask": mask}
+        ours, theirs = logits(model, padded, use_cache=use_cache), logits(backbone, padded, use_cache=use_cache)
+        assert difference(ours[mask.bool()], theirs[mask.bool()]) == 0.0
+    # In front, with the positions that `generate` makes of the mask
+    left = {
+        "input_ids": ids,
+        "attention_mask": mask.flip(1),
+        "position_ids": (mask.flip(1).cumsum(1) - 1).clamp(min=0),
+    }
+    kept = left["attention_mask"].bool()
+    assert difference(logits(model, left)[kept], logits(backbone, left)[kept]) == 0.0
+    labels = {**padded, "labels": ids.masked_fill(mask == 0, -100)}
+    with torch.no_grad():
+        assert model(**labels).loss == backbone(**labels).loss
+
+
+def steps(model: Any, rows: list[Row], num_prompt: int, cache: Any, is_told: bool = True) -> Tensor:
+    """Logits of all rows, left-padded: a prompt at once, and then token by token."""
+    inputs = batch(rows, "left")
+    ids, mask, pictures = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    types = (ids == model.config.image_token_id).long()
+    pieces = []
+    for start, stop in [(0, num_prompt)] + [(i, i + 1) for i in range(num_prompt, ids.shape[1])]:
+        with torch.no_grad():
+            outputs = model(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                pixel_values=pictures if start == 0 else None,
+                mm_token_type_ids=types[:, :stop] if is_told else None,
+                past_key_values=cache,
+            )
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    return torch.cat(pieces, dim=1)
+
+
+def test_reading_step_by_step_with_a_cache_gives_the_same_logits(model: Any) -> None:
+    rows = ragged_rows(model)
+    length = max(map(len, rows))
+    got = steps(model, rows, num_prompt=length - 4, cache=None)
+    for i, place in places(rows, "left"):
+        assert difference(got[i, place], alone(model, rows[i])) < CLOSE
+
+
+def test_one_row_without_padding_needs_no_types_to_continue(model: Any) -> None:
+    for parts in ((PICTURE, 6), (3, PICTURE, 6), (1, PICTURE, 2, PICTURE, 6)):
+        row = Row(model, *parts)
+        expected, cache, pieces = alone(model, row), None, []
+        for start, stop in [(0, len(row) - 5), *((i, i + 1) for i in range(len(row) - 5, len(row)))]:
+            inputs = {"input_ids": row.ids[None, start:stop], "past_key_values": cache}
+            with torch.no_grad():
+                outputs = model(**inputs, pixel_values=row.pictures if start == 0 else None)
+            cache = outputs.past_key_values
+            pieces.append(outputs.logits[0])
+        assert difference(torch.cat(pieces), expected) < CLOSE
+
+
+def test_a_ragged_batch_cannot_continue_without_types(model: Any) -> None:
+    rows = ragged_rows(model)
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        steps(model, rows, num_prompt=max(map(len, rows)) - 4, cache=None, is_told=False)
+
+
+@given(st.lists(ROW, min_size=1, max_size=3), st.integers(0, 999), st.data())
+@settings(max_examples=25)
+def test_a_conversation_may_be_cut_anywhere_but_in_a_picture(
+    plans: list[list], seed: int, data: st.DataObject
+) -> None:
+    model = MODELS.setdefault("gpt2", small_model("gpt2"))
+    torch.manual_seed(seed)
+    rows = [Row(model, *plan) for plan in plans]
+    inputs = batch(rows, "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    types = (ids == model.config.image_token_id).long()
+    whole = types.cumsum(dim=1) % model.config.image_seq_length == 0
+    cuts = [i + 1 for i in range(ids.shape[1] - 1) if whole[:, i].all()]
+    stops = sorted(data.draw(st.sets(st.sampled_from(cuts), max_size=3))) if cuts else []
+    seen = [0] * len(rows)
+    cache, pieces = None, []
+    for start, stop in zip([0, *stops], [*stops, ids.shape[1]], strict=True):
+        pictures = []
+        for i, row in enumerate(rows):
+            num_new = int(types[i, start:stop].sum()) // model.config.image_seq_length
+            pictures.append(row.pictures[seen[i] : seen[i] + num_new])
+            seen[i] += num_new
+        new = torch.cat(pictures)
+        with torch.no_grad():
+            outputs = model(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                pixel_values=new if len(new) else None,
+                mm_token_type_ids=types[:, :stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    got = torch.cat(pieces, dim=1)
+    for i, place in places(rows, "left"):
+        assert difference(got[i, place], alone(model, rows[i])) < CLOSE
+
+
+def loss_inputs(model: Any) -> dict[str, Tensor]:
+    rows = ragged_rows(model) + ragged_rows(model)
+    inputs = batch(rows, "right")
+    is_masked = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == model.config.image_token_id)
+    is_masked[0, :-2] = True  # rows count for as many answers as they have, not each for the same
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(is_masked, -100)}
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert set(left) == set(right)
+    for name, grad in left.items():
+        scale = max(1.0, grad.abs().max().item())
+        assert difference(grad, right[name]) / scale < 1e-4, name
+
+
+def test_the_loss_is_the_cross_entropy_of_the_next_token(model: Any) -> None:
+    inputs = loss_inputs(model)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    expected = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+    )
+    assert abs(outputs.loss - expected) < 1e-5
+    assert outputs.past_key_values is None
+
+
+def test_gradients_of_one_batch_of_eight_are_those_of_two_of_four() -> None:
+    for kind in KINDS:
+        model = small_model(kind)  # not in training: batch norm would tell the batches apart
+        inputs = loss_inputs(model)
+        num_items = int((inputs["labels"][:, 1:] != -100).sum())
+        model(**inputs, num_items_in_batch=num_items).loss.backward()
+        whole = gradients(model)
+        num_images = [0, len(inputs["pixel_values"]) // 2, len(inputs["pixel_values"])]
+        for half in range(2):
+            part = {name: values[4 * half : 4 * half + 4] for name, values in inputs.items() if name != "pixel_values"}
+            part["pixel_values"] = inputs["pixel_values"][num_images[half] : num_images[half + 1]]
+            model(**part, num_items_in_batch=num_items).loss.backward()
+        assert_same_gradients(whole, gradients(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    model = small_model(kind).train()
+    inputs = loss_inputs(model)
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+
+    runs = {"text": 0, "fusion": 0}
+    for name, stack in (("text", model.model.text_model), ("fusion", model.model.fusion_model)):
+        layers = stack.h if kind == "gpt2" else stack.layers
+
+        def count(*_: Any, name: str = name) -> None:
+            runs[name] += 1
+
+        layers[0].mlp.register_forward_pre_hook(count)
+    model.activation_checkpointing_enable()
+    model(**inputs).loss.backward()
+    assert runs == {"text": 2, "fusion": 2}  # the second time on the way back
+    assert_same_gradients(expected, gradients(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_larger_vocabulary_keeps_the_old_logits(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = small_model(kind, tie_word_embeddings=tied)
+    rows = ragged_rows(model)
+    inputs = batch(rows)
+    expected = logits(model, inputs)
+    model.resize_token_embeddings(VOCAB_SIZE + 11, mean_resizing=False)
+    assert model.config.text_config.vocab_size == VOCAB_SIZE + 11
+    grown = logits(model, inputs)
+    assert grown.shape[-1] == VOCAB_SIZE + 11
+    assert difference(grown[..., :VOCAB_SIZE], expected) < 1e-5
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+
+    ids = inputs["input_ids"].clone()
+    ids[:, -1] = VOCAB_SIZE + 10
+    with torch.no_grad():
+        assert model(**{**inputs, "input_ids": ids}, labels=ids.where(ids > 2, -100)).loss.isfinite()
+    assert model.generate(**inputs, max_new_tokens=2).shape == (len(rows), inputs["input_ids"].shape[1] + 2)
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, inputs), grown)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_reads_and_writes_finite_numbers(kind: str) -> None:
+    model = small_model(kind)
+    inputs = batch(ragged_rows(model))
+    expected = logits(model, inputs)
+    model.to(torch.bfloat16)
+    got = logits(model, inputs)  # the pictures are float32, as image processors give them
+    kept = inputs["attention_mask"].bool()
+    assert got.dtype == torch.bfloat16
+    assert got[kept].isfinite().all()
+    assert torch.nn.functional.cosine_similarity(got[kept].float(), expected[kept], dim=-1).min() > 0.98
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_model_is_loaded_in_the_dtype_asked_for(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    small_model(kind).save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=dtype)
+    assert {weight.dtype for weight in loaded.parameters()} == {dtype}
+    assert logits(loaded, batch(ragged_rows(loaded))).dtype == dtype
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_eager_attention_gives_what_sdpa_gives(model: Any, use_cache: bool) -> None:
+    inputs = batch(ragged_rows(model))
+    kept = inputs["attention_mask"].bool()
+    types = (torch.arange(kept.shape[1]) >= kept.shape[1] - 3).long().expand(len(kept), -1)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    for name in ("text_model", "fusion_model"):
+        assert getattr(model.model, name).config._attn_implementation == "sdpa"
+        assert getattr(eager.model, name).config._attn_implementation == "eager"
+    for token_type_ids in (None, types):
+        left, right = (logits(m, inputs, use_cache=use_cache, token_type_ids=token_type_ids) for m in (model, eager))
+        assert difference(left[kept], right[kept]) < 1e-5 * max(1, left[kept].abs().max().item())
+
+
+def test_an_attention_implementation_may_be_asked_for_where_the_vision_stream_has_no_attention(tmp_path: Path) -> None:
+    # As users and recipes do, for all of a model; a convolutional vision stream has nothing to choose
+    model = small_model("tiny")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert loaded.model.fusion_model.config._attn_implementation == "sdpa"
+    loaded.set_attn_implementation("eager")
+    loaded.set_attn_implementation("sdpa")
+    assert loaded.model.fusion_model.config._attn_implementation == "sdpa"
+
+
+def test_flash_attention_leaves_the_fusion_stack_to_sdpa(caplog: pytest.LogCaptureFixture) -> None:
+    # Flash kernels can't see a picture both ways. That the text stream uses them shows where they are installed only.
+    config = small_config("llama")
+    config.fusion_stack_config._attn_implementation = "flash_attention_2"
+    logger = transformers.utils.logging.get_logger("duostream.modeling.modeling_duostream")
+    logger.addHandler(caplog.handler)
+    logger.warning_once.cache_clear()
+    try:
+        model = DuoStreamForConditionalGeneration(config)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert model.model.fusion_model.config._attn_implementation == "sdpa"
+    assert "flash" in caplog.text and "sdpa" in caplog.text
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_flex_attention_gives_what_sdpa_gives() -> None:
+    # Compiled for the CPU. With a cache, a batch with pads needs a kernel that torch 2.13 makes C++ of that does not
+    # compile (`cur_qSplitSize2` is not declared), so a cache is filled by one row here.
+    model = small_model("llama")
+    rows = ragged_rows(model)
+    expected = logits(model, batch(rows), use_cache=False)
+    cached = logits(model, rows[1].inputs, use_cache=True)
+    model.set_attn_implementation("flex_attention")
+    got = logits(model, batch(rows), use_cache=False)
+    for i, place in places(rows, "left"):
+        assert difference(got[i, place], expected[i, place]) < 1e-5
+    assert difference(logits(model, rows[1].inputs, use_cache=True), cached) < 1e-5
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nobody has written to reads as NaN (or as the largest integer)."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def loadable_config(kind: str) -> DuoStreamConfig:
+    if kind == "bert":
+        return small_config("bert", text_config={**BERT, "is_decoder": True})
+    if kind == "gemma3":
+        gemma = {**LLAMA, "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16}
+        return small_config("llama", text_config=gemma, fusion_stack_config=gemma)
+    if kind in ("dinov2", "clip_vision_model"):
+        return small_config("llama", vision_config={**SIGLIP, "model_type": kind})
+    return small_config(kind, projector_position_embeddings=True)
+
+
+LOADABLE = [*KINDS, "bert", "gemma3", "dinov2", "clip_vision_model"]
+
+
+@pytest.mark.parametrize("kind", LOADABLE)
+def test_loading_leaves_nothing_uninitialised(kind: str, poisoned_memory: None, tmp_path: Path) -> None:
+    saved = roughen(DuoStreamForConditionalGeneration(loadable_config(kind)))
+    saved.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    weights, buffers = loaded.state_dict(), dict(loaded.named_buffers())
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+    for name, buffer in saved.named_buffers():  # those that are not saved, too
+        assert torch.equal(buffers.pop(name), buffer), name
+    assert not buffers
+
+
+@pytest.mark.parametrize("kind", LOADABLE)
+def test_loading_from_nothing_leaves_nothing_uninitialised(kind: str, poisoned_memory: None) -> None:
+    made = DuoStreamForConditionalGeneration(loadable_config(kind))
+    loaded = DuoStreamForConditionalGeneration.from_pretrained(None, config=loadable_config(kind), state_dict={})
+    for name, weight in loaded.named_parameters():
+        assert weight.isfinite().all(), name
+        assert weight.abs().max() < 10, name
+        expected = made.get_parameter(name)
+        if expected.numel() > 1 and expected.std() == 0:  # norms and biases
+            assert torch.equal(weight, expected), name
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffer, made.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("kind", LOADABLE)
+def test_weights_that_a_checkpoint_lacks_spread_as_in_a_new_model(kind: str) -> None:
+    # GPT-2 and CLIP draw some weights narrower or wider than `initializer_range`
+    made = DuoStreamForConditionalGeneration(loadable_config(kind))
+    loaded = DuoStreamForConditionalGeneration.from_pretrained(None, config=loadable_config(kind), state_dict={})
+    for name, weight in loaded.named_parameters():
+        expected = made.get_parameter(name)
+        if expected.ndim > 1 and expected.std() > 0:
+            assert 0.6 < weight.std() / expected.std() < 1.6, name
+
+
+NO_MATCH = "don't match the pictures"
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_placeholders_and_pictures_that_do_not_match_are_refused(model: Any, use_cache: bool) -> None:
+    row = Row(model, 2, PICTURE, 1, PICTURE, 3)
+    with pytest.raises(ValueError, match="no pictures were given"):
+        model(input_ids=row.ids[None], use_cache=use_cache)
+    for num_pictures in (1, 3):
+        pictures = row.pictures[:1].expand(num_pictures, -1, -1, -1)
+        with pytest.raises(ValueError, match=NO_MATCH):
+            model(input_ids=row.ids[None], pixel_values=pictures, use_cache=use_cache)
+    with pytest.raises(ValueError, match=NO_MATCH):
+        model(input_ids=Row(model, 6).ids[None], pixel_values=row.pictures, use_cache=use_cache)
+    with pytest.raises(ValueError, match=NO_MATCH):  # as a truncated row would
+        model(input_ids=row.ids[None, :-4], pixel_values=row.pictures, use_cache=use_cache)
+
+
+def test_a_picture_split_over_two_rows_is_refused(model: Any) -> None:
+    row = Row(model, PICTURE, PICTURE)
+    ids = torch.cat([row.ids[:1], torch.tensor([5, 5]), row.ids[1:]]).view(2, -1)
+    assert (ids == model.config.image_token_id).sum() == 2 * model.config.image_seq_length
+    with pytest.raises(ValueError, match=NO_MATCH):
+        model(input_ids=ids, pixel_values=row.pictures)
+
+
+def test_pictures_of_another_size_are_refused() -> None:
+    model = small_model("tiny")
+    row = Row(model, PICTURE, 3)
+    with pytest.raises(ValueError, match=r"pixel_values.*image_seq_length"):
+        model(input_ids=row.ids[None], pixel_values=torch.randn(1, 3, 48, 48))
+
+
+def test_arguments_that_contradict_each_other_are_refused(llama: Any) -> None:
+    row = Row(llama, PICTURE, 3)
+    inputs = features(llama, row)
+    with pytest.raises(ValueError, match="input_ids"):
+        llama()
+    with pytest.raises(ValueError, match="input_ids"):
+        llama(input_ids=row.ids[None], inputs_embeds=torch.zeros(1, len(row), 32))
+    with pytest.raises(ValueError, match="mm_encoder_outputs"):
+        llama(**inputs, pixel_values=row.pictures)
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        llama(**inputs, mm_token_type_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_a_cache_of_other_layers_is_refused(llama: Any) -> None:
+    cache = DynamicCache(config=llama.config.fusion_stack_config)
+    with pytest.raises(ValueError, match=r"2 layers.*have 4"):
+        llama(input_ids=Row(llama, 3).ids[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_the_hint_changes_no_logit(model: Any, num_images: int, use_cache: bool) -> None:
+    rows = [Row(model, *[PICTURE] * num_images, n) for n in (5, 2, 7)]
+    inputs = batch(rows, "right")
+    kept = inputs["attention_mask"].bool()
+    told = logits(model, inputs, images_per_row=num_images, use_cache=use_cache)
+    assert torch.equal(told[kept], logits(model, inputs, use_cache=use_cache)[kept])
+
+
+def test_the_hint_holds_wherever_the_pictures_stand_without_a_cache(model: Any) -> None:
+    inputs = batch([Row(model, 2, PICTURE, 3), Row(model, PICTURE, 5), Row(model, 1, PICTURE, 1)], "right")
+    kept = inputs["attention_mask"].bool()
+    told = logits(model, inputs, images_per_row=1, use_cache=False)
+    assert torch.equal(told[kept], logits(model, inputs, use_cache=False)[kept])
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_a_wrong_hint_is_refused(model: Any, use_cache: bool) -> None:
+    inputs = batch([Row(model, PICTURE, 5), Row(model, PICTURE, 5)], "right")
+    with pytest.raises(ValueError, match="images_per_row=2"):
+        model(**inputs, images_per_row=2, use_cache=use_cache)
+    with pytest.raises(ValueError, match="images_per_row=1"):
+        uneven = batch([Row(model, PICTURE, PICTURE, 2), Row(model, 30)], "right")
+        model(**uneven, images_per_row=1, use_cache=use_cache)
+
+
+def test_a_wrong_hint_that_holds_the_text_changes_no_logit(model: Any) -> None:
+    inputs = batch([Row(model, PICTURE, 5), Row(model, PICTURE, PICTURE, 5)], "right")
+    kept = inputs["attention_mask"].bool()
+    expected = logits(model, inputs, use_cache=False)[kept]
+    for images_per_row in (1, 2):
+        got = logits(model, inputs, use_cache=False, images_per_row=images_per_row)[kept]
+        assert difference(got, expected) < CLOSE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_with_the_hint_the_host_never_waits_for_the_data(kind: str, use_cache: bool) -> None:
+    # Fake tensors have no data: whoever needs some (`int(tensor)`, `if tensor`, `nonzero`, a boolean index) raises.
+    # While they are used the library leaves out its own questions about masks, as it does in a compiled graph.
+    model = small_model(kind)
+    inputs = batch([Row(model, PICTURE, n) for n in (5, 2, 7)], "right")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        outputs = model(**fake, images_per_row=1, use_cache=use_cache)
+        assert outputs.logits.shape == (*inputs["input_ids"].shape, VOCAB_SIZE)
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            model(**fake, use_cache=use_cache)  # how long the text is must then be found out
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_states_and_attentions_are_the_fusion_stacks_over_all_positions(model: Any, use_cache: bool) -> None:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    rows = ragged_rows(model)
+    inputs = batch(rows)
+    shape, config = inputs["input_ids"].shape, model.config.fusion_stack_config
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=use_cache)
+    assert len(outputs.hidden_states) == config.num_hidden_layers + 1
+    assert {states.shape for states in outputs.hidden_states} == {(*shape, config.hidden_size)}
+    assert {a.shape for a in outputs.attentions} == {(shape[0], config.num_attention_heads, shape[1], shape[1])}
+    assert len(outputs.attentions) == config.num_hidden_layers
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    # What enters the fusion stack: projected pictures at their places
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    entering = outputs.hidden_states[0][is_image].view_as(outputs.image_hidden_states)
+    assert torch.equal(entering, outputs.image_hidden_states)
+    i, place = list(places(rows, "left"))[3]
+    attention = outputs.attentions[0][i, :, place, place]
+    picture = slice(0, model.config.image_seq_length)
+    assert (attention[:, picture, picture] > 0).all()
+    assert (attention[:, picture, picture.stop :] == 0).all()
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_pictures_never_pass_the_text_stream(llama: Any, use_cache: bool) -> None:
+    model, lengths = copy.deepcopy(llama), []
+    model.model.text_model.layers[0].mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    logits(
+        model, batch([Row(model, PICTURE, PICTURE, 3), Row(model, PICTURE, PICTURE, 5)], "right"), use_cache=use_cache
+    )
+    assert lengths == [5]
+
+
+def test_outputs_come_as_a_tuple_when_asked(llama: Any) -> None:
+    inputs = Row(llama, PICTURE, 3).inputs
+    with torch.no_grad():
+        outputs = llama(**inputs, return_dict=False, use_cache=False)
+        assert isinstance(outputs, tuple) and torch.equal(outputs[0], llama(**inputs, use_cache=False).logits)
+
+
+def test_pictures_that_were_read_before_give_the_same_logits(model: Any) -> None:
+    row = Row(model, 2, PICTURE, 3, PICTURE, 2)
+    assert torch.equal(logits(model, features(model, row)), logits(model, row.inputs))
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_embeddings_give_the_logits_of_their_tokens(model: Any, use_cache: bool) -> None:
+    inputs = batch(ragged_rows(model))
+    expected = logits(model, inputs, use_cache=use_cache)
+    ids = inputs.pop("input_ids")
+    with torch.no_grad():
+        inputs["inputs_embeds"] = model.get_input_embeddings()(ids)
+    kept = inputs["attention_mask"].bool()
+    assert torch.equal(logits(model, inputs, use_cache=use_cache)[kept], expected[kept])
+    # Placeholders found by their types need no embedding
+    types = (ids == model.config.image_token_id).long()
+    inputs["inputs_embeds"] = inputs["inputs_embeds"].masked_fill(types[..., None] == 1, 7.0)
+    got = logits(model, inputs, use_cache=use_cache, mm_token_type_ids=types)
+    assert torch.equal(got[kept], expected[kept])
+
+
+def test_a_placeholder_may_be_beyond_the_vocabulary() -> None:
+    within, beyond = small_model("llama"), small_model("llama", image_token_id=VOCAB_SIZE)
+    rows = ragged_rows(within)
+    for inputs in (rows[0].inputs, rows[1].inputs, batch(rows)):
+        expected = logits(within, inputs)
+        ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == 2, VOCAB_SIZE)
+        for use_cache in (True, False):
+            got = logits(beyond, {**inputs, "input_ids": ids}, use_cache=use_cache)
+            kept = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+            assert difference(got[kept], expected[kept]) < CLOSE
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        beyond(inputs_embeds=torch.zeros(1, len(rows[0]), 32), pixel_values=rows[0].pictures)
+
+
+def test_logits_are_kept_where_asked(model: Any) -> None:
+    inputs = batch(ragged_rows(model))
+    everywhere = logits(model, inputs)
+    assert torch.equal(logits(model, inputs, logits_to_keep=1), everywhere[:, -1:])
+    assert torch.equal(logits(model, inputs, logits_to_keep=3), everywhere[:, -3:])
+    positions = torch.tensor([0, 4])
+    assert difference(logits(model, inputs, logits_to_keep=positions), everywhere[:, positions]) < 1e-5
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_default_positions_may_be_given(model: Any, use_cache: bool) -> None:
+    for parts in ((6,), (PICTURE, 4), (2, PICTURE, 3, PICTURE, 2)):
+        row = Row(model, *parts)
+        expected = alone(model, row)
+        got = logits(model, row.inputs, position_ids=torch.arange(len(row))[None], use_cache=use_cache)
+        assert difference(got[0], expected) < CLOSE
+    inputs = batch(ragged_rows(model))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    kept = inputs["attention_mask"].bool()
+    got, expected = (logits(model, inputs, position_ids=p, use_cache=use_cache)[kept] for p in (positions, None))
+    assert difference(got, expected) < CLOSE
+
+
+def test_a_static_cache_gives_the_same_logits(model: Any) -> None:
+    for row in ragged_rows(model):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        assert difference(logits(model, row.inputs, past_key_values=cache)[0], alone(model, row)) < CLOSE
+
+
+def test_a_training_model_keeps_no_cache_unless_asked(llama: Any) -> None:
+    model = copy.deepcopy(llama).train()
+    inputs = Row(model, PICTURE, 3).inputs
+    assert model(**inputs).past_key_values is None
+    assert model(**inputs, use_cache=True).past_key_values is not None
+    assert llama(**inputs).past_key_values is not None
+
+
+@pytest.mark.parametrize("projector_type", ["mlp", "linear", "none"])
+@pytest.mark.parametrize("positions", [True, False], ids=["positions", "no positions"])
+def test_every_projector_gives_tokens_of_the_fusion_stacks_width(projector_type: str, positions: bool) -> None:
+    model = small_model(
+        "llama",
+        vision_config={**SIGLIP, "hidden_size": 32},
+        projector_type=projector_type,
+        projector_hidden_size=20,
+        projector_position_embeddings=positions,
+    )
+    picture = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        outputs = model.get_image_features(picture)
+        assert outputs.pooler_output.shape == (1, 4, 32)
+        plain = model.model.vision_model(pixel_values=picture).last_hidden_state
+        assert torch.equal(outputs.last_hidden_state, plain)
+        model.model.vision_model.post_layernorm = torch.nn.Identity()
+    assert (difference(outputs.pooler_output, plain) == 0) is (projector_type == "none" and not positions)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 0, 1])
+def test_any_layer_of_the_vision_stream_may_be_read(layer: int) -> None:
+    model = small_model("llama", vision_feature_layer=layer)
+    picture = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        outputs = model.model.vision_model(pixel_values=picture, output_hidden_states=True)
+        got = model.get_image_features(picture).last_hidden_state
+    assert torch.equal(got, outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer])
+
+
+def test_a_model_that_writes_refuses_a_stream_that_looks_ahead() -> None:
+    with pytest.raises(ValueError, match=r"text_config.*bert.*is_decoder"):
+        DuoStreamForConditionalGeneration(small_config("bert"))
+    with pytest.raises(ValueError, match=r"fusion_stack_config.*bert"):
+        DuoStreamForConditionalGeneration(small_config("llama", fusion_stack_config=BERT))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_encoder_reads_a_row_the_same_alone_and_in_a_ragged_batch(side: str) -> None:
+    model = small_model("bert", cls=DuoStreamModel)
+    rows = ragged_rows(model)
+    with torch.no_grad():
+        together = model(**batch(rows, side)).last_hidden_state
+        for i, place in places(rows, side):
+            assert difference(together[i, place], model(**rows[i].inputs).last_hidden_state[0]) < CLOSE
+
+
+def test_an_encoder_reads_text_both_ways_and_keeps_no_cache() -> None:
+    model = small_model("bert", cls=DuoStreamModel)
+    row = Row(model, 3, PICTURE, 4)
+    with torch.no_grad():
+        before = model(**row.inputs)
+        row.ids[-1] = 3 + (row.ids[-1] - 2) % (VOCAB_SIZE - 3)
+        after = model(**row.inputs)
+    assert before.past_key_values is None
+    # Pictures hear of it only through the text before them
+    assert all(changed(before.last_hidden_state, after.last_hidden_state))
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(**row.inputs, past_key_values=DynamicCache(config=model.config))
+
+
+def test_the_vision_stream_may_be_frozen(llama: Any) -> None:
+    model = copy.deepcopy(llama).train()
+    model.model.vision_model.requires_grad_(False)
+    inputs = Row(model, PICTURE, 5).inputs
+    model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 2, -100)).loss.backward()
+    assert all(weight.grad is None for weight in model.model.vision_model.parameters())
+    assert all(weight.grad.any() for weight in model.model.projector.parameters())
+
+
+def test_saved_configs_name_the_model_that_wrote_them(llama: Any, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "duostream"
+    assert saved["architectures"] == ["DuoStreamForConditionalGeneration"]

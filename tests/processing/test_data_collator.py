@@ -1,0 +1,508 @@
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
+
+NUM_TOKENS = 4  # a picture's
+IMAGE, ASSISTANT, END = 2, 4, 1  # ids in a trained tokenizer
+TEXTS = ["What color is the square?", "It is red.", "Ein großer roter Kreis", "左上角有一个红色圆形"]
+
+CHATML = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {% generation %}{{ message['content'] + '<|im_end|>\\n' }}{% endgeneration %}
+    {%- else -%}
+        {{- message['content'] + '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
+
+def without_generation(template):
+    for tag in ("{%- generation -%}", "{%- endgeneration -%}", "{% generation %}", "{% endgeneration %}"):
+        template = template.replace(tag, "")
+    assert "generation" not in template.replace("add_generation_prompt", "")
+    return template
+
+
+def chatml_tokenizer(pre_tokenizer, decoder, chat_template):
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "\n"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([*TEXTS, "user", "assistant", "What color is it?", "Is it?"] * 5, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=chat_template,
+    )
+
+
+def make_processor(kind="own", **kwargs):
+    """With a tokenizer trained by us, or with one of a language model from elsewhere."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = {
+        "own": lambda: train_tokenizer(TEXTS, 300),
+        "bytes": lambda: train_tokenizer([], 262),  # no merges: every letter is a token
+        "chatml": lambda: chatml_tokenizer(*byte_level, CHATML),
+        "chatml without generation": lambda: chatml_tokenizer(*byte_level, without_generation(CHATML)),
+        # As Llama 2's: a word starts with "▁", and so does a text
+        "metaspace": lambda: chatml_tokenizer(
+            pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(), CHATML
+        ),
+    }[kind]()
+    return DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=NUM_TOKENS, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="module")
+def byte_processor():
+    return make_processor("bytes")
+
+
+def picture(shade=0):
+    return Image.new("RGB", (20, 16), (shade, 255 - shade, 30))
+
+
+def user(content, num_images=0):
+    return {"role": "user", "content": [{"type": "image", "text": None}] * num_images + [part(content)]}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": [part(content)]}
+
+
+def part(content):
+    return {"type": "text", "text": content}
+
+
+def dialogue(*texts, num_images=1):
+    """A row in which user and assistant take turns."""
+    messages = [(assistant if i % 2 else user)(content) for i, content in enumerate(texts)]
+    messages[0] = user(texts[0], num_images)
+    return {"images": [picture(40 * i) for i in range(num_images)], "messages": messages}
+
+
+def question(prompt, completion, num_images=1):
+    row = dialogue(prompt, completion, num_images=num_images)
+    return {"images": row["images"], "prompt": row["messages"][:1], "completion": row["messages"][1:]}
+
+
+def learnt(processor, batch, row=0):
+    """What is to be learnt, as text."""
+    return processor.decode([i for i in batch["labels"][row].tolist() if i != -100])
+
+
+def read(processor, batch, row=0):
+    """The whole row as text, a picture as one marker."""
+    text = processor.decode(batch["input_ids"][row][batch["attention_mask"][row] == 1])
+    return text.replace("<|image|>" * NUM_TOKENS, "<|image|>")
+
+
+def test_only_what_the_assistant_says_is_learnt(processor):
+    batch = DuoStreamDataCollator(processor)([dialogue("What color?", "It is red.")])
+    assert read(processor, batch) == "<|user|><|image|>What color?<|assistant|>It is red.<|end|>"
+    assert learnt(processor, batch) == "It is red.<|end|>"
+    is_learnt = batch["labels"] != -100
+    assert torch.equal(batch["labels"][is_learnt], batch["input_ids"][is_learnt])
+
+
+def test_every_answer_of_several_turns_is_learnt(processor):
+    batch = DuoStreamDataCollator(processor)([dialogue("What color?", "Red.", "Where?", "There.", "Why?", "So.")])
+    assert learnt(processor, batch) == "Red.<|end|>There.<|end|>So.<|end|>"
+    assert "<|end|><|user|>Where?<|assistant|>There.<|end|>" in read(processor, batch)
+
+
+def test_a_question_behind_the_last_answer_is_read_and_not_learnt(processor):
+    batch = DuoStreamDataCollator(processor)([dialogue("What color?", "Red.", "Where?")])
+    assert read(processor, batch).endswith("<|end|><|user|>Where?")
+    assert learnt(processor, batch) == "Red.<|end|>"
+
+
+def test_a_completion_is_learnt_and_answers_inside_its_prompt_are_not(processor):
+    whole = dialogue("What color?", "Red.", "Where?", "There.")
+    row = {"images": whole["images"], "prompt": whole["messages"][:3], "completion": whole["messages"][3:]}
+    batch = DuoStreamDataCollator(processor)([row, whole])
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    assert learnt(processor, batch, 0) == "There.<|end|>"
+    assert learnt(processor, batch, 1) == "Red.<|end|>There.<|end|>"
+
+
+def test_content_may_be_a_string(processor):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is red?"},
+        {"role": "assistant", "content": "A color."},
+    ]
+    batch = DuoStreamDataCollator(processor)([{"messages": messages}])
+    assert read(processor, batch) == "<|system|>Be brief.<|user|>What is red?<|assistant|>A color.<|end|>"
+    assert learnt(processor, batch) == "A color.<|end|>"
+
+
+def test_an_empty_answer_is_its_end(processor):
+    assert learnt(processor, DuoStreamDataCollator(processor)([dialogue("What?", "")])) == "<|end|>"
+
+
+def test_rows_are_left_as_they_are(processor):
+    rows = [dialogue("What?", "That."), question("What?", "That.")]
+    before = copy.deepcopy(rows)
+    DuoStreamDataCollator(processor)(rows)
+    assert rows == before
+
+
+@pytest.mark.parametrize("kind", ["own", "chatml"])
+def test_a_template_that_does_not_mark_answers_gives_the_same_labels(kind):
+    marking, plain = make_processor(kind), make_processor(kind)
+    plain.chat_template = without_generation(plain.chat_template)
+    rows = [
+        dialogue("What color?", "It is red.", "Where?", "Left."),
+        question("What?", "That."),
+        dialogue("Hi", "Ho", "Hm", num_images=0),
+    ]
+    expected, batch = DuoStreamDataCollator(marking)(rows), DuoStreamDataCollator(plain)(rows)
+    assert expected.keys() == batch.keys()
+    assert learnt(plain, batch).startswith("It is red.<|")
+    for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
+        assert torch.equal(expected[name], batch[name]), name
+
+
+def test_a_template_may_say_generation_without_marking_answers():
+    processor = make_processor("chatml without generation")
+    rows = [dialogue("What color?", "Red.")]
+    expected = DuoStreamDataCollator(processor)(rows)
+    processor.chat_template = "{#- Written for text generation. -#}" + processor.chat_template
+    batch = DuoStreamDataCollator(processor)(rows)
+    assert torch.equal(batch["labels"], expected["labels"])
+
+
+def test_a_template_that_rewrites_earlier_turns_and_marks_no_answers_is_refused():
+    processor = make_processor("chatml without generation")
+    # As some reasoning models' do: an answer is shortened once it is not the last
+    processor.chat_template = processor.chat_template.replace(
+        "message['content'] + '<|im_end|>\\n'", "(message['content'] if loop.last else '...') + '<|im_end|>\\n'"
+    )
+    collator = DuoStreamDataCollator(processor)
+    with pytest.raises(ValueError, match="Row 0 of the batch: the chat template rewrites earlier turns"):
+        collator([dialogue("What?", "That.", "Why?", "So.")])
+
+
+def test_the_token_right_after_a_picture_is_never_learnt(byte_processor):
+    processor = make_processor("bytes")
+    processor.chat_template = (
+        "{%- for message in messages -%}{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
+        "<|image|>{%- elif message['role'] == 'assistant' -%}{%- generation -%}{{- part['text'] -}}"
+        "{%- endgeneration -%}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+    )
+    batch = DuoStreamDataCollator(processor)([dialogue("", "abc")])
+    assert read(processor, batch) == "<|image|>abc"
+    # What an image token predicts is not meant
+    assert learnt(processor, batch) == "bc"
+
+
+def test_rows_are_padded_on_the_right(processor):
+    short, long = dialogue("What?", "That."), dialogue("What color is the square?", "It is red.", "Why?", "So.")
+    processor.tokenizer.padding_side = "left"  # as `generate` wants it
+    batch = DuoStreamDataCollator(processor)([short, long])
+    processor.tokenizer.padding_side = "right"
+    length = int(batch["attention_mask"][0].sum())
+    assert length < batch["input_ids"].shape[1]
+    assert batch["attention_mask"].tolist()[0] == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+    assert batch["attention_mask"][1].all()
+    assert (batch["input_ids"][0, length:] == processor.tokenizer.pad_token_id).all()
+    assert (batch["labels"][0, length:] == -100).all()
+    assert (batch["mm_token_type_ids"][0, length:] == 0).all()
+
+
+def test_padding_without_a_padding_token_is_not_seen():
+    processor = make_processor("chatml")
+    assert processor.tokenizer.pad_token_id is None
+    batch = DuoStreamDataCollator(processor)([dialogue("What?", "That."), dialogue("What color?", "It is red.")])
+    assert read(processor, batch, 0).endswith("assistant\nThat.<|im_end|>\n")
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_rows_are_padded_to_a_multiple(processor, multiple):
+    rows = [dialogue("What?", "That."), dialogue("What color?", "It is red.")]
+    batch = DuoStreamDataCollator(processor, pad_to_multiple_of=multiple)(rows)
+    plain = DuoStreamDataCollator(processor)(rows)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
+        length = plain[name].shape[1]
+        assert batch[name].shape[1] == -(-length // multiple) * multiple
+        assert torch.equal(batch[name][:, :length], plain[name])
+    assert not batch["attention_mask"][:, length:].any()
+
+
+texts = st.text(max_size=12)
+rows_of_any_kind = st.builds(
+    dialogue, texts, texts, texts, texts, num_images=st.integers(min_value=0, max_value=2)
+) | st.builds(question, texts, texts, num_images=st.integers(min_value=0, max_value=2))
+
+
+@given(rows=st.lists(rows_of_any_kind, min_size=1, max_size=4))
+@settings(max_examples=25)
+def test_rows_collated_together_are_each_row_collated_and_padded(processor, rows):
+    collator = DuoStreamDataCollator(processor)
+    batch = collator(rows)
+    pixel_values = []
+    fillers = {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}
+    for i, row in enumerate(rows):
+        alone = collator([row])
+        for name, filler in fillers.items():
+            length = alone[name].shape[1]
+            assert torch.equal(batch[name][i, :length], alone[name][0])
+            assert (batch[name][i, length:] == filler).all()
+        pixel_values += list(alone.get("pixel_values", []))
+    if pixel_values:
+        assert torch.equal(batch["pixel_values"], torch.stack(pixel_values))
+    else:
+        assert "pixel_values" not in batch
+
+
+@pytest.mark.parametrize(
+    ("numbers", "images_per_row"), [([1, 1], 1), ([2, 2, 2], 2), ([1, 2], None), ([0, 1], None), ([0, 0], None)]
+)
+def test_images_per_row_is_told_only_where_it_is_the_same_for_all(processor, numbers, images_per_row):
+    batch = DuoStreamDataCollator(processor)([dialogue("What?", "That.", num_images=number) for number in numbers])
+    assert batch.get("images_per_row") == images_per_row
+
+
+def test_rows_without_pictures_need_no_images(processor):
+    messages = dialogue("What?", "That.", num_images=0)["messages"]
+    rows = [{"messages": messages}, {"messages": messages, "images": None}, {"messages": messages, "images": []}]
+    batch = DuoStreamDataCollator(processor)(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "mm_token_type_ids", "labels"}
+    assert not batch["mm_token_type_ids"].any()
+
+
+def test_pictures_go_where_their_markers_stand(processor):
+    rows = [dialogue("What?", "That.", num_images=2), dialogue("What?", "That.", num_images=0)]
+    rows.append({"images": [picture(250)], "messages": [user("Hi"), assistant("Ho"), user("", 1), assistant("Hm")]})
+    batch = DuoStreamDataCollator(processor)(rows)
+    assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == IMAGE)
+    assert batch["mm_token_type_ids"].sum(dim=1).tolist() == [2 * NUM_TOKENS, 0, NUM_TOKENS]
+    reds = batch["pixel_values"][:, 0].mean(dim=(1, 2))
+    assert reds.tolist() == sorted(reds.tolist())
+    assert read(processor, batch, 2) == "<|user|>Hi<|assistant|>Ho<|end|><|user|><|image|><|assistant|>Hm<|end|>"
+
+
+def test_pictures_may_be_paths(processor, tmp_path):
+    row = dialogue("What?", "That.")
+    row["images"][0].save(tmp_path / "a.png")
+    expected = DuoStreamDataCollator(processor)([row])["pixel_values"]
+    row["images"] = [str(tmp_path / "a.png")]
+    assert torch.equal(DuoStreamDataCollator(processor)([row])["pixel_values"], expected)
+
+
+def test_pictures_of_any_mode_and_size_fit_together(processor):
+    rows = [dialogue("What?", "That.") for _ in range(3)]
+    rows[1]["images"] = [Image.new("L", (7, 30), 90)]
+    rows[2]["images"] = [Image.new("RGBA", (64, 9), (9, 9, 9, 100))]
+    assert DuoStreamDataCollator(processor)(rows)["pixel_values"].shape == (3, 3, 16, 16)
+
+
+def test_marker_and_control_tokens_in_what_is_said_stay_text(processor):
+    said = "a <|image|> or <|assistant|> <|end|>"
+    batch = DuoStreamDataCollator(processor)([dialogue(said, said)])
+    ids = batch["input_ids"][0].tolist()
+    assert (ids.count(IMAGE), ids.count(ASSISTANT), ids.count(END)) == (NUM_TOKENS, 1, 1)
+    assert learnt(processor, batch) == f"{said}<|end|>"
+    assert batch["labels"][0].tolist().count(END) == 1
+
+
+def long_row():
+    return dialogue("abcd", "efgh", "ij", "kl")
+
+
+def test_a_long_row_loses_text_and_says_how_much_of_its_answers(byte_processor, caplog):
+    # <|user|> [picture] a b c d <|assistant|> e f g h <|end|> <|user|> i j <|assistant|> k l <|end|>
+    whole = DuoStreamDataCollator(byte_processor)([long_row()])
+    assert whole["input_ids"].shape[1] == 22
+    with caplog.at_level(logging.WARNING):
+        batch = DuoStreamDataCollator(byte_processor, max_length=14)([{**long_row(), "row": 7}])
+    assert read(byte_processor, batch) == "<|user|><|image|>abcd<|assistant|>efgh"
+    assert learnt(byte_processor, batch) == "efgh"
+    assert [record.message for record in caplog.records] == [
+        "Row 7 was cut to `max_length=14` tokens; 4 tokens of answers are lost"
+    ]
+
+
+def test_a_picture_behind_the_cut_stays_whole(byte_processor):
+    row = {"images": [picture()], "messages": [user("ab"), assistant("cd"), user("e", 1), assistant("f")]}
+    batch = DuoStreamDataCollator(byte_processor, max_length=9)([row])
+    assert read(byte_processor, batch) == "<|user|>ab<|assistant|>c<|image|>"
+    assert batch["mm_token_type_ids"].sum() == NUM_TOKENS
+    assert learnt(byte_processor, batch) == "c"
+
+
+def test_the_tokenizers_truncation_side_is_kept_to():
+    processor = make_processor("bytes")
+    processor.tokenizer.truncation_side = "left"
+    batch = DuoStreamDataCollator(processor, max_length=8)([long_row()])
+    assert read(processor, batch) == "<|image|><|assistant|>kl<|end|>"
+    assert learnt(processor, batch) == "kl<|end|>"
+
+
+def test_what_comes_right_after_a_picture_only_by_the_cut_is_not_learnt():
+    processor = make_processor("bytes")
+    processor.tokenizer.truncation_side = "left"
+    batch = DuoStreamDataCollator(processor, max_length=6)([long_row()])
+    assert read(processor, batch) == "<|image|>l<|end|>"
+    assert learnt(processor, batch) == "<|end|>"
+
+
+def test_a_row_that_fits_is_not_cut_and_nothing_is_said(byte_processor, caplog):
+    with caplog.at_level(logging.WARNING):
+        batch = DuoStreamDataCollator(byte_processor, max_length=22)([long_row()])
+    assert torch.equal(batch["input_ids"], DuoStreamDataCollator(byte_processor)([long_row()])["input_ids"])
+    assert not caplog.records
+
+
+def test_a_row_whose_pictures_alone_are_too_long_names_itself(byte_processor):
+    collator = DuoStreamDataCollator(byte_processor, max_length=7)
+    with pytest.raises(ValueError, match=r"Row 5.*pictures take 8 tokens, more than `max_length`=7"):
+        collator([{**dialogue("a", "b", num_images=2), "row": 5}])
+
+
+def test_with_a_prefix_that_is_read_both_ways_types_start_at_the_first_answer():
+    processor = make_processor(bidirectional_prefix=True)
+    rows = [dialogue("What color?", "Red.", "Where?", "Left."), question("What?", "That.")]
+    batch = DuoStreamDataCollator(processor)(rows)
+    for ids, types in zip(batch["input_ids"].tolist(), batch["token_type_ids"].tolist(), strict=True):
+        start = ids.index(ASSISTANT)
+        assert types == [0] * start + [1] * (len(ids) - start)
+    assert batch["token_type_ids"].shape == batch["input_ids"].shape
+
+
+def test_a_causal_prefix_has_no_types(processor):
+    assert "token_type_ids" not in DuoStreamDataCollator(processor)([dialogue("What?", "That.")])
+
+
+def in_use(processor, messages, images):
+    """What `apply_chat_template` gives when the model is to answer."""
+    pictures = iter(images)
+    conversation = [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": next(pictures)} if piece["type"] == "image" else piece
+                for piece in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+    return processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+@pytest.mark.parametrize("kind", ["own", "chatml", "chatml without generation", "metaspace"])
+@pytest.mark.parametrize("num_turns", [1, 2])
+@pytest.mark.parametrize("bidirectional_prefix", [False, True])
+def test_the_prompt_in_training_is_the_prompt_in_use(kind, num_turns, bidirectional_prefix):
+    processor = make_processor(kind, bidirectional_prefix=bidirectional_prefix)
+    row = dialogue("What color is it?", "It is red.", "Is it?", "Ein großer Kreis")
+    row = {**row, "messages": row["messages"][: 2 * num_turns]}
+    batch = DuoStreamDataCollator(processor)([row])
+    prompt = in_use(processor, row["messages"][:-1], row["images"])
+    length = prompt["input_ids"].shape[1]
+    for name in ("input_ids", "mm_token_type_ids", *(["token_type_ids"] if bidirectional_prefix else [])):
+        assert batch[name][:, :length].tolist() == prompt[name].tolist(), name
+    assert torch.equal(batch["pixel_values"], prompt["pixel_values"])
+    # All of the last answer, and nothing before it, comes behind the prompt
+    assert (batch["labels"][0, length:] != -100).all()
+    assert batch["labels"][0, length - 1] == -100
+    assert row["messages"][-1]["content"][0]["text"] in processor.decode(batch["input_ids"][0, length:])
+
+
+@given(first=st.text(max_size=15), reply=st.text(max_size=15), second=st.text(max_size=15))
+@settings(max_examples=25)
+def test_any_prompt_in_training_is_the_prompt_in_use(processor, first, reply, second):
+    row = dialogue(first, reply, second, "It is red.")
+    ids = DuoStreamDataCollator(processor)([row])["input_ids"][0].tolist()
+    prompt = in_use(processor, row["messages"][:-1], row["images"])["input_ids"][0].tolist()
+    assert ids == [*prompt, *processor.tokenizer.encode("It is red."), END]
+
+
+def broken(**columns):
+    """A good row with other columns."""
+    return {**dialogue("What?", "That."), **columns}
+
+
+class NotAPicture:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (broken(messages=[user("What?", 1)]), "no message of the assistant to learn from"),
+        (broken(messages=[]), "there are no messages"),
+        (
+            {"images": [], "question": "What?", "answer": "That."},
+            r"expected `messages`, or `prompt` and `completion`; its columns are \['answer', 'images', 'question'",
+        ),
+        ({"prompt": [user("What?")]}, r"its columns are \['prompt'"),
+        (
+            {"images": [], "prompt": [user("Hi"), assistant("Ho")], "completion": [user("Why?")]},
+            "no message of the assistant to learn from",
+        ),
+        (broken(images=[]), "1 picture markers but 0 pictures"),
+        (broken(images=[picture(), picture()]), "1 picture markers but 2 pictures"),
+        (broken(images=None), "1 picture markers but 0 pictures"),
+        (broken(images=["/nowhere/a.png"]), "a picture can't be read"),
+        (broken(images=[NotAPicture()]), "a picture can't be read"),
+        (broken(messages=None), ""),
+        (broken(messages="What?"), ""),
+        (broken(messages=[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]), ""),
+        (broken(messages=[user("What?", 1), {"role": "assistant", "content": None}]), ""),
+    ],
+)
+@pytest.mark.parametrize("number", [None, 123])
+def test_a_broken_row_names_itself(processor, row, message, number):
+    row, name = (row, "Row 1 of the batch") if number is None else ({**row, "row": number}, f"Row {number}")
+    with pytest.raises(ValueError, match=f"^{name}.*{message}"):
+        DuoStreamDataCollator(processor)([dialogue("What?", "That."), row])
+
+
+@pytest.mark.parametrize("messages", [[user("What?", 1), assistant(None)], [user(None, 1), assistant("That.")]])
+def test_a_text_that_is_missing_is_not_read_as_the_word_none(processor, messages):
+    with pytest.raises(ValueError, match="Row 4"):
+        DuoStreamDataCollator(processor)([broken(messages=messages, row=4)])
+
+
+def test_a_damaged_picture_file_names_its_row(processor, tmp_path):
+    path = tmp_path / "damaged.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+    # Pillow opens it, and only finds the damage when it reads the pixels
+    for damaged in (str(path), Image.open(path)):
+        with pytest.raises(ValueError, match="Row 9: a picture can't be read"):
+            DuoStreamDataCollator(processor)([broken(images=[damaged], row=9)])
+
+
+def test_a_user_marker_does_not_make_up_for_a_missing_picture(processor):
+    row = {"row": 3, "images": [picture()], "messages": [user("What is <|image|>?"), assistant("A marker.")]}
+    with pytest.raises(ValueError, match="Row 3 has 0 picture markers but 1 pictures"):
+        DuoStreamDataCollator(processor)([row])

@@ -1,0 +1,143 @@
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
+
+
+@dataclass
+class Options:
+    """One option of each kind."""
+
+    name: str = field(default="a", metadata={"help": "A name."})
+    number: int = field(default=1, metadata={"help": "A number."})
+    rate: float = field(default=0.5, metadata={"help": "A rate."})
+    switch: bool = field(default=False, metadata={"help": "A switch."})
+    paths: list[str] = field(default_factory=list, metadata={"help": "Some paths."})
+    limit: int | None = field(default=None, metadata={"help": "A limit, or none."})
+
+
+def write(path, options):
+    path.write_text(json.dumps(options) if path.suffix == ".json" else yaml.safe_dump(options), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(params=["options.yaml", "options.yml", "options.json"])
+def path(request, tmp_path):
+    return tmp_path / request.param
+
+
+def test_options_are_read_from_the_command_line():
+    args = ["--name", "b", "--number", "2", "--rate", "1e-4", "--switch", "--paths", "p", "q", "--limit", "3"]
+    assert parse(Options, args=args) == (Options("b", 2, 1e-4, True, ["p", "q"], 3),)
+
+
+def test_without_options_the_defaults_hold():
+    assert parse(Options, args=[]) == (Options(),)
+
+
+def test_options_are_read_from_the_running_command(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["duostream-pretrain", "--number", "4"])
+    assert parse(Options)[0].number == 4
+
+
+def test_options_are_read_from_a_file(path):
+    options = {"name": "b c: d", "number": 2, "rate": 1e-4, "switch": True, "paths": ["p q", "r"], "limit": 3}
+    assert parse(Options, args=[write(path, options)]) == (Options(**options),)
+
+
+def test_what_follows_a_file_on_the_command_line_overrides_it(path):
+    options = {"name": "b", "number": 2, "switch": True, "paths": ["p"]}
+    args = [write(path, options), "--number", "3", "--paths", "q", "r", "--switch", "false"]
+    assert parse(Options, args=args) == (Options(name="b", number=3, switch=False, paths=["q", "r"]),)
+
+
+@pytest.mark.parametrize("text", ["off", "a # b", "-1", "- a", "-x", "中文 ß", "", "null"])
+def test_text_in_a_file_arrives_as_it_is(path, text):
+    assert parse(Options, args=[write(path, {"name": text})])[0].name == text
+
+
+def test_null_in_a_file_is_none(path):
+    assert parse(Options, args=[write(path, {"limit": None, "number": 2})]) == (Options(number=2, limit=None),)
+
+
+def test_an_empty_list_in_a_file_is_empty(path):
+    assert parse(Options, args=[write(path, {"paths": []})]) == (Options(),)
+
+
+def test_options_go_to_the_class_that_has_them(path):
+    args = [write(path, {"dataset": "a", "number": 2}), "--prompt", "What?"]
+    options, data = parse(Options, DataArguments, args=args)
+    assert (options.number, data.dataset, data.prompt) == (2, "a", "What?")
+
+
+def test_a_mapping_in_a_file_arrives_as_one(path, tmp_path):
+    options = {
+        "output_dir": str(tmp_path / "run"),
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 3, "decay_type": "linear"},
+        "learning_rate": 1e-4,
+        "report_to": "none",
+    }
+    (training_args,) = parse(DuoStreamTrainingArguments, args=[write(path, options)])
+    assert training_args.lr_scheduler_kwargs == options["lr_scheduler_kwargs"]
+    assert training_args.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(("content", "kind"), [([1, 2], "list"), ("a", "str"), (None, "NoneType")])
+def test_a_file_that_is_no_mapping_is_refused_with_its_name(path, content, kind):
+    with pytest.raises(ValueError, match=f"{path.name} holds a {kind}; expected a mapping"):
+        parse(Options, args=[write(path, content)])
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        parse(Options, args=[str(tmp_path / "nowhere.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--nmae", "b"], "--nmae"),
+        (["--number", "many"], "invalid int value: 'many'"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_option_ends_the_command_with_code_2_and_is_named(args, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, args=args)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_option_in_a_file_ends_the_command_with_code_2_and_is_named(path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, args=[write(path, {"nmae": "b"})])
+    assert ended.value.code == 2
+    assert "nmae" in capsys.readouterr().err
+
+
+def test_help_shows_the_description_as_written_and_every_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, args=["--help"], doc="Does this.\n\nExample:\n\n    duostream-this --name b\n")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "\nExample:\n\n    duostream-this --name b\n" in shown
+    assert "A number. (default: 1)" in " ".join(shown.split())
+
+
+def test_every_option_of_the_trainer_is_an_option(tmp_path):
+    args = ["--output_dir", str(tmp_path), "--gradient_accumulation_steps", "3", "--optim", "adafactor"]
+    (training_args,) = parse(DuoStreamTrainingArguments, args=[*args, "--report_to", "none", "--seed", "7"])
+    assert training_args.output_dir == str(tmp_path)
+    assert (training_args.gradient_accumulation_steps, training_args.seed) == (3, 7)
+    assert training_args.optim == "adafactor"
+    assert training_args.report_to == []
+
+
+def test_columns_are_kept_by_default_and_must_be(tmp_path):
+    assert DuoStreamTrainingArguments(output_dir=str(tmp_path)).remove_unused_columns is False
+    with pytest.raises(ValueError, match="`remove_unused_columns` must be False"):
+        parse(DuoStreamTrainingArguments, args=["--output_dir", str(tmp_path), "--remove_unused_columns", "true"])

@@ -1,0 +1,414 @@
+import json
+from dataclasses import replace
+
+import datasets
+import pytest
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
+from duostream.scripts.arguments import DataArguments
+from duostream.scripts.data import BLANK_GRAY, blank, load_rows, number_rows, texts_of
+
+CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
+FLAT = [(i, caption) for i, captions in enumerate(CAPTIONS) for caption in captions]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Nothing is written into the home folder, and nothing is found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def collator():
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return DuoStreamDataCollator(DuoStreamProcessor(image_processor, train_tokenizer([], 262), image_seq_length=4))
+
+
+def picture(i):
+    return Image.new("RGB", (20 + i, 16), (60 * i, 200, 30))
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_image_folder(folder, rows, suffix=".png", first=0):
+    """Pictures beside a `metadata.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(len(rows)):
+        picture(first + i).save(folder / f"{first + i:05}{suffix}")
+    named = [{"file_name": f"{first + i:05}{suffix}", **row} for i, row in enumerate(rows)]
+    write_lines(folder / "metadata.jsonl", named)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Laid out as Flickr8k's photographs: a folder for each split, JPEG files, and several captions for each."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rows = [{"image_id": str(i), "captions": captions} for i, captions in enumerate(CAPTIONS)]
+    write_image_folder(folder / "train", rows, suffix=".jpg")
+    write_image_folder(folder / "validation", rows[:1], suffix=".jpg", first=7)
+    (folder / "README.md").write_text("Photographs")
+    return folder
+
+
+def conversation(question, answer, has_picture=False):
+    parts = [{"type": "image", "text": None}] if has_picture else []
+    return [
+        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def said(row):
+    """Question and answer of a row, and how many pictures stand before the question."""
+    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    contents = [message["content"] for message in messages]
+    if isinstance(contents[0], str):
+        return 0, *contents
+    assert [part["type"] for part in contents[0][:-1]] == ["image"] * (len(contents[0]) - 1)
+    return len(contents[0]) - 1, contents[0][-1]["text"], contents[1][0]["text"]
+
+
+def load(path, split="train", max_rows=None, **kwargs):
+    return load_rows(DataArguments(dataset=str(path), **kwargs), split, max_rows)
+
+
+def test_each_caption_of_a_photograph_is_a_row_of_its_own(photographs):
+    rows = load(photographs, answer_column="captions")
+    assert [said(row) for row in rows] == [(1, "Describe the picture.", caption) for _, caption in FLAT]
+    # The pictures' widths tell them apart
+    assert [[image.size for image in row["images"]] for row in rows] == [[(20 + i, 16)] for i, _ in FLAT]
+
+
+def test_splits_are_the_folders(photographs):
+    rows = load(photographs, "validation", answer_column="captions")
+    assert [said(row)[2] for row in rows] == CAPTIONS[0]
+    assert rows[0]["images"][0].size == (27, 16)
+
+
+def test_a_split_can_be_sliced(photographs):
+    rows = load(photographs, "train[1:2]", answer_column="captions")
+    assert [said(row)[2] for row in rows] == CAPTIONS[1]
+
+
+def test_only_the_first_rows_of_the_source_are_used(photographs):
+    for streaming in (False, True):
+        rows = load(photographs, max_rows=2, answer_column="captions", streaming=streaming)
+        assert [said(row)[2] for row in rows] == [*CAPTIONS[0], *CAPTIONS[1]]
+
+
+def test_more_rows_than_there_are_may_be_asked_for(photographs):
+    assert len(load(photographs, max_rows=50, answer_column="captions")) == len(FLAT)
+
+
+def test_the_prompt_can_be_chosen(photographs):
+    rows = load(photographs, answer_column="captions", prompt="What do you see?")
+    assert {said(row)[1] for row in rows} == {"What do you see?"}
+
+
+def test_questions_come_from_a_column(tmp_path):
+    rows = [{"question": "What?", "answer": "That.", "n": 1}, {"question": "Why?", "answer": "So.", "n": 2}]
+    write_image_folder(tmp_path / "train", rows)
+    rows = load(tmp_path, prompt_column="question", answer_column="answer")
+    assert [said(row) for row in rows] == [(1, "What?", "That."), (1, "Why?", "So.")]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".webp", ".JPG"])
+def test_pictures_may_be_of_any_usual_type(tmp_path, suffix):
+    write_image_folder(tmp_path / "train", [{"caption": "A dog ."}], suffix=suffix)
+    rows = load(tmp_path, answer_column="caption")
+    assert [image.size for image in rows[0]["images"]] == [(20, 16)]
+
+
+def in_files(folder, kind, rows):
+    """The rows in a file of this kind: JSONL, or Parquet."""
+    path = folder / f"train.{kind}"
+    if kind == "jsonl":
+        return write_lines(path, rows)
+    Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("whole_folder", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+class TestFiles:
+    @pytest.fixture
+    def write(self, kind, whole_folder, streaming, tmp_path):
+        def write(rows, **kwargs):
+            path = in_files(tmp_path, kind, rows)
+            return load(tmp_path if whole_folder else path, streaming=streaming, **kwargs)
+
+        return write
+
+    def test_messages_are_kept_as_they_are(self, write):
+        expected = [conversation("What is a dog?", "An animal."), conversation("Was ist das?", "狗。")]
+        rows = write([{"messages": messages} for messages in expected])
+        assert [row["messages"] for row in rows] == expected
+
+    def test_messages_may_be_plain_text(self, write):
+        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+        rows = list(write([{"messages": messages}]))
+        assert [said(row) for row in rows] == [(0, "What?", "That.")]
+
+    def test_prompts_and_completions_are_kept_as_they_are(self, write):
+        question, answer = conversation("What is a dog?", "An animal.")
+        rows = write([{"prompt": [question], "completion": [answer]}])
+        assert [(row["prompt"], row["completion"]) for row in rows] == [([question], [answer])]
+
+    def test_text_without_pictures_needs_only_its_columns(self, write):
+        rows = write(
+            [{"question": "What?", "answer": "That."}, {"question": "Why?", "answer": "So."}],
+            prompt_column="question",
+            answer_column="answer",
+        )
+        rows = list(rows)
+        assert [said(row) for row in rows] == [(0, "What?", "That."), (0, "Why?", "So.")]
+        assert not any(row.get("images") for row in rows)
+
+    def test_pictures_are_found_by_their_paths(self, write, tmp_path):
+        paths = [str(tmp_path / f"{i}.bin") for i in range(2)]
+        for i, path in enumerate(paths):
+            picture(i).save(path, format="PNG")
+        rows = list(
+            write([{"image": path, "caption": f"It is {i}."} for i, path in enumerate(paths)], answer_column="caption")
+        )
+        assert [said(row) for row in rows] == [(1, "Describe the picture.", f"It is {i}.") for i in range(2)]
+        assert [[image.size for image in row["images"]] for row in rows] == [[(20, 16)], [(21, 16)]]
+
+    def test_rows_are_numbered(self, write):
+        rows = write([{"messages": conversation("What?", str(i))} for i in range(3)])
+        assert [row["row"] for row in rows] == [0, 1, 2]
+
+    def test_a_broken_row_is_named_by_its_number(self, write, collator):
+        good, bad = {"messages": conversation("What?", "That.")}, {"messages": conversation("What?", "That.")[:1]}
+        rows = list(write([good, good, bad, good]))
+        with pytest.raises(ValueError, match="Row 2: no message of the assistant"):
+            collator(rows[1:3])
+
+
+def test_a_file_is_one_split_whatever_its_name_and_can_be_sliced(tmp_path):
+    rows = [{"messages": conversation("What?", str(i))} for i in range(4)]
+    path = write_lines(tmp_path / "notes.jsonl", rows)
+    for split, answers in (("validation", "0123"), ("train[:50%]", "01"), ("train[3:]", "3")):
+        assert [said(row)[2] for row in load(path, split)] == list(answers)
+
+
+def test_parquet_with_pictures_inside_is_read(tmp_path):
+    source = Dataset.from_list([{"image": picture(i), "caption": f"It is {i}."} for i in range(3)])
+    source.to_parquet(str(tmp_path / "train.parquet"))
+    for streaming in (False, True):
+        rows = list(load(tmp_path, answer_column="caption", streaming=streaming))
+        assert [said(row)[2] for row in rows] == ["It is 0.", "It is 1.", "It is 2."]
+        assert [row["images"][0].getpixel((0, 0))[0] for row in rows] == [0, 60, 120]
+
+
+def test_a_row_may_have_several_pictures_or_none(tmp_path):
+    features = datasets.Features({"photos": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
+    numbers = [2, 0, 1]
+    source = [{"photos": [picture(i) for i in range(n)], "caption": f"{n} pictures"} for n in numbers]
+    Dataset.from_list(source, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    for streaming in (False, True):
+        rows = list(load(tmp_path, image_column="photos", answer_column="caption", streaming=streaming))
+        assert [said(row) for row in rows] == [(n, "Describe the picture.", f"{n} pictures") for n in numbers]
+        assert [len(row["images"]) for row in rows] == numbers
+
+
+def test_messages_with_pictures_in_parquet_are_ready_for_the_collator(tmp_path, collator):
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "messages": datasets.List(
+                {
+                    "role": datasets.Value("string"),
+                    "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
+                }
+            ),
+        }
+    )
+    source = [{"images": [picture(i)], "messages": conversation("What?", str(i), has_picture=True)} for i in range(2)]
+    Dataset.from_list(source, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    batch = collator(list(load(tmp_path)))
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_messages_with_paths_of_pictures_are_ready_for_the_collator(tmp_path, collator):
+    picture(0).save(tmp_path / "a.png")
+    row = {"images": [str(tmp_path / "a.png")], "messages": conversation("What?", "That.", has_picture=True)}
+    path = write_lines(tmp_path / "lines" / "train.jsonl", [row])
+    assert collator(list(load(path)))["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_streaming_gives_the_same_rows(photographs):
+    stored = load(photographs, answer_column="captions")
+    streamed = load(photographs, answer_column="captions", streaming=True)
+    assert isinstance(stored, Dataset) and isinstance(streamed, IterableDataset)
+    for a, b in zip(stored, streamed, strict=True):
+        assert a.keys() == b.keys()
+        assert [image.tobytes() for image in a["images"]] == [image.tobytes() for image in b["images"]]
+        assert {**a, "images": None} == {**b, "images": None}
+
+
+def test_rows_of_photographs_are_numbered(photographs):
+    for streaming in (False, True):
+        rows = load(photographs, answer_column="captions", streaming=streaming)
+        assert [row["row"] for row in rows] == list(range(len(FLAT)))
+
+
+def test_rows_go_straight_into_the_collator(photographs, collator):
+    rows = list(load(photographs, answer_column="captions"))
+    batch = collator(rows)
+    assert batch["pixel_values"].shape == (len(FLAT), 3, 16, 16)
+    assert batch["images_per_row"] == 1
+    decode = collator.processor.decode
+    learnt = [decode([i for i in labels if i != -100]) for labels in batch["labels"].tolist()]
+    assert learnt == [f"{caption}<|end|>" for _, caption in FLAT]
+
+
+def test_a_photograph_that_cannot_be_read_is_named(photographs, tmp_path, collator):
+    write_image_folder(tmp_path / "train", [{"caption": f"It is {i}."} for i in range(3)], suffix=".jpg")
+    (tmp_path / "train" / "00001.jpg").write_bytes(b"no picture")
+    with pytest.raises(Exception, match=r"00001\.jpg|Row 1\b"):
+        collator(list(load(tmp_path, answer_column="caption")))
+
+
+def test_a_missing_column_is_named_beside_those_that_are_there(photographs):
+    with pytest.raises(ValueError, match=r"`answer_column` is 'caption', but the columns are \[.*'captions'"):
+        load(photographs, answer_column="caption")
+    with pytest.raises(ValueError, match=r"`prompt_column` is 'question', but the columns are \[.*'captions'"):
+        load(photographs, answer_column="captions", prompt_column="question")
+
+
+def test_a_missing_image_column_is_named_where_it_was_asked_for(photographs):
+    # Otherwise the model would be trained without a picture, and nobody told
+    with pytest.raises(ValueError, match=r"`image_column` is 'photo', but the columns are \[.*'image'"):
+        load(photographs, answer_column="captions", image_column="photo")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_a_column_to_learn_the_columns_are_listed(photographs, streaming):
+    with pytest.raises(ValueError, match=r"no `messages`.*\['image', .*'captions'.*--answer_column"):
+        load(photographs, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("answer", [3, None, ["a", None]])
+def test_an_answer_that_is_no_text_names_its_row(tmp_path, answer, streaming):
+    good = ["a", "b"] if isinstance(answer, list) else "a"
+    answers = [4, 3] if isinstance(answer, int) else [good, answer]
+    write_image_folder(tmp_path / "train", [{"caption": caption} for caption in answers])
+    number = 0 if isinstance(answer, int) else 1
+    with pytest.raises(ValueError, match=f"Row {number}: expected text"):
+        list(load(tmp_path, answer_column="caption", streaming=streaming))
+
+
+def test_a_question_that_is_no_text_names_its_row(tmp_path):
+    write_image_folder(tmp_path / "train", [{"q": "Why?", "a": "So."}, {"q": None, "a": "So."}])
+    with pytest.raises(ValueError, match="Row 1: expected text"):
+        list(load(tmp_path, prompt_column="q", answer_column="a"))
+
+
+def test_a_split_without_rows_is_refused(photographs):
+    with pytest.raises(ValueError, match=r"train\[50:\].* no data"):
+        load(photographs, "train[50:]", answer_column="captions")
+    with pytest.raises(ValueError, match="no rows in split 'train'"):
+        load(photographs, max_rows=0, answer_column="captions")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_rows_is_refused(tmp_path, streaming):
+    with pytest.raises(ValueError, match="no rows in split 'train'"):
+        load(write_lines(tmp_path / "train.jsonl", []), answer_column="answer", streaming=streaming)
+
+
+def test_files_of_an_unknown_type_are_refused_by_name(tmp_path):
+    (tmp_path / "notes.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"has files of types \['\.txt'\]"):
+        load(tmp_path)
+
+
+def test_training_scenes_are_conversations_and_held_out_ones_are_questions(collator):
+    args = DataArguments()
+    training, held_out = load_rows(args, "train", 5), load_rows(args, "validation", 5)
+    assert len(training) == 5
+    assert len(training[0]["messages"]) > 2
+    assert {"prompt", "completion", "kind", "held_out"} <= set(held_out.column_names)
+    assert len(held_out) > 5
+    for rows in (training, held_out):
+        assert rows["row"][:] == list(range(len(rows)))
+        batch = collator([rows[i] for i in range(5)])
+        assert batch["pixel_values"].shape == (5, 3, 16, 16)
+
+
+def test_scenes_of_an_unknown_split_are_refused():
+    with pytest.raises(ValueError, match="`split` must be one of"):
+        load_rows(DataArguments(), "test")
+
+
+def test_blank_pictures_are_gray_and_of_the_same_size(photographs):
+    for streaming in (False, True):
+        rows = load(photographs, answer_column="captions", streaming=streaming)
+        blanked = list(blank(rows))
+        assert len(blanked) == len(FLAT)
+        for old, new in zip(rows, blanked, strict=True):
+            assert [image.size for image in new["images"]] == [image.size for image in old["images"]]
+            assert all(image.getcolors() == [(image.width * image.height, BLANK_GRAY)] for image in new["images"])
+            assert {**new, "images": None} == {**old, "images": None}
+
+
+def test_blanking_leaves_the_rows_it_was_given(photographs):
+    rows = load(photographs, answer_column="captions")
+    blank(rows)[0]
+    assert rows[0]["images"][0].getcolors() != [(20 * 16, BLANK_GRAY)]
+
+
+def test_blank_rows_can_be_read_in_batches(photographs):
+    rows = blank(load(photographs, answer_column="captions"))
+    (batch,) = rows.iter(batch_size=10)
+    assert [images[0].getpixel((0, 0)) for images in batch["images"]] == [BLANK_GRAY] * len(FLAT)
+
+
+def test_text_without_pictures_can_be_blanked(tmp_path):
+    rows = load(write_lines(tmp_path / "train.jsonl", [{"messages": conversation("What?", "That.")}]))
+    (row,) = blank(rows)
+    assert said(row) == (0, "What?", "That.")
+
+
+def test_pictures_given_by_their_paths_can_be_blanked(tmp_path):
+    picture(3).save(tmp_path / "a.png")
+    row = {"images": [str(tmp_path / "a.png")], "messages": conversation("What?", "That.", has_picture=True)}
+    (blanked,) = blank(load(write_lines(tmp_path / "lines" / "train.jsonl", [row])))
+    assert [image.size for image in blanked["images"]] == [(23, 16)]
+    assert blanked["images"][0].getpixel((5, 5)) == BLANK_GRAY
+
+
+def test_numbers_count_rows_in_their_order():
+    rows = Dataset.from_list([{"a": letter} for letter in "cab"])
+    assert [row["row"] for row in number_rows(rows)] == [0, 1, 2]
+    assert list(number_rows(rows.to_iterable_dataset())) == list(number_rows(rows))
+
+
+def test_a_tokenizer_is_trained_on_everything_that_is_said(photographs, tmp_path):
+    expected = [text for _, caption in FLAT for text in ("Describe the picture.", caption)]
+    for streaming in (False, True):
+        assert list(texts_of(load(photographs, answer_column="captions", streaming=streaming))) == expected
+    plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    path = write_lines(tmp_path / "train.jsonl", [{"messages": plain}])
+    for streaming in (False, True):
+        assert list(texts_of(load(path, streaming=streaming))) == ["What?", "That."]
+
+
+def test_reading_again_gives_the_same_rows(photographs):
+    args = DataArguments(dataset=str(photographs), answer_column="captions")
+    first, second = load_rows(args, "train"), load_rows(replace(args), "train")
+    assert first.remove_columns("images").to_list() == second.remove_columns("images").to_list()
