@@ -152,6 +152,17 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
+        # One name is for all streams, but some can't take it: see `DuoStreamModel.__init__`
+        if isinstance(attn_implementation, str):
+            by_stream = dict.fromkeys(("", "text_config", "vision_config", "fusion_stack_config"), attn_implementation)
+            if not MODEL_MAPPING[type(self.config.vision_config)]._supports_sdpa:
+                by_stream["vision_config"] = "eager"
+            if attn_implementation.startswith("flash_attention"):
+                by_stream["fusion_stack_config"] = "sdpa"
+            attn_implementation = by_stream
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # For models from outside of the library it leaves out what `_init_weights` does to modules without weights of
