@@ -1,8 +1,11 @@
 """From conversations with pictures to a batch for `Trainer`."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
+import PIL.Image
 import torch
 from transformers.image_utils import load_image
 from transformers.utils import logging
@@ -13,6 +16,11 @@ from .processing_duostream import DuoStreamProcessor
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
+
+
+def load_picture(image: Any) -> PIL.Image.Image:
+    """A picture from a `PIL.Image.Image`, a path, or the bytes and path that `datasets` stores, as streams give it."""
+    return load_image(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
 
 
 @dataclass
@@ -81,6 +89,11 @@ class DuoStreamDataCollator:
             raise ValueError(f"expected `messages`, or `prompt` and `completion`; its columns are {sorted(row)}")
         if not messages:
             raise ValueError("there are no messages")
+        for message in messages:
+            parts = message["content"]
+            for part in [{"type": "text", "text": parts}] if not isinstance(parts, list) else parts:
+                if part["type"] == "text" and not isinstance(part["text"], str):
+                    raise ValueError(f"expected text from the {message['role']}, not {part['text']!r}")
         # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
         tokenizer, template = self.processor.tokenizer, self.processor.chat_template
         marked, *_ = tokenizer._mark_chat_inputs(template, [messages], None, None, {}, True, False)
@@ -103,7 +116,7 @@ class DuoStreamDataCollator:
             )
 
         template = self.processor.chat_template
-        if "generation" in template.replace("add_generation_prompt", ""):
+        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
             texts, spans = render(messages, return_assistant_tokens_mask=True)
             return texts[0], spans[0]
         # A template that doesn't mark its answers: each is what it adds to the conversation before it
@@ -131,7 +144,7 @@ class DuoStreamDataCollator:
 
     def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
         try:
-            return [load_image(image) for image in row.get("images") or []]
+            return [load_picture(image) for image in row.get("images") or []]
         except Exception as error:
             raise ValueError(f"{name}: a picture can't be read: {error}") from error
 
@@ -141,13 +154,8 @@ class DuoStreamDataCollator:
         repeats = [processor.image_seq_length if token == processor.image_token_id else 1 for token in input_ids]
         input_ids = [token for token, n in zip(input_ids, repeats, strict=True) for _ in range(n)]
         labels = [label for label, n in zip(labels, repeats, strict=True) for _ in range(n)]
-        # What an image token predicts is not meant
-        labels = [
-            IGNORE_INDEX if i and input_ids[i - 1] == processor.image_token_id else label
-            for i, label in enumerate(labels)
-        ]
         if self.max_length is None or len(input_ids) <= self.max_length:
-            return input_ids, labels
+            return input_ids, self.without_image_predictions(input_ids, labels)
         try:
             kept = processor.truncated_positions(input_ids, self.max_length)
         except ValueError as error:
@@ -158,7 +166,12 @@ class DuoStreamDataCollator:
         logger.warning(
             f"{name} was cut to `max_length={self.max_length}` tokens; {num_lost} tokens of answers are lost"
         )
-        return input_ids, labels
+        return input_ids, self.without_image_predictions(input_ids, labels)
+
+    def without_image_predictions(self, input_ids: list[int], labels: list[int]) -> list[int]:
+        """Leaves out what an image token would predict, which is not meant."""
+        follows_image = [False, *(token == self.processor.image_token_id for token in input_ids)]
+        return [IGNORE_INDEX if follows else label for follows, label in zip(follows_image, labels, strict=False)]
 
     def pad(self, input_ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
         processor, multiple = self.processor, self.pad_to_multiple_of or 1

@@ -24,7 +24,7 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on; slices like `train[:90%]` work."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on; slices like `train[:90%%]` work."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a local copy."})
     image_column: str = field(default="image", metadata={"help": "Column with a picture, or a list of them."})
@@ -90,10 +90,16 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
             raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
         args = [text for name, value in options.items() for text in _as_option(name, value)] + args
     parser = HfArgumentParser(classes, description=doc, formatter_class=OptionsFormatter)
-    return parser.parse_args_into_dataclasses(args)
+    *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(parsed)
 
 
 def _as_option(name: str, value: Any) -> list[str]:
+    if value is None or value == []:
+        return []  # the option's own default
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    # With "=", as a value may begin with a dash
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import PIL.Image
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
+from ..processing.data_collator_duostream import load_picture
 from .arguments import DataArguments
 from .scenes import MESSAGES_FEATURE, build_scenes, question_rows, to_conversations
 
@@ -32,20 +33,28 @@ def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> R
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
     """
+    rows = number_rows(_conversational_rows(args, split, max_rows))
+    return blank(rows) if args.blank_images else rows
+
+
+def _conversational_rows(args: DataArguments, split: str, max_rows: int | None) -> Rows:
     if args.dataset == "scenes":
         scenes = build_scenes(split, num_rows=max_rows)
-        rows = (
-            to_conversations(scenes, include=("caption", "questions")) if split == "train" else question_rows(scenes)
-        )
-        return number_rows(rows)
-    rows = _load(args, split)
+        if split == "train":
+            return to_conversations(scenes, include=("caption", "questions"))
+        return question_rows(scenes)
+    try:
+        rows = _load(args, split)
+    except StopIteration as error:  # what `datasets` makes of an empty file
+        raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
     if max_rows is not None:
         rows = rows.take(max_rows)
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return rows
+        # Files, or bytes and paths, are pictures whatever type they were stored as
+        return rows.cast_column("images", List(Image())) if "images" in columns else rows
     return _to_prompt_completion(rows, columns, args)
 
 
@@ -54,7 +63,7 @@ def _load(args: DataArguments, split: str) -> Rows:
     options: dict[str, Any] = {"split": split, "streaming": args.streaming}
     if not path.exists():
         return load_dataset(args.dataset, args.dataset_config, **options)
-    suffixes = {file.suffix for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    suffixes = {file.suffix.lower() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
     pictures = suffixes & {".jpg", ".jpeg", ".png", ".webp"}
     if path.is_dir() and pictures:
         return load_dataset("imagefolder", data_dir=args.dataset, **options)
@@ -81,13 +90,15 @@ def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -
         if column is not None and column not in columns:
             raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
     has_images = args.image_column in columns
+    if not has_images and args.image_column != DataArguments.image_column:
+        raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
     features: dict[str, Any] = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE, "source": Value("int64")}
     if has_images:
         is_list = isinstance(rows.features[args.image_column], List) if rows.features else False
         # Files are opened by the collator, not here
         undecoded = List(Image(decode=False)) if is_list else Image(decode=False)
         rows = rows.cast_column(args.image_column, undecoded)
-        features["images"] = List(Image(decode=False))
+        features["images"] = List(Image())
 
     def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
@@ -101,8 +112,7 @@ def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -
                     out["images"].append(images)
         return out
 
-    rows = rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features))
-    return rows.cast_column("images", List(Image())) if has_images else rows
+    return rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features))
 
 
 def _turns(row: dict, args: DataArguments, has_images: bool, index: int) -> Iterator[tuple[list, list, list]]:
@@ -125,17 +135,27 @@ def number_rows(rows: Rows) -> Rows:
     """Adds a column `row` that counts from 0."""
     if isinstance(rows, Dataset):
         return rows.add_column("row", list(range(len(rows))))
-    return rows.map(lambda row, i: {**row, "row": i}, with_indices=True)
+
+    def number(row: dict, index: int) -> dict:
+        # A stream passes its pictures on as they are stored
+        pictures = {"images": [load_picture(image) for image in row["images"] or []]} if "images" in row else {}
+        return {**row, **pictures, "row": index}
+
+    return rows.map(number, with_indices=True)
 
 
 def blank(rows: Rows) -> Rows:
     """Puts a gray picture of the same size in place of every picture, as rows are read."""
 
     def blank_batch(batch: dict[str, list]) -> dict[str, list]:
-        images = batch.get("images") or []
-        return {**batch, "images": [[PIL.Image.new("RGB", p.size, BLANK_GRAY) for p in row] for row in images]}
+        if "images" not in batch:
+            return batch
+        sizes = [[load_picture(image).size for image in row or []] for row in batch["images"]]
+        return {**batch, "images": [[PIL.Image.new("RGB", size, BLANK_GRAY) for size in row] for row in sizes]}
 
-    return rows.with_transform(blank_batch) if isinstance(rows, Dataset) else rows.map(blank_batch, batched=True)
+    if isinstance(rows, Dataset):
+        return rows.with_transform(blank_batch)
+    return rows.map(blank_batch, batched=True)
 
 
 def texts_of(rows: Rows) -> Iterator[str]:

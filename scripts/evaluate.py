@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Trainer
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from ..processing import DuoStreamDataCollator, DuoStreamProcessor
-from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
+from .arguments import DataArguments, parse
 from .data import Rows, load_rows
 from .generate import answer
 
@@ -71,23 +74,28 @@ def generate_answers(
 
 def with_pictures(messages: list[dict], images: list[Any]) -> list[dict]:
     """The messages with each picture in its part, as `apply_chat_template` takes them."""
-    pictures = iter(images)
+    pictures = map(load_picture, images)
     return [
         {
             **message,
             "content": [
                 {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
-                for part in message["content"]
+                for part in parts_of(message)
             ],
         }
         for message in messages
     ]
 
 
+def parts_of(message: dict) -> list[dict]:
+    """The content of a message as a list of parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def text_of(message: dict) -> str:
     """The text of a message, without its pictures."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["text"])
+    return "".join(part["text"] for part in parts_of(message) if part["text"])
 
 
 def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -105,9 +113,19 @@ def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def evaluation_loss(model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64) -> float:
     """The mean loss of the answers' tokens, given the tokens before them."""
-    training_args = DuoStreamTrainingArguments(per_device_eval_batch_size=batch_size, report_to="none")
-    trainer = Trainer(model=model, args=training_args, data_collator=DuoStreamDataCollator(processor))
-    return trainer.evaluate(rows)["eval_loss"]
+    collator = DuoStreamDataCollator(processor)
+    total, num_tokens = 0.0, 0
+    for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="loss", leave=False):
+        with torch.no_grad():
+            loss = model(**{name: to_device(value, model.device) for name, value in batch.items()}).loss
+        # Each token counts the same, however many others are in its batch
+        num_learnt = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        total, num_tokens = total + float(loss) * num_learnt, num_tokens + num_learnt
+    return total / num_tokens
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def main(args: list[str] | None = None) -> None:

@@ -70,7 +70,9 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamForConditio
     config.image_token_id = processor.image_token_id
     model = DuoStreamForConditionalGeneration(config)
     if args.vision is not None:
-        model.model.vision_model = AutoModel.from_pretrained(args.vision, config=config.vision_config)
+        model.model.vision_model = AutoModel.from_pretrained(
+            args.vision, config=config.vision_config, dtype=model.dtype
+        )
     return model, processor
 
 
