@@ -60,7 +60,10 @@ class DuoStreamDataCollator:
 
         input_ids: list[list[int]] = [[] for _ in rows]
         labels: list[list[int]] = [[] for _ in rows]
-        for (i, _, is_answer), ids in zip(segments, self.tokenize([text for _, text, _ in segments]), strict=True):
+        owners = [i for i, _, _ in segments]
+        continues = [n > 0 and owners[n - 1] == i for n, i in enumerate(owners)]
+        encoded = self.tokenize([text for _, text, _ in segments], continues)
+        for (i, _, is_answer), ids in zip(segments, encoded, strict=True):
             input_ids[i] += ids
             labels[i] += ids if is_answer else [IGNORE_INDEX] * len(ids)
 
@@ -133,14 +136,23 @@ class DuoStreamDataCollator:
                 spans.append((len(before), len(after)))
         return text, spans
 
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of rendered pieces, in which control tokens that a user wrote are marked."""
+    def tokenize(self, texts: list[str], continues: list[bool]) -> list[list[int]]:
+        """Token ids of rendered pieces, in which control tokens that a user wrote are marked, and which may go on."""
         tokenizer = self.processor.tokenizer
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        for i, text in enumerate(texts):
-            if _CONTROL_TOKEN_START in text:
-                encoded[i] = encode_marked_chat(tokenizer, text)
-        return encoded
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            marked = [i for i, text in enumerate(texts) if _CONTROL_TOKEN_START in text]
+            for i in marked:
+                encoded[i] = encode_marked_chat(tokenizer, texts[i])
+            return encoded
+
+        newline, x, newline_x = encode(["\n", "x", "\nx"])
+        if newline_x == newline + x:
+            return encode(texts)
+        # SentencePiece begins a text with a space: a piece that goes on is read behind a newline, which is taken off
+        encoded = encode(["\n" + text if goes_on else text for text, goes_on in zip(texts, continues, strict=True)])
+        return [ids[len(newline) :] if goes_on else ids for ids, goes_on in zip(encoded, continues, strict=True)]
 
     def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
         try:

@@ -18,6 +18,7 @@ import torch
 from transformers.masking_utils import create_masks_for_generate
 
 from .. import DuoStreamConfig, DuoStreamModel
+from ..configuration.image_tokens_duostream import image_token_shape
 from ..modeling.stream_layout_duostream import block_sequence_ids
 from .arguments import parse
 
@@ -73,7 +74,8 @@ def measure_overhead(args: BenchmarkArguments) -> dict[str, float]:
     torch.manual_seed(args.seed)
     config = DuoStreamConfig.from_preset(args.preset)
     model = DuoStreamModel(config).eval()
-    image_seq_length, size = config.image_seq_length, config.vision_config.image_size
+    image_seq_length, _ = image_token_shape(config.vision_config)
+    size = config.vision_config.image_size
     seq_len = image_seq_length + args.text_len
     text = torch.randint(10, config.text_config.vocab_size, (args.batch_size, args.text_len))
     pictures = torch.full((args.batch_size, image_seq_length), config.image_token_id)
