@@ -36,7 +36,7 @@ from .training import train
 
 @dataclass
 class QuickstartArguments:
-    """How much of everything. The defaults take less than ten minutes on two CPU cores."""
+    """How much of everything. The defaults are chosen for two CPU cores."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Checkpoints, metrics and report go here."})
     train_scenes: int = field(default=20_000, metadata={"help": "Scenes to train on."})
