@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -747,6 +748,18 @@ def test_a_wrong_hint_that_holds_the_text_changes_no_logit(model: Any) -> None:
         assert difference(got, expected) < CLOSE
 
 
+class Record(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_with_the_hint_the_host_never_waits_for_the_data(kind: str, use_cache: bool) -> None:
@@ -756,7 +769,10 @@ def test_with_the_hint_the_host_never_waits_for_the_data(kind: str, use_cache: b
     inputs = batch([Row(model, PICTURE, n) for n in (5, 2, 7)], "right")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
-        outputs = model(**fake, images_per_row=1, use_cache=use_cache)
+        with Record() as record:
+            outputs = model(**fake, images_per_row=1, use_cache=use_cache)
+        # A device is told what must hold, and goes on
+        assert any("_assert_async" in name for name in record.names)
         assert outputs.logits.shape == (*inputs["input_ids"].shape, VOCAB_SIZE)
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
             model(**fake, use_cache=use_cache)  # how long the text is must then be found out
@@ -937,13 +953,32 @@ def test_an_encoder_reads_text_both_ways_and_keeps_no_cache() -> None:
         model(**row.inputs, past_key_values=DynamicCache(config=model.config))
 
 
-def test_the_vision_stream_may_be_frozen(llama: Any) -> None:
-    model = copy.deepcopy(llama).train()
-    model.model.vision_model.requires_grad_(False)
+def test_a_frozen_stream_learns_nothing_and_keeps_its_statistics() -> None:
+    model = small_model("tiny").train()
+    model.freeze("vision", "text")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = Row(model, PICTURE, 5).inputs
-    model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 2, -100)).loss.backward()
-    assert all(weight.grad is None for weight in model.model.vision_model.parameters())
-    assert all(weight.grad.any() for weight in model.model.projector.parameters())
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 2, -100)
+    model(**inputs, labels=labels).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {".".join(name.split(".")[:2]) for name in moved} == {"model.projector", "model.fusion_model"}
+    with pytest.raises(ValueError, match="'eyes'"):
+        model.freeze("eyes")
+
+
+@pytest.mark.parametrize("parts", [(9,), (PICTURE, 6)], ids=str)
+def test_types_of_the_new_tokens_alone_are_enough_with_a_cache(parts: tuple) -> None:
+    model = small_model("gpt2")
+    row = Row(model, *parts)
+    cut, pictures = len(row) - 4, {"pixel_values": row.pictures} if len(row.pictures) else {}
+    types = (torch.arange(len(row)) < cut).long()[None]
+    expected = logits(model, row.inputs, token_type_ids=types, use_cache=False)[:, cut:]
+    for some in (types, types[:, cut:]):
+        with torch.no_grad():
+            cache = model(input_ids=row.ids[None, :cut], **pictures).past_key_values
+            got = model(input_ids=row.ids[None, cut:], past_key_values=cache, token_type_ids=some).logits
+        assert difference(got, expected) < CLOSE
 
 
 def test_saved_configs_name_the_model_that_wrote_them(llama: Any, tmp_path: Path) -> None:
