@@ -548,6 +548,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 is_image, attention_mask, layout_position_ids, seq_len, num_image_tokens, text_cache, images_per_row
             )
             if has_new_images or token_type_ids is not None:
+                if is_image is None:
+                    is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=self.device)
                 block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len)
 
         if layout.text_index is not None:
@@ -609,13 +611,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def _block_sequence_ids(
         self,
-        is_image: torch.Tensor | None,
+        is_image: torch.Tensor,
         token_type_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         seq_len: int,
     ) -> torch.Tensor:
-        if is_image is None:
-            is_image = torch.zeros_like(token_type_ids, dtype=torch.bool)
         if token_type_ids is not None and token_type_ids.shape[1] < is_image.shape[1]:
             # Types of the new tokens alone: what is cached has been read, and is seen by all of them anyway
             num_past = is_image.shape[1] - token_type_ids.shape[1]
