@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "model_type": "regnet",
             "image_size": 48,
             "embedding_size": 32,
-            "hidden_sizes": [64, 128],
-            "depths": [1, 2],
+            "hidden_sizes": [64, 128, 128],
+            "depths": [1, 1, 1],
             "groups_width": 64,
             "layer_type": "x",
         },
@@ -131,7 +131,7 @@ class DuoStreamConfig(PreTrainedConfig):
     >>> config = DuoStreamConfig.from_preset("tiny")
     >>> model = DuoStreamForConditionalGeneration(config)
     >>> config.image_seq_length
-    36
+    9
     ```
     """
 

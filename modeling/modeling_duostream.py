@@ -1,11 +1,13 @@
 """DuoStream: text and image tokens, each from a transformer of its own, go through one fusion stack together."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
@@ -169,6 +171,15 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         # their own, and so the backbones' own rules (GPT-2, CLIP) when a checkpoint lacks some. All of these models
         # initialise by the library's `initialization`, which needs no such care.
         return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DuoStreamProjector) and module.position_embeddings is not None:
+            # As large as what they are added to (a GELU lets through about 0.6 of a unit normal). With the embedding's
+            # own small range they drown, and it takes several times as long to learn where things are.
+            positions = module.position_embeddings
+            std = 0.6 * self.config.initializer_range * math.sqrt(positions.embedding_dim)
+            init.normal_(positions.weight, std=std)
 
     def freeze(self, *streams: str) -> None:
         """

@@ -27,7 +27,9 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on; slices like `train[:90%%]` work."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a local copy."})
-    image_column: str = field(default="image", metadata={"help": "Column with a picture, or a list of them."})
+    image_column: str = field(
+        default="image", metadata={"help": 'Column with a picture, or a list of them; "" reads text only.'}
+    )
     prompt: str = field(
         default="Describe the picture.", metadata={"help": "What the user says, where no column does."}
     )

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import PIL.Image
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_dataset
 
 from ..processing.data_collator_duostream import load_picture
 from .arguments import DataArguments
-from .scenes import MESSAGES_FEATURE, build_scenes, question_rows, to_conversations
+from .scenes import MESSAGES_FEATURE, PROMPT_FEATURES, build_scenes, caption_rows, question_rows
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -41,7 +41,7 @@ def _conversational_rows(args: DataArguments, split: str, max_rows: int | None) 
     if args.dataset == "scenes":
         scenes = build_scenes(split, num_rows=max_rows)
         if split == "train":
-            return to_conversations(scenes, include=("caption", "questions"))
+            return training_rows(scenes)
         return question_rows(scenes)
     try:
         rows = _load(args, split)
@@ -56,6 +56,17 @@ def _conversational_rows(args: DataArguments, split: str, max_rows: int | None) 
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(Image())) if "images" in columns else rows
     return _to_prompt_completion(rows, columns, args)
+
+
+def training_rows(scenes: Dataset) -> Dataset:
+    """
+    Every question and every caption of the scenes in a row of its own.
+
+    With several to a row it takes many times as long to learn to pick out the object that is asked for, as an answer
+    then has the other questions before it, too, and a batch has fewer pictures.
+    """
+    kinds = [question_rows(scenes), caption_rows(scenes)]
+    return concatenate_datasets([rows.select_columns(list(PROMPT_FEATURES)) for rows in kinds]).sort("scene")
 
 
 def _load(args: DataArguments, split: str) -> Rows:
@@ -90,7 +101,7 @@ def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -
         if column is not None and column not in columns:
             raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
     has_images = args.image_column in columns
-    if not has_images and args.image_column != DataArguments.image_column:
+    if not has_images and args.image_column not in (DataArguments.image_column, ""):
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
     features: dict[str, Any] = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE, "source": Value("int64")}
     if has_images:

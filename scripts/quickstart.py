@@ -25,12 +25,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .. import DuoStreamProcessor, __version__
 from .arguments import DuoStreamTrainingArguments, parse
-from .data import blank, number_rows
+from .data import blank, number_rows, training_rows
 from .evaluate import exact_match, generate_answers, text_of
 from .generate import answer
 from .pretrain import PretrainArguments, new_model
 from .report import attended_tokens, write_report
-from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows, to_conversations
+from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows
 from .training import train
 
 
@@ -42,7 +42,7 @@ class QuickstartArguments:
     train_scenes: int = field(default=20_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
     pretrain_steps: int = field(default=300, metadata={"help": "Steps of 64 captions."})
-    finetune_steps: int = field(default=700, metadata={"help": "Steps of 48 conversations."})
+    finetune_steps: int = field(default=700, metadata={"help": "Steps of 192 questions and captions."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
 
@@ -125,11 +125,11 @@ def main(args: list[str] | None = None) -> None:
 
     with watch.stage("draw scenes"):
         scenes = build_scenes("train", quickstart_args.train_scenes, seed=seed)
-        captions = number_rows(to_conversations(scenes, include=("caption",), seed=seed))
-        conversations = number_rows(to_conversations(scenes, include=("caption", "questions"), seed=seed))
+        captions = number_rows(caption_rows(scenes))
+        rows = number_rows(training_rows(scenes))
 
     with watch.stage("pretrain"):
-        model, processor = new_model(PretrainArguments(), conversations)
+        model, processor = new_model(PretrainArguments(bidirectional_prefix=True), rows)
         pretrain_args = training_arguments(
             output_dir / "pretrained",
             max_steps=quickstart_args.pretrain_steps,
@@ -142,10 +142,11 @@ def main(args: list[str] | None = None) -> None:
         finetune_args = training_arguments(
             output_dir / "finetuned",
             max_steps=quickstart_args.finetune_steps,
-            per_device_train_batch_size=48,
+            per_device_train_batch_size=192,
+            learning_rate=1e-3,
             seed=seed,
         )
-        finetuning = train(model, processor, finetune_args, conversations)
+        finetuning = train(model, processor, finetune_args, rows)
 
     with watch.stage("load"):
         model = AutoModelForImageTextToText.from_pretrained(output_dir / "finetuned").eval()

@@ -401,19 +401,27 @@ def _sample_hard_negative(rng: random.Random, present: list[tuple[str, str]], sp
 
 
 def _colour_questions(objects: list[SceneObject]) -> list[Question]:
+    """Ask by place, and by shape where only one object has it."""
+    shapes = [item.shape for item in objects]
     return [
-        Question(f"What color is the {item.shape}?", item.colour, "colour", item.held_out)
+        Question(f"What color is the {reference}?", item.colour, "colour", item.held_out)
         for item in objects
-        if sum(other.shape == item.shape for other in objects) == 1
+        for reference in [_by_place(item)] + [item.shape] * (shapes.count(item.shape) == 1)
     ]
 
 
 def _shape_questions(objects: list[SceneObject]) -> list[Question]:
+    """Ask by place, and by colour where only one object has it."""
+    colours = [item.colour for item in objects]
     return [
-        Question(f"What shape is the {item.colour} object?", item.shape, "shape", item.held_out)
+        Question(f"What shape is the {reference}?", item.shape, "shape", item.held_out)
         for item in objects
-        if sum(other.colour == item.colour for other in objects) == 1
+        for reference in [_by_place(item)] + [f"{item.colour} object"] * (colours.count(item.colour) == 1)
     ]
+
+
+def _by_place(item: SceneObject) -> str:
+    return f"object {PLACES[item.place][0]}"
 
 
 def _place_questions(objects: list[SceneObject]) -> list[Question]:
@@ -421,12 +429,12 @@ def _place_questions(objects: list[SceneObject]) -> list[Question]:
 
 
 def _relation_questions(objects: list[SceneObject]) -> list[Question]:
-    """Ask for every relation that holds, and for its opposite, so that "yes" and "no" are equally frequent."""
+    """Ask which of two opposites holds. Either comes first in half of the questions, and is the answer in half."""
     return [
-        Question(f"Is the {a.name} {asked} the {b.name}?", answer, "relation", a.held_out or b.held_out)
+        Question(f"Is the {a.name} {one} or {other} the {b.name}?", relation, "relation", a.held_out or b.held_out)
         for a, b in permutations(objects, 2)
         for relation in _relations(a, b)
-        for asked, answer in ((relation, "yes"), (OPPOSITES[relation], "no"))
+        for one, other in permutations((relation, OPPOSITES[relation]))
     ]
 
 

@@ -337,17 +337,27 @@ def test_files_of_an_unknown_type_are_refused_by_name(tmp_path):
         load(tmp_path)
 
 
-def test_training_scenes_are_conversations_and_held_out_ones_are_questions(collator):
+def test_scenes_are_questions_and_in_training_captions_too(collator):
     args = DataArguments()
     training, held_out = load_rows(args, "train", 5), load_rows(args, "validation", 5)
-    assert len(training) == 5
-    assert len(training[0]["messages"]) > 2
+    prompts = [row["prompt"][0]["content"][-1]["text"] for row in training]
+    assert prompts.count("Describe the picture.") == 5
+    assert len(training) > 20
+    # A scene's rows stay together, so that the first rows are a sample of all kinds
+    assert list(training["scene"]) == sorted(training["scene"])
     assert {"prompt", "completion", "kind", "held_out"} <= set(held_out.column_names)
-    assert len(held_out) > 5
+    assert len(held_out) > 20
     for rows in (training, held_out):
         assert rows["row"][:] == list(range(len(rows)))
         batch = collator([rows[i] for i in range(5)])
         assert batch["pixel_values"].shape == (5, 3, 16, 16)
+
+
+def test_pictures_can_be_left_out(photographs):
+    rows = load(photographs, answer_column="captions", image_column="")
+    assert len(rows) == len(FLAT)
+    assert "images" not in rows.column_names
+    assert all(part["type"] == "text" for row in rows for part in row["prompt"][0]["content"])
 
 
 def test_scenes_of_an_unknown_split_are_refused():

@@ -79,6 +79,15 @@ def recompute_answer(question, objects):
         (item,) = find(colour=colour, shape=shape)
         return item
 
+    def find_at(phrase):
+        (cell,) = (cell for cell, phrases in enumerate(PLACES.values()) if phrases[0] == phrase)
+        (item,) = (item for item in objects if 3 * int(3 * item["y"]) + int(3 * item["x"]) == cell)
+        return item
+
+    if match := re.fullmatch(r"What color is the object (\w+ the [\w ]+)\?", question):
+        return find_at(match[1])["colour"]
+    if match := re.fullmatch(r"What shape is the object (\w+ the [\w ]+)\?", question):
+        return find_at(match[1])["shape"]
     if match := re.fullmatch(r"What color is the (\w+)\?", question):
         (item,) = find(shape=match[1])
         return item["colour"]
@@ -96,12 +105,15 @@ def recompute_answer(question, objects):
     if match := re.fullmatch(r"Where is the (\w+ \w+)\?", question):
         item = find_named(match[1])
         return list(PLACES)[3 * int(3 * item["y"]) + int(3 * item["x"])]
-    match = re.fullmatch(r"Is the (\w+ \w+) (left of|right of|above|below) the (\w+ \w+)\?", question)
-    first, second = find_named(match[1]), find_named(match[3])
-    axis = "x" if match[2] in ("left of", "right of") else "y"
+    relations = "left of|right of|above|below"
+    match = re.fullmatch(rf"Is the (\w+ \w+) ({relations}) or ({relations}) the (\w+ \w+)\?", question)
+    first, second = find_named(match[1]), find_named(match[4])
+    assert {match[2], match[3]} in ({"left of", "right of"}, {"above", "below"})
+    axis = "x" if "left of" in match.groups() else "y"
     difference = second[axis] - first[axis]
     assert abs(difference) >= 0.2
-    return "yes" if (difference > 0) == (match[2] in ("left of", "above")) else "no"
+    before, after = ("left of", "right of") if axis == "x" else ("above", "below")
+    return before if difference > 0 else after
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -157,13 +169,17 @@ def test_every_scene_of_combinations_has_a_held_out_combination(splits):
 def test_held_out_marks_questions_about_held_out_combinations(splits):
     for row in splits["combinations"].remove_columns("image"):
         for item in row["questions"]:
-            named = {pair for pair in HELD_OUT_COMBINATIONS if " ".join(pair) in item["question"]}
-            if item["kind"] == "colour":
-                shape = item["question"].split()[-1].rstrip("?")
-                named = {(item["answer"], shape)} & set(HELD_OUT_COMBINATIONS)
-            elif item["kind"] == "shape":
-                colour = item["question"].split()[-2]
-                named = {(colour, item["answer"])} & set(HELD_OUT_COMBINATIONS)
+            asked = re.sub(r"^What (color|shape) is the |\?$", "", item["question"])
+            if item["kind"] in ("colour", "shape"):
+                (about,) = (
+                    thing
+                    for thing in row["objects"]
+                    if item["answer"] == thing[item["kind"]]
+                    and asked in (thing["shape"], f"{thing['colour']} object", f"object {PLACES[thing['place']][0]}")
+                )
+                named = {(about["colour"], about["shape"])} & set(HELD_OUT_COMBINATIONS)
+            else:
+                named = {pair for pair in HELD_OUT_COMBINATIONS if " ".join(pair) in item["question"]}
             assert item["held_out"] == bool(named)
 
 
@@ -176,13 +192,7 @@ def test_answers_agree_with_the_objects(rows):
 def test_scenes_carry_the_kinds_they_admit(rows):
     for row in rows:
         kinds = Counter(item["kind"] for item in row["questions"])
-        shapes = Counter(item["shape"] for item in row["objects"])
-        colours = Counter(item["colour"] for item in row["objects"])
-        admitted = KINDS - {"colour", "shape", "relation"}
-        admitted |= {"colour"} if 1 in shapes.values() else set()
-        admitted |= {"shape"} if 1 in colours.values() else set()
-        admitted |= {"relation"} if len(row["objects"]) > 1 else set()
-        assert set(kinds) == admitted
+        assert set(kinds) == (KINDS if len(row["objects"]) > 1 else KINDS - {"relation"})
         assert max(kinds.values()) <= 2
         assert len({item["question"] for item in row["questions"]}) == len(row["questions"])
 
@@ -196,13 +206,23 @@ def test_absent_combinations_share_a_colour_or_shape_with_the_scene(rows):
 
 
 @pytest.mark.parametrize("split", ["train", "combinations"])
-@pytest.mark.parametrize("kind", ["existence", "relation"])
-def test_yes_and_no_are_balanced(split, kind, many_questions):
-    items = [item for item in many_questions[split] if item["kind"] == kind]
+def test_yes_and_no_are_balanced(split, many_questions):
+    items = [item for item in many_questions[split] if item["kind"] == "existence"]
     for held_out in {item["held_out"] for item in items}:
-        answers = [item["answer"] for item in items if item["held_out"] == held_out]
-        # Four standard deviations of a fair coin.
-        assert abs(answers.count("yes") / len(answers) - 0.5) < 2 / len(answers) ** 0.5
+        assert_balanced([item["answer"] == "yes" for item in items if item["held_out"] == held_out])
+
+
+@pytest.mark.parametrize("split", ["train", "combinations"])
+@pytest.mark.parametrize("opposites", [("left of", "right of"), ("above", "below")])
+def test_relations_are_balanced_whichever_is_named_first(split, opposites, many_questions):
+    items = [item for item in many_questions[split] if item["kind"] == "relation" and item["answer"] in opposites]
+    assert_balanced([item["answer"] == opposites[0] for item in items])
+    assert_balanced([item["question"].index(item["answer"]) < item["question"].index(" or ") for item in items])
+
+
+def assert_balanced(outcomes):
+    # Four standard deviations of a fair coin.
+    assert abs(sum(outcomes) / len(outcomes) - 0.5) < 2 / len(outcomes) ** 0.5
 
 
 def test_no_number_dominates_the_counts(many_questions):
