@@ -63,10 +63,16 @@ def training_rows(scenes: Dataset) -> Dataset:
     Every question and every caption of the scenes in a row of its own.
 
     With several to a row it takes many times as long to learn to pick out the object that is asked for, as an answer
-    then has the other questions before it, too, and a batch has fewer pictures.
+    then has the other questions before it, too, and a batch has fewer pictures. `length` is 1 for captions, the longer
+    rows, and 0 for questions of all kinds: with `--train_sampling_strategy group_by_length` neither pads the other.
     """
     kinds = [question_rows(scenes), caption_rows(scenes)]
-    return concatenate_datasets([rows.select_columns(list(PROMPT_FEATURES)) for rows in kinds]).sort("scene")
+    rows = [
+        rows.select_columns(list(PROMPT_FEATURES)).add_column("length", [length] * len(rows))
+        for length, rows in enumerate(kinds)
+    ]
+    # A scene's rows stay together, so that the first rows are a sample of all kinds
+    return concatenate_datasets(rows).sort("scene")
 
 
 def _load(args: DataArguments, split: str) -> Rows:

@@ -41,8 +41,8 @@ class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Checkpoints, metrics and report go here."})
     train_scenes: int = field(default=20_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
-    pretrain_steps: int = field(default=300, metadata={"help": "Steps of 64 captions."})
-    finetune_steps: int = field(default=700, metadata={"help": "Steps of 192 questions and captions."})
+    pretrain_steps: int = field(default=250, metadata={"help": "Steps of 64 captions."})
+    finetune_steps: int = field(default=1000, metadata={"help": "Steps of 192 questions and captions."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
 
@@ -144,6 +144,7 @@ def main(args: list[str] | None = None) -> None:
             max_steps=quickstart_args.finetune_steps,
             per_device_train_batch_size=192,
             learning_rate=1e-3,
+            train_sampling_strategy="group_by_length",
             seed=seed,
         )
         finetuning = train(model, processor, finetune_args, rows)
