@@ -912,6 +912,16 @@ def test_every_projector_gives_tokens_of_the_fusion_stacks_width(projector_type:
     assert (difference(outputs.pooler_output, plain) == 0) is (projector_type == "none" and not positions)
 
 
+def test_new_positions_are_as_large_as_the_tokens_they_are_added_to() -> None:
+    torch.manual_seed(0)
+    model = DuoStreamForConditionalGeneration(DuoStreamConfig.from_preset("tiny")).eval()
+    projector = model.model.projector
+    with torch.no_grad():
+        tokens = model.get_image_features(torch.randn(8, 3, 48, 48)).pooler_output
+        positions = projector.position_embeddings.weight
+        assert 0.5 < positions.std() / (tokens - positions).std() < 2
+
+
 @pytest.mark.parametrize("layer", [-1, -2, 0, 1])
 def test_any_layer_of_the_vision_stream_may_be_read(layer: int) -> None:
     model = small_model("llama", vision_feature_layer=layer)
