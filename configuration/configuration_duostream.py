@@ -117,6 +117,15 @@ class DuoStreamConfig(PreTrainedConfig):
             Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the language-model head is the text stream's embedding matrix.
+        projection_dim (`int`, *optional*, defaults to 256):
+            Width of the space in which texts and pictures are compared for retrieval.
+        contrastive_loss (`str`, *optional*, defaults to `"sigmoid"`):
+            How they are: `"sigmoid"` (SigLIP) or `"softmax"` (CLIP).
+        lm_weight, mlm_weight, itc_weight, itm_weight (`float`, *optional*, default to 1.0):
+            Of the objectives of [`DuoStreamForPreTraining`]: language modelling, masked language modelling, image-text
+            contrastive, image-text matching. 0 switches one off.
+        classifier_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout before the classifier of [`DuoStreamForSequenceClassification`].
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the new weights outside the three backbones.
 
@@ -170,6 +179,13 @@ class DuoStreamConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_position_embeddings: bool = False
     vision_feature_layer: int = -1
+    projection_dim: int = 256
+    contrastive_loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    lm_weight: float = 1.0
+    mlm_weight: float = 1.0
+    itc_weight: float = 1.0
+    itm_weight: float = 1.0
+    classifier_dropout: float = 0.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
 
@@ -182,6 +198,9 @@ class DuoStreamConfig(PreTrainedConfig):
             if model_type is not None and model_type not in CONFIG_MAPPING:
                 raise ValueError(f"`{name}.model_type` is {model_type!r}, which is no type that `AutoConfig` knows")
         super().__post_init__(**kwargs)
+        for name in ("lm_weight", "mlm_weight", "itc_weight", "itm_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 (off) or more")
         self._check_widths()
         self._check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:

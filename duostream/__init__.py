@@ -4,12 +4,25 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
 
 from .configuration import DuoStreamConfig
-from .modeling import DuoStreamForConditionalGeneration, DuoStreamModel, DuoStreamPreTrainedModel
+from .modeling import (
+    DuoStreamForConditionalGeneration,
+    DuoStreamForImageTextRetrieval,
+    DuoStreamForMaskedLM,
+    DuoStreamForPreTraining,
+    DuoStreamForSequenceClassification,
+    DuoStreamModel,
+    DuoStreamPreTrainedModel,
+)
 from .processing import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 
 __version__ = "0.1.0"
@@ -19,11 +32,20 @@ AutoProcessor.register(DuoStreamConfig, DuoStreamProcessor)
 AutoModel.register(DuoStreamConfig, DuoStreamModel)
 for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(DuoStreamConfig, DuoStreamForConditionalGeneration)
+AutoModelForPreTraining.register(DuoStreamConfig, DuoStreamForPreTraining)
+AutoModelForMaskedLM.register(DuoStreamConfig, DuoStreamForMaskedLM)
+for auto_class in (AutoModelForSequenceClassification, AutoModelForVisualQuestionAnswering):
+    auto_class.register(DuoStreamConfig, DuoStreamForSequenceClassification)
+AutoModelForZeroShotImageClassification.register(DuoStreamConfig, DuoStreamForImageTextRetrieval)
 
 __all__ = [
     "DuoStreamConfig",
     "DuoStreamDataCollator",
     "DuoStreamForConditionalGeneration",
+    "DuoStreamForImageTextRetrieval",
+    "DuoStreamForMaskedLM",
+    "DuoStreamForPreTraining",
+    "DuoStreamForSequenceClassification",
     "DuoStreamModel",
     "DuoStreamPreTrainedModel",
     "DuoStreamProcessor",

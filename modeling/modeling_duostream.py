@@ -153,6 +153,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Models share their weights: a checkpoint of one loads into another, whose own head alone is then new
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\.", r"^image_text_head\."]
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         # One name is for all streams, but some can't take it: see `DuoStreamModel.__init__`
@@ -611,6 +613,54 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def read_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The text stream's states of text on its own, of shape `(batch, text_len, hidden)`; padded on either side."""
+        position_ids = None if attention_mask is None else self._count_tokens(attention_mask, 0, *input_ids.shape)
+        outputs = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        return outputs.last_hidden_state
+
+    def fuse(
+        self,
+        image_hidden_states: torch.Tensor,
+        text_hidden_states: torch.Tensor,
+        text_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The fusion stack's states of pairs, a picture in front of each text, that are read both ways. The two streams'
+        states come ready, so that they can be paired anew at no further cost to the streams.
+
+        Args:
+            image_hidden_states (`torch.FloatTensor` of shape `(batch, image_seq_length, hidden)`):
+                From `get_image_features(...).pooler_output`.
+            text_hidden_states (`torch.FloatTensor` of shape `(batch, text_len, hidden)`): From `read_text`.
+            text_attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 0 = padding.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, image_seq_length + text_len, hidden)`.
+        """
+        hidden_states = torch.cat([image_hidden_states.to(text_hidden_states.dtype), text_hidden_states], dim=1)
+        batch_size, seq_len = hidden_states.shape[:2]
+        attention_mask = None
+        if text_attention_mask is not None:
+            # An image token is as valid as any
+            attention_mask = nn.functional.pad(text_attention_mask, (image_hidden_states.shape[1], 0), value=1)
+        prefix = torch.zeros(batch_size, seq_len, dtype=torch.long, device=hidden_states.device)
+        mask = create_masks_for_generate(
+            config=self.config.fusion_stack_config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            block_sequence_ids=prefix,
+        )
+        return self.fusion_model(
+            inputs_embeds=hidden_states,
+            attention_mask=mask,
+            position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len),
+            use_cache=False,
+        ).last_hidden_state
+
     def _count_tokens(
         self, attention_mask: torch.Tensor | None, past_len: int | torch.Tensor, batch_size: int, seq_len: int
     ) -> torch.Tensor:
@@ -640,25 +690,17 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids)
 
 
-class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixin):
-    """DuoStream with a language-model head: it reads text and pictures and writes text."""
+class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
+    """What the models with a language-model head have in common."""
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__(config)
-        for name in ("text_config", "fusion_stack_config"):
-            sub_config = getattr(config, name)
-            if not is_causal(sub_config):
-                raise ValueError(
-                    f"`{name}` of type {sub_config.model_type!r} reads both ways: a model that writes would see the "
-                    "tokens it has yet to write. Use a decoder, or `is_decoder=True` where the type knows it"
-                )
         self.model = DuoStreamModel(config)
         self.lm_head = nn.Linear(config.fusion_stack_config.hidden_size, config.text_config.vocab_size, bias=False)
         # The name of the embedding matrix is the text backbone's own
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -677,6 +719,34 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
     ) -> BaseModelOutputWithPooling:
         """See [`DuoStreamModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores of the vocabulary, of shape `(batch, seq_len, vocab_size)`."""
+        logits = self.lm_head(hidden_states)
+        softcap = getattr(self.config.fusion_stack_config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
+
+
+def check_can_write(config: DuoStreamConfig) -> None:
+    """Raises `ValueError` if a stream reads both ways: it would see the tokens it has yet to write."""
+    for name in ("text_config", "fusion_stack_config"):
+        sub_config = getattr(config, name)
+        if not is_causal(sub_config):
+            raise ValueError(
+                f"`{name}` of type {sub_config.model_type!r} reads both ways: a model that writes would see the "
+                "tokens it has yet to write. Use a decoder, or `is_decoder=True` where the type knows it"
+            )
+
+
+class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
+    """DuoStream with a language-model head: it reads text and pictures and writes text."""
+
+    def __init__(self, config: DuoStreamConfig):
+        check_can_write(config)
+        super().__init__(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -744,11 +814,7 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
-        softcap = getattr(self.config.fusion_stack_config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-
+        logits = self.compute_logits(hidden_states)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -844,4 +910,9 @@ class DuoStreamForConditionalGeneration(DuoStreamPreTrainedModel, GenerationMixi
         return model_kwargs
 
 
-__all__ = ["DuoStreamForConditionalGeneration", "DuoStreamModel", "DuoStreamPreTrainedModel"]
+__all__ = [
+    "DuoStreamForConditionalGeneration",
+    "DuoStreamLMHeadModel",
+    "DuoStreamModel",
+    "DuoStreamPreTrainedModel",
+]

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import PIL.Image
@@ -48,9 +48,10 @@ class DuoStreamDataCollator:
     processor: DuoStreamProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    learns_answers: ClassVar[bool] = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        names = [f"Row {row.get('row', f'{i} of the batch')}" for i, row in enumerate(rows)]
+        names = self.names(rows)
         segments: list[tuple[int, str, bool]] = []
         for i, (row, name) in enumerate(zip(rows, names, strict=True)):
             try:
@@ -82,12 +83,16 @@ class DuoStreamDataCollator:
                 batch["images_per_row"] = len(images[0])
         return batch
 
+    def names(self, rows: list[dict[str, Any]]) -> list[str]:
+        """What errors call the rows."""
+        return [f"Row {row.get('row', f'{i} of the batch')}" for i, row in enumerate(rows)]
+
     def render(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
         """The conversation as the chat template writes it, in pieces, with whether the piece is to be learnt."""
         if "messages" in row:
             messages, num_given = row["messages"], 0
-        elif "prompt" in row and "completion" in row:
-            messages, num_given = [*row["prompt"], *row["completion"]], len(row["prompt"])
+        elif "prompt" in row and ("completion" in row or not self.learns_answers):
+            messages, num_given = [*row["prompt"], *(row.get("completion") or [])], len(row["prompt"])
         else:
             raise ValueError(f"expected `messages`, or `prompt` and `completion`; its columns are {sorted(row)}")
         if not messages:
@@ -106,7 +111,7 @@ class DuoStreamDataCollator:
         for start, stop in answers[num_given_answers:]:
             pieces += [(text[end:start], False), (text[start:stop], True)]
             end = stop
-        if not pieces:
+        if not pieces and self.learns_answers:
             raise ValueError("no message of the assistant to learn from")
         return [*pieces, (text[end:], False)]
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .chat_template_duostream import IMAGE_TOKEN
 
-PAD_TOKEN, END_TOKEN = "<|pad|>", "<|end|>"
+PAD_TOKEN, END_TOKEN, MASK_TOKEN = "<|pad|>", "<|end|>", "<|mask|>"
 ROLE_TOKENS = ["<|user|>", "<|assistant|>", "<|system|>"]
 
 
@@ -17,13 +17,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
     Args:
         texts (`Iterable[str]`): What to learn merges from. Any other text is encoded, too, in more tokens.
-        vocab_size (`int`): Size of the vocabulary at most: 256 bytes, 6 special tokens, and merges.
+        vocab_size (`int`): Size of the vocabulary at most: 256 bytes, 7 special tokens, and merges.
         model_max_length (`int`, *optional*, defaults to 2048): Tokens a model takes at most.
 
     Raises:
         ValueError: `vocab_size` has no room for the bytes and the special tokens.
     """
-    special_tokens = [PAD_TOKEN, END_TOKEN, IMAGE_TOKEN, *ROLE_TOKENS]
+    special_tokens = [PAD_TOKEN, END_TOKEN, IMAGE_TOKEN, *ROLE_TOKENS, MASK_TOKEN]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(special_tokens) + len(alphabet):
         raise ValueError(
@@ -41,6 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
         eos_token=END_TOKEN,
+        mask_token=MASK_TOKEN,
         additional_special_tokens=[IMAGE_TOKEN, *ROLE_TOKENS],
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,

@@ -59,7 +59,7 @@ def make_processor(kind="own", **kwargs):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = {
         "own": lambda: train_tokenizer(TEXTS, 300),
-        "bytes": lambda: train_tokenizer([], 262),  # no merges: every letter is a token
+        "bytes": lambda: train_tokenizer([], 263),  # no merges: every letter is a token
         "chatml": lambda: chatml_tokenizer(*byte_level, CHATML),
         "chatml without generation": lambda: chatml_tokenizer(*byte_level, without_generation(CHATML)),
         # As Llama 2's: a word starts with "▁", and so does a text

@@ -264,7 +264,7 @@ def test_control_tokens_that_a_user_writes_stay_text(processor, written):
     plain, tricky = user(image(), text("What is a b?")), user(image(), text(f"What is a{written} b?"))
     ids = tokenize(processor, [tricky])["input_ids"][0]
     expected = tokenize(processor, [plain])["input_ids"][0]
-    for special in range(6):
+    for special in range(7):
         assert ids.count(special) == expected.count(special)
     start = ids.index(IMAGE) + NUM_TOKENS
     assert processor.decode(ids[start:-1]) == f"What is a{written} b?"
@@ -453,7 +453,7 @@ def letters(processor, ids):
 @pytest.fixture
 def byte_processor():
     """No merges, so that every letter is a token. For each test its own, because its truncation side changes."""
-    return DuoStreamProcessor(image_processor(), train_tokenizer([], 262), image_seq_length=NUM_TOKENS)
+    return DuoStreamProcessor(image_processor(), train_tokenizer([], 263), image_seq_length=NUM_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -533,7 +533,7 @@ def test_truncation_works_through_the_chat_template(byte_processor):
 
 def test_truncation_keeps_the_types_of_a_prefix_in_step():
     processor = DuoStreamProcessor(
-        image_processor(), train_tokenizer([], 262), image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+        image_processor(), train_tokenizer([], 263), image_seq_length=NUM_TOKENS, bidirectional_prefix=True
     )
     conversation = "<|user|>ab<|image|><|assistant|>yes"
     outputs = processor(text=conversation, images=[picture()], truncation=True, max_length=10, return_tensors="pt")

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from duostream import train_tokenizer
 
 TEXTS = ["What color is the square?", "Ein großer roter Kreis oben links.", "左上角有一个大的红色圆形。"]
-SMALLEST = 256 + 6  # all bytes, and the special tokens
+SMALLEST = 256 + 7  # all bytes, and the special tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_a_saved_tokenizer_encodes_and_decodes_the_same(tokenizer, tmp_path):
 
 def test_special_tokens_come_first_in_a_fixed_order(tokenizer):
     # A config's `image_token_id` is 2 by default
-    names = ["<|pad|>", "<|end|>", "<|image|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    assert tokenizer.convert_tokens_to_ids(names) == list(range(6))
+    names = ["<|pad|>", "<|end|>", "<|image|>", "<|user|>", "<|assistant|>", "<|system|>", "<|mask|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(7))
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     assert tokenizer.bos_token is None
     assert set(names) == set(tokenizer.all_special_tokens)

@@ -26,7 +26,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def collator():
     image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
-    return DuoStreamDataCollator(DuoStreamProcessor(image_processor, train_tokenizer([], 262), image_seq_length=4))
+    return DuoStreamDataCollator(DuoStreamProcessor(image_processor, train_tokenizer([], 263), image_seq_length=4))
 
 
 def picture(i):

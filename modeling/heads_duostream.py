@@ -1,0 +1,511 @@
+"""DuoStream's heads that understand: masked tokens, classes, which picture belongs to which text; and pretraining."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from ..configuration.configuration_duostream import DuoStreamConfig
+from .modeling_duostream import (
+    DuoStreamCausalLMOutputWithPast,
+    DuoStreamLMHeadModel,
+    DuoStreamModel,
+    DuoStreamPreTrainedModel,
+    check_can_write,
+)
+from .objectives_duostream import contrastive_loss, hard_negatives
+from .stream_layout_duostream import check
+
+
+@dataclass
+class DuoStreamImageTextOutput(ModelOutput):
+    """
+    Outputs of `DuoStreamForImageTextRetrieval`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `return_loss=True`): Contrastive loss.
+        logits_per_image (`torch.FloatTensor` of shape `(num_images, batch)`): How well each text fits each picture.
+        logits_per_text (`torch.FloatTensor` of shape `(batch, num_images)`): The same, transposed.
+        text_embeds (`torch.FloatTensor` of shape `(batch, projection_dim)`): Of unit length.
+        image_embeds (`torch.FloatTensor` of shape `(num_images, projection_dim)`): Of unit length.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class DuoStreamForPreTrainingOutput(DuoStreamCausalLMOutputWithPast):
+    """
+    Outputs of `DuoStreamForPreTraining`: those of `DuoStreamForConditionalGeneration`, where `loss` is the weighted sum
+    of the losses that follow, each absent where its weight is 0 or its inputs are.
+
+    Args:
+        lm_loss (`torch.FloatTensor`, *optional*): Language modelling.
+        mlm_loss (`torch.FloatTensor`, *optional*): Masked language modelling.
+        itc_loss (`torch.FloatTensor`, *optional*): Image-text contrastive.
+        itm_loss (`torch.FloatTensor`, *optional*): Image-text matching.
+    """
+
+    lm_loss: torch.Tensor | None = None
+    mlm_loss: torch.Tensor | None = None
+    itc_loss: torch.Tensor | None = None
+    itm_loss: torch.Tensor | None = None
+
+
+def mean_pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean of the tokens that are not padding, of shape `(batch, hidden)`."""
+    if attention_mask is None:
+        return hidden_states.mean(dim=1)
+    weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (batch, seq_len, 1)
+    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class DuoStreamImageTextHead(nn.Module):
+    """The two streams' pooled states side by side (contrastive), and the fusion stack's on its own (matching)."""
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__()
+        hidden_size, dim = config.fusion_stack_config.hidden_size, config.projection_dim
+        # The text stream's own final norm is the fusion stack's
+        self.text_norm, self.image_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(config.image_hidden_size)
+        self.text_projection = nn.Linear(hidden_size, dim, bias=False)
+        self.visual_projection = nn.Linear(config.image_hidden_size, dim, bias=False)
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.matching = nn.Linear(hidden_size, 2)
+
+    def embed_text(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        pooled = mean_pool(self.text_norm(hidden_states), attention_mask)
+        return nn.functional.normalize(self.text_projection(pooled), dim=-1)  # (batch, projection_dim)
+
+    def embed_images(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        pooled = mean_pool(self.image_norm(hidden_states))
+        return nn.functional.normalize(self.visual_projection(pooled), dim=-1)  # (num_images, projection_dim)
+
+
+def initialize_image_text_head(head: DuoStreamImageTextHead, loss_type: str) -> None:
+    """Temperature and bias as in SigLIP (Zhai et al. 2023, section 3.2) and CLIP (Radford et al. 2021, section 2.5)."""
+    scale, bias = (math.log(10), -10.0) if loss_type == "sigmoid" else (math.log(1 / 0.07), 0.0)
+    init.constant_(head.logit_scale, scale)
+    init.constant_(head.logit_bias, bias)
+
+
+class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
+    """DuoStream with a language-model head that fills in masked tokens; the fusion stack reads both ways."""
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        images_per_row: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Takes what [`DuoStreamModel.forward`] takes, but for a cache, and:
+
+        Args:
+            token_type_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                Has no effect: the whole text is read both ways.
+            labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                The tokens that belong in the masked positions, in their own positions; -100 elsewhere.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=whole_prefix(input_ids, inputs_embeds),
+            mm_token_type_ids=mm_token_type_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            mm_encoder_outputs=mm_encoder_outputs,
+            images_per_row=images_per_row,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.compute_logits(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def whole_prefix(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """`token_type_ids` by which everything is read both ways."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    return torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
+
+
+class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
+    """
+    DuoStream with a classifier of texts, of pictures, or of both together: a linear layer on the mean of all tokens'
+    states, which are read both ways.
+    """
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DuoStreamModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.fusion_stack_config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        images_per_row: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Takes what [`DuoStreamModel.forward`] takes, but for a cache, and:
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Without `input_ids`, each picture is a row of its own.
+            token_type_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                Has no effect: everything is read both ways.
+            labels (`torch.Tensor`, *optional*):
+                Class numbers, of shape `(batch,)` (`config.problem_type` "single_label_classification"); a score for
+                every class, of shape `(batch, num_labels)` ("multi_label_classification", soft scores too); or
+                numbers to come near to, of shape `(batch,)` ("regression", where `num_labels` is 1).
+
+        Raises:
+            ValueError: A class number is none of the `config.num_labels` classes.
+        """
+        if input_ids is None and inputs_embeds is None and pixel_values is not None:
+            shape = (len(pixel_values), self.config.image_seq_length)
+            input_ids = torch.full(shape, self.config.image_token_id, device=pixel_values.device)
+            images_per_row = 1
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=whole_prefix(input_ids, inputs_embeds),
+            mm_token_type_ids=mm_token_type_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            mm_encoder_outputs=mm_encoder_outputs,
+            images_per_row=images_per_row,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(mean_pool(outputs.last_hidden_state, attention_mask)))  # (batch, num_labels)
+        loss = None
+        if labels is not None:
+            if self.num_labels > 1 and not labels.is_floating_point():
+                check(
+                    (((labels >= 0) & (labels < self.num_labels)) | (labels == -100)).all(),
+                    f"`labels` must be from 0 to {self.num_labels - 1}, as `config.num_labels` is {self.num_labels}",
+                )
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
+    """
+    DuoStream that finds pictures by text and texts by picture. The two streams' pooled states are compared by their
+    cosine, so that each picture and text is read once; `match` reads a pair together in the fusion stack.
+    """
+
+    def __init__(self, config: DuoStreamConfig):
+        super().__init__(config)
+        self.model = DuoStreamModel(config)
+        self.image_text_head = DuoStreamImageTextHead(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DuoStreamImageTextHead):
+            initialize_image_text_head(module, self.config.contrastive_loss)
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """
+        Reads texts.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, text_len)`): Text without pictures.
+            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 0 = padding.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` is of shape `(batch, projection_dim)` and of unit length;
+            `last_hidden_state` is what the text stream gave.
+        """
+        hidden_states = self.model.read_text(input_ids, attention_mask)
+        embeds = self.image_text_head.embed_text(hidden_states, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=embeds)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        Reads pictures.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The pictures.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, projection_dim)` and of unit length;
+            `last_hidden_state` is what the vision stream gave.
+        """
+        features = self.model.get_image_features(pixel_values, return_dict=True).last_hidden_state
+        embeds = self.image_text_head.embed_images(features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
+
+    def match(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Whether each text belongs to the picture of the same row, read together.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, 2)`: logits of no and yes.
+        """
+        image_states = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        text_states = self.model.read_text(input_ids, attention_mask)
+        return matching_logits(self.model, self.image_text_head, image_states, text_states, attention_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DuoStreamImageTextOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, text_len)`): Text without pictures.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The pictures.
+            attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*): 0 = padding.
+            return_loss (`bool`, *optional*):
+                Whether to give the contrastive loss, `config.contrastive_loss`, of text i with picture i.
+
+        Raises:
+            ValueError: `return_loss` with texts and pictures that differ in number.
+        """
+        text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
+        image_embeds = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        head = self.image_text_head
+        logits_per_text = head.logit_scale.exp() * text_embeds @ image_embeds.T + head.logit_bias
+        loss = None
+        if return_loss:
+            check_pairs(len(text_embeds), len(image_embeds))
+            loss = contrastive_loss(
+                text_embeds, image_embeds, head.logit_scale, head.logit_bias, self.config.contrastive_loss
+            )
+        return DuoStreamImageTextOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+        )
+
+
+def check_pairs(num_texts: int, num_images: int) -> None:
+    if num_texts != num_images:
+        raise ValueError(f"Each text needs one picture of its own: there are {num_texts} texts, {num_images} pictures")
+
+
+def matching_logits(
+    model: DuoStreamModel,
+    head: DuoStreamImageTextHead,
+    image_states: torch.Tensor,
+    text_states: torch.Tensor,
+    text_attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Logits of shape `(batch, 2)`, no and yes: does each text belong to the picture of its row?"""
+    fused = model.fuse(image_states, text_states, text_attention_mask)  # (batch, image_seq_length + text_len, hidden)
+    # At the text's positions, which have seen the picture
+    return head.matching(mean_pool(fused[:, image_states.shape[1] :], text_attention_mask))
+
+
+class DuoStreamForPreTraining(DuoStreamLMHeadModel):
+    """
+    DuoStream with all pretraining objectives, each with a weight in the config, and 0 to switch it off: language
+    modelling (`lm_weight`), masked language modelling (`mlm_weight`), image-text contrastive (`itc_weight`) and
+    image-text matching (`itm_weight`). Pictures are read once for all of them.
+    """
+
+    def __init__(self, config: DuoStreamConfig):
+        if config.lm_weight:
+            check_can_write(config)
+        super().__init__(config)
+        self.image_text_head = DuoStreamImageTextHead(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DuoStreamImageTextHead):
+            initialize_image_text_head(module, self.config.contrastive_loss)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        masked_input_ids: torch.Tensor | None = None,
+        masked_labels: torch.Tensor | None = None,
+        paired_input_ids: torch.Tensor | None = None,
+        paired_attention_mask: torch.Tensor | None = None,
+        paired_images: torch.Tensor | None = None,
+        images_per_row: int | None = None,
+        num_masked_in_batch: torch.Tensor | int | None = None,
+        num_pairs_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DuoStreamForPreTrainingOutput:
+        r"""
+        Takes what [`DuoStreamForConditionalGeneration.forward`] takes, but for a cache, and:
+
+        Args:
+            masked_input_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                `input_ids` with some tokens masked.
+            masked_labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                The tokens that belong there, in their own positions; -100 elsewhere.
+            paired_input_ids (`torch.LongTensor` of shape `(num_pairs, text_len)`, *optional*):
+                The texts that belong to pictures, on their own.
+            paired_attention_mask (`torch.Tensor` of shape `(num_pairs, text_len)`, *optional*): 0 = padding.
+            paired_images (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
+                Which of `pixel_values` belongs to each. Defaults to their order.
+            num_masked_in_batch, num_pairs_in_batch (`int`, *optional*):
+                What the sums of those losses are divided by, where batches are accumulated, as `num_items_in_batch`
+                for language modelling. Default to what is in this batch.
+        """
+        weights = self.config
+        mm_encoder_outputs = None
+        if pixel_values is not None:
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        vocab_size = self.config.text_config.vocab_size
+        common: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": mm_token_type_ids,
+            "use_cache": False,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            "images_per_row": images_per_row,
+            "return_dict": True,
+            **kwargs,
+        }
+        outputs = DuoStreamForPreTrainingOutput()
+        losses: list[torch.Tensor] = []
+        if weights.lm_weight or labels is None:
+            states = self.model(input_ids=input_ids, token_type_ids=token_type_ids, **common)
+            outputs.logits = self.compute_logits(states.last_hidden_state)
+            outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
+            if labels is not None:
+                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                outputs.lm_loss = token_loss(outputs.logits, shifted, vocab_size, num_items_in_batch)
+                losses.append(weights.lm_weight * outputs.lm_loss)
+        if weights.mlm_weight and masked_input_ids is not None:
+            states = self.model(input_ids=masked_input_ids, token_type_ids=whole_prefix(input_ids, None), **common)
+            masked_logits = self.compute_logits(states.last_hidden_state)
+            outputs.mlm_loss = token_loss(masked_logits, masked_labels, vocab_size, num_masked_in_batch)
+            losses.append(weights.mlm_weight * outputs.mlm_loss)
+        if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:
+            images = mm_encoder_outputs["image"]
+            chosen = slice(None) if paired_images is None else paired_images
+            features, image_states = images.last_hidden_state[chosen], images.pooler_output[chosen]
+            check_pairs(len(paired_input_ids), len(features))
+            text_states = self.model.read_text(paired_input_ids, paired_attention_mask)
+            head = self.image_text_head
+            text_embeds = head.embed_text(text_states, paired_attention_mask)
+            image_embeds = head.embed_images(features)
+            if weights.itc_weight:
+                outputs.itc_loss = contrastive_loss(
+                    text_embeds,
+                    image_embeds,
+                    head.logit_scale,
+                    head.logit_bias,
+                    weights.contrastive_loss,
+                    num_pairs_in_batch,
+                )
+                losses.append(weights.itc_weight * outputs.itc_loss)
+            if weights.itm_weight and len(text_embeds) > 1:
+                scores = (head.logit_scale.exp() * text_embeds @ image_embeds.T).detach()
+                outputs.itm_loss = self.matching_loss(
+                    scores, text_states, paired_attention_mask, image_states, num_pairs_in_batch
+                )
+                losses.append(weights.itm_weight * outputs.itm_loss)
+        outputs.loss = torch.stack(losses).sum() if losses else None
+        return outputs
+
+    def matching_loss(
+        self,
+        scores: torch.Tensor,
+        text_states: torch.Tensor,
+        text_attention_mask: torch.Tensor | None,
+        image_states: torch.Tensor,
+        num_pairs: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Each pair, each text with a wrong picture and each picture with a wrong text (Li et al. 2021, 3.2)."""
+        count = len(text_states)
+        own = torch.arange(count, device=text_states.device)
+        texts = torch.cat([own, own, hard_negatives(scores.T)])  # (3 * num_pairs,)
+        images = torch.cat([own, hard_negatives(scores), own])  # (3 * num_pairs,)
+        mask = None if text_attention_mask is None else text_attention_mask[texts]
+        logits = matching_logits(self.model, self.image_text_head, image_states[images], text_states[texts], mask)
+        is_right = (torch.arange(3 * count, device=own.device) < count).long()
+        loss = nn.functional.cross_entropy(logits.float(), is_right, reduction="sum")
+        return loss / (3 * (count if num_pairs is None else num_pairs))
+
+
+def token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Cross-entropy of each position with its own label, the mean of all or the sum divided by `num_items`."""
+    logits, labels = logits.float().view(-1, vocab_size), labels.flatten()  # (batch * seq_len, vocab_size)
+    total = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+
+__all__ = [
+    "DuoStreamForImageTextRetrieval",
+    "DuoStreamForMaskedLM",
+    "DuoStreamForPreTraining",
+    "DuoStreamForSequenceClassification",
+]

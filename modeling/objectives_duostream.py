@@ -1,0 +1,77 @@
+"""Losses that compare pictures with texts, over the rows of all ranks."""
+
+import torch
+from torch import nn
+from torch.distributed.nn.functional import all_gather
+
+
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """
+    The rows of all ranks, through which gradients flow back to where they came from, and how many stand before this
+    rank's. Ranks may have different numbers of rows, or none.
+
+    Args:
+        rows (`torch.FloatTensor` of shape `(num_rows, hidden)`): This rank's.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return rows, 0
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(own) for _ in range(world_size)]
+    torch.distributed.all_gather(counts, own)
+    sizes = [int(count) for count in counts]
+    padded = nn.functional.pad(rows, (0, 0, 0, max(sizes) - len(rows)))  # (max_rows, hidden)
+    gathered = all_gather(padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), sum(sizes[:rank])
+
+
+def contrastive_loss(
+    text_embeds: torch.Tensor,
+    image_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    loss_type: str,
+    num_pairs: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    How badly texts and pictures find each other. Row i of either belongs to row i of the other.
+
+    Args:
+        text_embeds, image_embeds (`torch.FloatTensor` of shape `(num_pairs, projection_dim)`): Of unit length.
+        logit_scale, logit_bias (`torch.FloatTensor`): Scalars; the scale is its exponential.
+        loss_type (`str`): `"sigmoid"`, every pair a yes or no of its own (Zhai et al. 2023, section 3.2), or
+            `"softmax"`, each the right one among all (Radford et al. 2021, section 2.3).
+        num_pairs (`int`, *optional*): What the sum is divided by. Defaults to the pairs of this rank; a loop that sums
+            over ranks and accumulated batches gives the number of all.
+
+    Returns:
+        `torch.FloatTensor`, a scalar: the part of this rank's texts, and pictures, against those of all ranks.
+    """
+    all_texts, first = gather_rows(text_embeds)
+    all_images, _ = gather_rows(image_embeds)
+    own = torch.arange(first, first + len(text_embeds), device=text_embeds.device)
+    scores = logit_scale.exp() * text_embeds @ all_images.T + logit_bias  # (num_pairs, all_pairs)
+    if loss_type == "sigmoid":
+        signs = torch.full_like(scores, -1).scatter(1, own[:, None], 1)
+        loss = -nn.functional.logsigmoid(signs * scores).sum()
+    else:
+        image_scores = logit_scale.exp() * image_embeds @ all_texts.T + logit_bias  # (num_pairs, all_pairs)
+        loss = sum(nn.functional.cross_entropy(each.float(), own, reduction="sum") for each in (scores, image_scores)) / 2
+    return loss / (len(text_embeds) if num_pairs is None else num_pairs)
+
+
+def hard_negatives(scores: torch.Tensor) -> torch.Tensor:
+    """
+    For each row another column than its own, drawn the likelier the higher it scores (Li et al. 2021, section 3.2).
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(num_pairs, num_pairs)`): At least two pairs; the diagonal is right.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_pairs,)`.
+    """
+    is_own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    return scores.float().masked_fill(is_own, -torch.inf).softmax(dim=1).multinomial(1).squeeze(1)
+
+
+__all__ = ["contrastive_loss", "gather_rows", "hard_negatives"]

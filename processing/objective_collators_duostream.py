@@ -1,0 +1,189 @@
+"""Batches for what is not written answers: masked tokens, classes, and pictures with the texts that belong to them."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import DataCollatorForLanguageModeling
+
+from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator
+
+
+@dataclass
+class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
+    """
+    Makes a batch in which some of the answers' tokens are masked, for `DuoStreamForMaskedLM`. What to predict is drawn
+    and replaced by the library's `DataCollatorForLanguageModeling`: 80% become the mask token, 10% any token, 10% stay
+    (BERT: Devlin et al. 2019, section 3.1).
+
+    Args:
+        mlm_probability (`float`, *optional*, defaults to 0.15): Share of the answers' tokens to predict.
+        whole_word_mask (`bool`, *optional*, defaults to `False`): Predict all tokens of a word, or none.
+
+    Raises:
+        ValueError: the tokenizer has no mask token, or a row is broken.
+    """
+
+    mlm_probability: float = 0.15
+    whole_word_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.processor.tokenizer.mask_token_id is None:
+            raise ValueError(
+                "The tokenizer has no mask token: add one (`tokenizer.add_special_tokens({'mask_token': '<|mask|>'})`) "
+                "and `model.resize_token_embeddings`"
+            )
+        self.masking = DataCollatorForLanguageModeling(
+            self.processor.tokenizer, mlm_probability=self.mlm_probability, whole_word_mask=self.whole_word_mask
+        )
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        batch["input_ids"], batch["labels"] = self.mask(batch["input_ids"], batch["labels"])
+        return batch
+
+    def mask(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids` with some of the tokens in `labels` masked, and what they were; both `(batch, seq_len)`."""
+        special = torch.isin(input_ids, torch.tensor(self.processor.tokenizer.all_special_ids))
+        kept = (labels == IGNORE_INDEX) | special  # (batch, seq_len)
+        offsets = self.word_offsets(input_ids) if self.whole_word_mask else None
+        masked, masked_labels = self.masking.torch_mask_tokens(
+            input_ids.clone(), special_tokens_mask=kept, offset_mapping=offsets
+        )
+        # "Any token" may be the placeholder of a picture, which there is none of
+        is_stray = (masked == self.processor.image_token_id) & (input_ids != self.processor.image_token_id)
+        return masked.masked_fill(is_stray, self.processor.tokenizer.mask_token_id), masked_labels
+
+    def word_offsets(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Starts and ends of tokens, of shape `(batch, seq_len, 2)`, by which the library tells words: a token goes on a
+        word where it starts at the end of the one before it.
+        """
+        tokenizer = self.processor.tokenizer
+        rows = [tokenizer.convert_ids_to_tokens(row) for row in input_ids.tolist()]
+        marks_inside = any(token.startswith("##") for token in tokenizer.get_vocab())  # WordPiece
+
+        def begins(token: str) -> bool:
+            return not token.startswith("##") if marks_inside else not token[0].isalnum()
+
+        is_first = torch.tensor([[begins(token) for token in row] for row in rows]).long()
+        # A gap before the first token of a word, none within one
+        starts = torch.arange(input_ids.shape[1]) + is_first.cumsum(dim=1)  # (batch, seq_len)
+        return torch.stack([starts, starts + 1], dim=-1)
+
+
+@dataclass
+class DuoStreamRetrievalCollator(DuoStreamDataCollator):
+    """
+    Makes a batch of pictures and the texts that belong to them, for `DuoStreamForImageTextRetrieval`: what the
+    assistant says last in a row belongs to the row's one picture.
+
+    Raises:
+        ValueError: a row has no picture, or several, or no text.
+    """
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        names = self.names(rows)
+        images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
+        for pictures, name in zip(images, names, strict=True):
+            if len(pictures) != 1:
+                raise ValueError(f"{name}: expected one picture that the text belongs to, not {len(pictures)}")
+        flat = [picture for pictures in images for picture in pictures]
+        pixel_values = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+        texts = [self.answer_text(row, name) for row, name in zip(rows, names, strict=True)]
+        return {**self.tokenize_texts(texts), "pixel_values": pixel_values, "return_loss": True}
+
+    def answer_text(self, row: dict[str, Any], name: str) -> str:
+        """What the assistant says last."""
+        messages = row.get("messages") or row.get("completion") or []
+        content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if not "".join(texts).strip():
+            raise ValueError(f"{name}: expected a text of the assistant that belongs to the picture, found none")
+        return "".join(texts)
+
+    def tokenize_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Texts on their own, as the library's pipelines tokenize them, `(batch, text_len)`. Control tokens stay text."""
+        tokenizer = self.processor.tokenizer
+        return dict(
+            tokenizer(
+                texts,
+                padding=True,
+                padding_side="right",
+                truncation=self.max_length is not None,
+                max_length=self.max_length,
+                split_special_tokens=True,
+                return_token_type_ids=False,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        )
+
+
+@dataclass
+class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrievalCollator):
+    """
+    Makes a batch for all objectives of `DuoStreamForPreTraining`: that of `DuoStreamDataCollator`, and beside it the
+    same rows with masked tokens, and the texts of the rows that have one picture.
+
+    Args:
+        mlm (`bool`, *optional*, defaults to `True`): Whether to mask.
+        pairs (`bool`, *optional*, defaults to `True`): Whether to give the texts of pictures on their own.
+    """
+
+    mlm: bool = True
+    pairs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mlm:
+            super().__post_init__()
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = DuoStreamDataCollator.__call__(self, rows)
+        if self.mlm:
+            batch["masked_input_ids"], batch["masked_labels"] = self.mask(batch["input_ids"], batch["labels"])
+        numbers = [len(row.get("images") or []) for row in rows]
+        paired = [i for i, number in enumerate(numbers) if number == 1]
+        if self.pairs and paired:
+            names = self.names(rows)
+            encoded = self.tokenize_texts([self.answer_text(rows[i], names[i]) for i in paired])
+            batch["paired_input_ids"] = encoded["input_ids"]
+            batch["paired_attention_mask"] = encoded["attention_mask"]
+            if len(paired) < len(rows):
+                batch["paired_images"] = torch.tensor([sum(numbers[:i]) for i in paired])
+        return batch
+
+
+@dataclass
+class DuoStreamClassificationCollator(DuoStreamDataCollator):
+    """
+    Makes a batch for `DuoStreamForSequenceClassification` of rows with `images` and `prompt`, and a `label`: the number
+    of a class, or a list with a score for every class.
+
+    Args:
+        num_labels (`int`): How many classes there are; with 1, labels are numbers to come near to (regression).
+
+    Raises:
+        ValueError: a row is broken; its label is missing or not among the classes.
+    """
+
+    num_labels: int = field(kw_only=True)
+    learns_answers: ClassVar[bool] = False
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        labels = [self.check_label(row.get("label"), name) for row, name in zip(rows, self.names(rows), strict=True)]
+        batch["labels"] = torch.tensor(labels)
+        return batch
+
+    def check_label(self, label: Any, name: str) -> Any:
+        if isinstance(label, list | tuple):
+            if self.num_labels == 1 or len(label) != self.num_labels:
+                raise ValueError(f"{name}: expected {self.num_labels} scores in `label`, not {len(label)}")
+            return [float(score) for score in label]
+        if self.num_labels == 1 and isinstance(label, int | float) and not isinstance(label, bool):
+            return float(label)
+        if not isinstance(label, int) or not 0 <= label < self.num_labels:
+            raise ValueError(f"{name}: expected a `label` from 0 to {self.num_labels - 1}, not {label!r}")
+        return label

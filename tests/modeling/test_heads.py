@@ -1,0 +1,351 @@
+"""Every head reads with the same three transformers, and is right whatever stands beside a row."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoModelForVisualQuestionAnswering,
+    AutoModelForZeroShotImageClassification,
+)
+
+from duostream import (
+    DuoStreamForConditionalGeneration,
+    DuoStreamForImageTextRetrieval,
+    DuoStreamForMaskedLM,
+    DuoStreamForPreTraining,
+    DuoStreamForSequenceClassification,
+)
+from duostream.modeling.objectives_duostream import contrastive_loss, hard_negatives
+from tiny_models import KINDS, PICTURE, VOCAB_SIZE, Row, batch, difference, places, ragged_rows, small_config, small_model
+
+HEADS = {
+    AutoModelForMaskedLM: DuoStreamForMaskedLM,
+    AutoModelForSequenceClassification: DuoStreamForSequenceClassification,
+    AutoModelForVisualQuestionAnswering: DuoStreamForSequenceClassification,
+    AutoModelForZeroShotImageClassification: DuoStreamForImageTextRetrieval,
+    AutoModelForImageTextToText: DuoStreamForConditionalGeneration,
+    AutoModelForPreTraining: DuoStreamForPreTraining,
+}
+OBJECTIVES = ("lm", "mlm", "itc", "itm")
+SIDES = ("left", "right")
+ENCODER_KINDS = (*KINDS, "bert")
+
+
+def weights(**given):
+    return {f"{name}_weight": given.get(name, 0.0) for name in OBJECTIVES}
+
+
+def pretraining_inputs(model, num_rows=4):
+    """Rows of a picture and a text, with some tokens masked, and the texts on their own."""
+    rows = [Row(model, PICTURE, 6) for _ in range(num_rows)]
+    inputs = batch(rows)
+    first = model.config.image_seq_length
+    labels = inputs["input_ids"].clone()
+    labels[:, : first + 1] = -100
+    masked_labels = labels.clone()
+    masked_labels[:, ::2] = -100
+    masked_input_ids = torch.where(masked_labels == -100, inputs["input_ids"], 1)
+    return {
+        **inputs,
+        "labels": labels,
+        "masked_input_ids": masked_input_ids,
+        "masked_labels": masked_labels,
+        "paired_input_ids": inputs["input_ids"][:, first:],
+    }
+
+
+@pytest.mark.parametrize(("auto_class", "head"), HEADS.items(), ids=lambda item: item.__name__)
+def test_a_pretrained_checkpoint_loads_into_every_head_and_only_a_new_head_is_new(tmp_path, auto_class, head):
+    pretrained = small_model(cls=DuoStreamForPreTraining)
+    pretrained.save_pretrained(tmp_path)
+    loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is head
+    new = {"score.weight", "score.bias"} if head is DuoStreamForSequenceClassification else set()
+    assert info["missing_keys"] == new
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = pretrained.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in loaded.state_dict().items() if name not in new)
+
+
+@pytest.mark.parametrize("head", set(HEADS.values()), ids=lambda head: head.__name__)
+def test_saving_and_loading_a_head_changes_nothing(tmp_path, head):
+    model = small_model(cls=head)
+    model.save_pretrained(tmp_path)
+    loaded, info = head.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+@pytest.mark.parametrize("side", SIDES)
+def test_masked_lm_gives_a_row_the_same_logits_alone_and_in_a_padded_batch(kind, side):
+    model = small_model(kind, cls=DuoStreamForMaskedLM)
+    rows = ragged_rows(model)
+    with torch.no_grad():
+        together = model(**batch(rows, side)).logits
+        for i, place in places(rows, side):
+            alone = model(**rows[i].inputs).logits[0]
+            assert difference(together[i, place], alone) < 2e-4
+
+
+def test_masked_lm_reads_both_ways_whatever_token_types_say():
+    model = small_model(cls=DuoStreamForMaskedLM)
+    row = Row(model, PICTURE, 8)
+    changed = row.ids.clone()
+    changed[-1] = 3 + (changed[-1] - 2) % (VOCAB_SIZE - 3)
+    with torch.no_grad():
+        before = model(**row.inputs).logits
+        after = model(input_ids=changed[None], pixel_values=row.pictures).logits
+        with_types = model(**row.inputs, token_type_ids=torch.ones(1, len(row), dtype=torch.long)).logits
+    assert (before[0, 0] - after[0, 0]).abs().max() > 1e-4
+    assert difference(before, with_types) == 0
+
+
+def test_masked_lm_loss_is_the_cross_entropy_at_the_masked_positions():
+    model = small_model(cls=DuoStreamForMaskedLM)
+    inputs = batch([Row(model, PICTURE, 8), Row(model, 5)])
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -3], labels[1, -1] = 7, 11
+    with torch.no_grad():
+        outputs = model(**inputs, labels=labels)
+    expected = -(outputs.logits[0, -3].log_softmax(-1)[7] + outputs.logits[1, -1].log_softmax(-1)[11]) / 2
+    assert torch.isclose(outputs.loss, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+@pytest.mark.parametrize("side", SIDES)
+def test_a_classifier_gives_a_row_the_same_scores_alone_and_in_a_padded_batch(kind, side):
+    model = small_model(kind, cls=DuoStreamForSequenceClassification, num_labels=5)
+    rows = [*ragged_rows(model), Row(model, PICTURE)]
+    with torch.no_grad():
+        together = model(**batch(rows, side)).logits
+        alone = torch.cat([model(**row.inputs).logits for row in rows])
+    assert together.shape == (5, 5)
+    assert difference(together, alone) < 2e-4
+
+
+def test_a_classifier_takes_pictures_alone():
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=3)
+    rows = [Row(model, PICTURE) for _ in range(3)]
+    with torch.no_grad():
+        alone = model(pixel_values=torch.cat([row.pictures for row in rows])).logits
+        assert difference(alone, model(**batch(rows)).logits) == 0
+
+
+def test_a_classifier_learns_classes_soft_scores_and_numbers():
+    row = Row(small_model(), PICTURE, 4).inputs
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=3)
+    outputs = model(**row, labels=torch.tensor([2]))
+    assert torch.isclose(outputs.loss, -outputs.logits.log_softmax(-1)[0, 2])
+    soft = torch.tensor([[0.3, 0.0, 0.9]])
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=3)
+    outputs = model(**row, labels=soft)
+    scores = outputs.logits.sigmoid()
+    expected = -(soft * scores.log() + (1 - soft) * (1 - scores).log()).mean()
+    assert torch.isclose(outputs.loss, expected, atol=1e-5)
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=1)
+    outputs = model(**row, labels=torch.tensor([4.5]))
+    assert torch.isclose(outputs.loss, (outputs.logits[0, 0] - 4.5) ** 2)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_a_label_that_is_no_class_is_an_error(label):
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=3)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        model(**Row(model, 5).inputs, labels=torch.tensor([label]))
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+@pytest.mark.parametrize("side", SIDES)
+def test_retrieval_gives_a_text_the_same_embedding_alone_and_in_a_padded_batch(kind, side):
+    model = small_model(kind, cls=DuoStreamForImageTextRetrieval)
+    rows = [Row(model, n) for n in (3, 8, 5)]
+    with torch.no_grad():
+        together = model.get_text_features(**batch(rows, side)).pooler_output
+        alone = torch.cat([model.get_text_features(**row.inputs).pooler_output for row in rows])
+    assert difference(together, alone) < 1e-5
+    assert torch.allclose(together.norm(dim=-1), torch.ones(3))
+
+
+def test_retrieval_scores_every_text_with_every_picture():
+    model = small_model(cls=DuoStreamForImageTextRetrieval)
+    texts = batch([Row(model, n) for n in (3, 8)])
+    pictures = torch.cat([Row(model, PICTURE).pictures for _ in range(3)])
+    with torch.no_grad():
+        outputs = model(**texts, pixel_values=pictures)
+    assert outputs.loss is None
+    assert outputs.logits_per_text.shape == (2, 3)
+    assert torch.equal(outputs.logits_per_image, outputs.logits_per_text.T)
+    with pytest.raises(ValueError, match="2 texts, 3 pictures"):
+        model(**texts, pixel_values=pictures, return_loss=True)
+
+
+def test_the_contrastive_losses_are_those_of_their_papers():
+    torch.manual_seed(0)
+    texts, images = (torch.nn.functional.normalize(torch.randn(4, 6), dim=-1) for _ in range(2))
+    scale, bias = torch.tensor(1.3), torch.tensor(-0.7)
+    scores = scale.exp() * texts @ images.T + bias
+    sigmoid = sum(
+        -torch.nn.functional.logsigmoid(scores[i, j] if i == j else -scores[i, j]) for i in range(4) for j in range(4)
+    )
+    assert torch.isclose(contrastive_loss(texts, images, scale, bias, "sigmoid"), sigmoid / 4)
+    softmax = -(scores.log_softmax(1).diag().sum() + scores.log_softmax(0).diag().sum()) / 8
+    assert torch.isclose(contrastive_loss(texts, images, scale, bias, "softmax"), softmax)
+
+
+def test_a_hard_negative_is_never_the_right_one_and_mostly_the_closest():
+    scores = torch.eye(5) * 100
+    scores[:, 3] += 8
+    drawn = torch.stack([hard_negatives(scores) for _ in range(200)])
+    assert not (drawn == torch.arange(5)).any()
+    assert (drawn[:, :3] == 3).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_reading_ready_states_together_is_reading_the_row(kind):
+    model = small_model(kind, cls=DuoStreamForMaskedLM).model
+    rows = [Row(model, PICTURE, n) for n in (7, 4)]
+    inputs = batch(rows, side="right")
+    first = model.config.image_seq_length
+    text_mask = inputs["attention_mask"][:, first:]
+    with torch.no_grad():
+        whole = model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"])).last_hidden_state
+        image_states = model.get_image_features(inputs["pixel_values"]).pooler_output
+        text_states = model.read_text(inputs["input_ids"][:, first:], text_mask)
+        fused = model.fuse(image_states, text_states, text_mask)
+    for i, place in places(rows, "right"):
+        assert difference(fused[i, place], whole[i, place]) < 2e-4
+
+
+def test_matching_tells_a_pair_by_its_picture():
+    model = small_model(cls=DuoStreamForImageTextRetrieval)
+    texts, pictures = batch([Row(model, 3), Row(model, 8)]), torch.cat([Row(model, PICTURE).pictures for _ in range(2)])
+    with torch.no_grad():
+        own = model.match(**texts, pixel_values=pictures)
+        swapped = model.match(**texts, pixel_values=pictures.flip(0))
+    assert own.shape == (2, 2)
+    assert (own - swapped).abs().min() > 1e-5
+
+
+def test_pretraining_sums_its_objectives_by_weight_and_reports_each():
+    chosen = {"lm": 1.0, "mlm": 0.5, "itc": 0.25, "itm": 2.0}
+    model = small_model(cls=DuoStreamForPreTraining, **weights(**chosen))
+    outputs = model(**pretraining_inputs(model))
+    total = sum(weight * outputs[f"{name}_loss"] for name, weight in chosen.items())
+    assert torch.isclose(outputs.loss, total)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_weight_of_zero_switches_an_objective_off(name):
+    model = small_model(cls=DuoStreamForPreTraining, **weights(**{name: 2.0}))
+    outputs = model(**pretraining_inputs(model))
+    assert [other for other in OBJECTIVES if outputs.get(f"{other}_loss") is not None] == [name]
+    assert torch.isclose(outputs.loss, 2 * outputs[f"{name}_loss"])
+
+
+def test_pretraining_losses_are_those_of_the_heads(tmp_path):
+    model = small_model(cls=DuoStreamForPreTraining)
+    inputs = pretraining_inputs(model)
+    model.save_pretrained(tmp_path)
+    row = {name: inputs[name] for name in ("pixel_values", "attention_mask")}
+    with torch.no_grad():
+        outputs = model(**inputs)
+        writer = DuoStreamForConditionalGeneration.from_pretrained(tmp_path).eval()
+        lm = writer(**row, input_ids=inputs["input_ids"], labels=inputs["labels"])
+        filler = DuoStreamForMaskedLM.from_pretrained(tmp_path).eval()
+        mlm = filler(**row, input_ids=inputs["masked_input_ids"], labels=inputs["masked_labels"])
+        finder = DuoStreamForImageTextRetrieval.from_pretrained(tmp_path).eval()
+        itc = finder(inputs["paired_input_ids"], inputs["pixel_values"], return_loss=True)
+    assert difference(outputs.logits, lm.logits) < 1e-5
+    for name, expected in (("lm_loss", lm), ("mlm_loss", mlm), ("itc_loss", itc)):
+        assert torch.isclose(outputs[name], expected.loss, rtol=1e-4), name
+
+
+def test_accumulated_batches_give_the_token_losses_of_one_batch():
+    model = small_model(cls=DuoStreamForPreTraining, **weights(lm=1.0, mlm=1.0)).train()
+    inputs = pretraining_inputs(model)
+    inputs["labels"][0, -3:], inputs["masked_labels"][1] = -100, -100
+    counts = {
+        "num_items_in_batch": (inputs["labels"] != -100).sum(),
+        "num_masked_in_batch": (inputs["masked_labels"] != -100).sum(),
+    }
+    whole = model(**inputs).loss
+    parts = [
+        model(**{name: value[half] for name, value in inputs.items()}, **counts).loss
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    assert torch.isclose(whole, sum(parts), rtol=1e-4)
+
+
+def test_pairs_may_be_some_of_the_pictures():
+    model = small_model(cls=DuoStreamForPreTraining, **weights(itc=1.0))
+    inputs = pretraining_inputs(model)
+    chosen = torch.tensor([1, 3])
+    some = {**inputs, "paired_input_ids": inputs["paired_input_ids"][chosen], "paired_images": chosen}
+    alone = {name: value[chosen] for name, value in inputs.items()}
+    with torch.no_grad():
+        assert torch.isclose(model(**some).itc_loss, model(**alone).itc_loss, rtol=1e-5)
+
+
+def test_a_single_pair_has_nothing_to_be_mistaken_for():
+    model = small_model(cls=DuoStreamForPreTraining, **weights(lm=1.0, itm=1.0))
+    outputs = model(**pretraining_inputs(model, num_rows=1))
+    assert outputs.itm_loss is None
+    assert torch.isclose(outputs.loss, outputs.lm_loss)
+
+
+def test_an_encoder_is_pretrained_without_language_modelling_only():
+    with pytest.raises(ValueError, match="reads both ways"):
+        DuoStreamForPreTraining(small_config("bert"))
+    model = small_model("bert", cls=DuoStreamForPreTraining, **weights(mlm=1.0, itc=1.0, itm=1.0))
+    assert model(**pretraining_inputs(model)).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_negative_weight_is_an_error(name):
+    with pytest.raises(ValueError, match=f"`{name}_weight` is -1"):
+        small_config(**{f"{name}_weight": -1.0})
+
+
+def _losses_of_a_rank(rank, world_size, store, sizes, loss_type, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    texts, images, weight = _embeddings(sum(sizes))
+    first = sum(sizes[:rank])
+    own = slice(first, first + sizes[rank])
+    loss = contrastive_loss(*_project(texts[own], images[own], weight), loss_type, num_pairs=sum(sizes))
+    loss.backward()
+    results.put((loss.item(), weight.grad.tolist()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _embeddings(number):
+    generator = torch.Generator().manual_seed(0)
+    texts, images = (torch.randn(number, 6, generator=generator) for _ in range(2))
+    return texts, images, torch.ones(6, requires_grad=True)
+
+
+def _project(texts, images, weight):
+    normalize = torch.nn.functional.normalize
+    return normalize(texts * weight, dim=-1), normalize(images * weight, dim=-1), torch.tensor(1.0), torch.tensor(-0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss_type", "sizes"), [*itertools.product(("sigmoid", "softmax"), ((3, 3), (1, 4)))])
+def test_ranks_together_have_the_contrastive_loss_and_gradient_of_one_batch(tmp_path, loss_type, sizes):
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_losses_of_a_rank, (2, tmp_path / "store", sizes, loss_type, results), nprocs=2)
+    losses, gradients = zip(*(results.get() for _ in range(2)), strict=True)
+    texts, images, weight = _embeddings(sum(sizes))
+    expected = contrastive_loss(*_project(texts, images, weight), loss_type)
+    expected.backward()
+    assert sum(losses) == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.tensor(gradients).sum(0).tolist() == pytest.approx(weight.grad.tolist(), abs=1e-5)
