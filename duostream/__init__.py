@@ -23,7 +23,15 @@ from .modeling import (
     DuoStreamModel,
     DuoStreamPreTrainedModel,
 )
-from .processing import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
+from .processing import (
+    DuoStreamClassificationCollator,
+    DuoStreamDataCollator,
+    DuoStreamMaskedLMCollator,
+    DuoStreamPreTrainingCollator,
+    DuoStreamProcessor,
+    DuoStreamRetrievalCollator,
+    train_tokenizer,
+)
 
 __version__ = "0.1.0"
 
@@ -39,6 +47,7 @@ for auto_class in (AutoModelForSequenceClassification, AutoModelForVisualQuestio
 AutoModelForZeroShotImageClassification.register(DuoStreamConfig, DuoStreamForImageTextRetrieval)
 
 __all__ = [
+    "DuoStreamClassificationCollator",
     "DuoStreamConfig",
     "DuoStreamDataCollator",
     "DuoStreamForConditionalGeneration",
@@ -46,8 +55,11 @@ __all__ = [
     "DuoStreamForMaskedLM",
     "DuoStreamForPreTraining",
     "DuoStreamForSequenceClassification",
+    "DuoStreamMaskedLMCollator",
     "DuoStreamModel",
     "DuoStreamPreTrainedModel",
+    "DuoStreamPreTrainingCollator",
     "DuoStreamProcessor",
+    "DuoStreamRetrievalCollator",
     "train_tokenizer",
 ]

@@ -46,8 +46,8 @@ class DuoStreamImageTextOutput(ModelOutput):
 @dataclass
 class DuoStreamForPreTrainingOutput(DuoStreamCausalLMOutputWithPast):
     """
-    Outputs of `DuoStreamForPreTraining`: those of `DuoStreamForConditionalGeneration`, where `loss` is the weighted sum
-    of the losses that follow, each absent where its weight is 0 or its inputs are.
+    Outputs of `DuoStreamForPreTraining`: those of `DuoStreamForConditionalGeneration`, where `loss` is the weighted
+    sum of the losses that follow, each absent where its weight is 0 or its inputs are.
 
     Args:
         lm_loss (`torch.FloatTensor`, *optional*): Language modelling.
@@ -93,7 +93,7 @@ class DuoStreamImageTextHead(nn.Module):
 
 
 def initialize_image_text_head(head: DuoStreamImageTextHead, loss_type: str) -> None:
-    """Temperature and bias as in SigLIP (Zhai et al. 2023, section 3.2) and CLIP (Radford et al. 2021, section 2.5)."""
+    """Temperature and bias as in SigLIP (Zhai et al. 2023, 3.2) and CLIP (Radford et al. 2021, 2.5)."""
     scale, bias = (math.log(10), -10.0) if loss_type == "sigmoid" else (math.log(1 / 0.07), 0.0)
     init.constant_(head.logit_scale, scale)
     init.constant_(head.logit_bias, bias)
@@ -284,8 +284,8 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The pictures.
 
         Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, projection_dim)` and of unit length;
-            `last_hidden_state` is what the vision stream gave.
+            `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, projection_dim)` and of unit
+            length; `last_hidden_state` is what the vision stream gave.
         """
         features = self.model.get_image_features(pixel_values, return_dict=True).last_hidden_state
         embeds = self.image_text_head.embed_images(features)
@@ -417,9 +417,10 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                 for language modelling. Default to what is in this batch.
         """
         weights = self.config
-        mm_encoder_outputs = None
+        images, mm_encoder_outputs = None, None
         if pixel_values is not None:
-            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
+            images = self.get_image_features(pixel_values, return_dict=True)
+            mm_encoder_outputs = {"image": images}
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         vocab_size = self.config.text_config.vocab_size
         common: dict[str, Any] = {
@@ -447,7 +448,8 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             outputs.mlm_loss = token_loss(masked_logits, masked_labels, vocab_size, num_masked_in_batch)
             losses.append(weights.mlm_weight * outputs.mlm_loss)
         if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:
-            images = mm_encoder_outputs["image"]
+            if images is None:
+                check_pairs(len(paired_input_ids), 0)
             chosen = slice(None) if paired_images is None else paired_images
             features, image_states = images.last_hidden_state[chosen], images.pooler_output[chosen]
             check_pairs(len(paired_input_ids), len(features))

@@ -307,7 +307,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """
         layer = self.config.vision_feature_layer
         dtype = next(self.vision_model.parameters()).dtype
-        outputs = self.vision_model(pixel_values=pixel_values.to(dtype), output_hidden_states=layer != -1)
+        pixel_values = pixel_values.to(dtype)
+        if pixel_values.ndim == 4:
+            # Convolutions are up to twice as fast on pixels whose channels lie side by side
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=layer != -1)
         features = image_tokens(outputs, layer)  # (num_images, image_seq_length, image_hidden_size)
         if features.shape[1] != self.config.image_seq_length:
             raise ValueError(

@@ -56,7 +56,9 @@ def contrastive_loss(
         loss = -nn.functional.logsigmoid(signs * scores).sum()
     else:
         image_scores = logit_scale.exp() * image_embeds @ all_texts.T + logit_bias  # (num_pairs, all_pairs)
-        loss = sum(nn.functional.cross_entropy(each.float(), own, reduction="sum") for each in (scores, image_scores)) / 2
+        loss = (
+            sum(nn.functional.cross_entropy(each.float(), own, reduction="sum") for each in (scores, image_scores)) / 2
+        )
     return loss / (len(text_embeds) if num_pairs is None else num_pairs)
 
 

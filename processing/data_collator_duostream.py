@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import PIL.Image
@@ -28,6 +28,7 @@ class DuoStreamDataCollator:
     """
     Makes a batch of rows in the conversational form: `images` (a list of pictures) and `messages`, or `images`,
     `prompt` and `completion` (lists of messages). Only what the assistant says, in `completion` if there is one, is
+    left in the labels. Or of rows with `images` and a `text` that stands behind them without any chat; all of it is
     left in the labels.
 
     Args:
@@ -48,12 +49,13 @@ class DuoStreamDataCollator:
     processor: DuoStreamProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
-    learns_answers: ClassVar[bool] = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
         segments: list[tuple[int, str, bool]] = []
         for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+            if "text" in row:
+                continue
             try:
                 segments += [(i, text, is_answer) for text, is_answer in self.render(row)]
             except Exception as error:
@@ -63,10 +65,15 @@ class DuoStreamDataCollator:
         labels: list[list[int]] = [[] for _ in rows]
         owners = [i for i, _, _ in segments]
         continues = [n > 0 and owners[n - 1] == i for n, i in enumerate(owners)]
-        encoded = self.tokenize([text for _, text, _ in segments], continues)
+        encoded = self.tokenize([text for _, text, _ in segments], continues) if segments else []
         for (i, _, is_answer), ids in zip(segments, encoded, strict=True):
             input_ids[i] += ids
             labels[i] += ids if is_answer else [IGNORE_INDEX] * len(ids)
+        for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+            if "text" in row:
+                num_images, ids = len(row.get("images") or []), self.encode_text(row["text"], name)
+                input_ids[i] = [self.processor.image_token_id] * num_images + ids
+                labels[i] = [IGNORE_INDEX] * num_images + ids
 
         images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
         for i, name in enumerate(names):
@@ -91,10 +98,12 @@ class DuoStreamDataCollator:
         """The conversation as the chat template writes it, in pieces, with whether the piece is to be learnt."""
         if "messages" in row:
             messages, num_given = row["messages"], 0
-        elif "prompt" in row and ("completion" in row or not self.learns_answers):
-            messages, num_given = [*row["prompt"], *(row.get("completion") or [])], len(row["prompt"])
+        elif "prompt" in row and "completion" in row:
+            messages, num_given = [*row["prompt"], *row["completion"]], len(row["prompt"])
         else:
-            raise ValueError(f"expected `messages`, or `prompt` and `completion`; its columns are {sorted(row)}")
+            raise ValueError(
+                f"expected `messages`, or `prompt` and `completion`, or `text`; its columns are {sorted(row)}"
+            )
         if not messages:
             raise ValueError("there are no messages")
         for message in messages:
@@ -111,9 +120,15 @@ class DuoStreamDataCollator:
         for start, stop in answers[num_given_answers:]:
             pieces += [(text[end:start], False), (text[start:stop], True)]
             end = stop
-        if not pieces and self.learns_answers:
+        if not pieces:
             raise ValueError("no message of the assistant to learn from")
         return [*pieces, (text[end:], False)]
+
+    def encode_text(self, text: Any, name: str) -> list[int]:
+        """Token ids of a text without a chat, as the library's pipelines encode it. Control tokens in it stay text."""
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected text, not {text!r}")
+        return self.processor.tokenizer(text, split_special_tokens=True, return_attention_mask=False)["input_ids"]
 
     def render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as one text, and where in it each answer starts and stops (in characters)."""
@@ -205,5 +220,6 @@ class DuoStreamDataCollator:
             "labels": padded(labels, IGNORE_INDEX),
         }
         if processor.bidirectional_prefix:
-            batch["token_type_ids"] = padded([processor.prefix_types(row) for row in input_ids], 1)
+            marker = processor.generation_prompt_ids
+            batch["token_type_ids"] = padded([processor.prefix_types(row, marker) for row in input_ids], 1)
         return batch

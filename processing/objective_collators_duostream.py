@@ -1,7 +1,7 @@
 """Batches for what is not written answers: masked tokens, classes, and pictures with the texts that belong to them."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import DataCollatorForLanguageModeling
@@ -30,8 +30,8 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
     def __post_init__(self) -> None:
         if self.processor.tokenizer.mask_token_id is None:
             raise ValueError(
-                "The tokenizer has no mask token: add one (`tokenizer.add_special_tokens({'mask_token': '<|mask|>'})`) "
-                "and `model.resize_token_embeddings`"
+                "The tokenizer has no mask token: add one (`tokenizer.add_special_tokens({'mask_token': ...})`) and "
+                "a row for it (`model.resize_token_embeddings`)"
             )
         self.masking = DataCollatorForLanguageModeling(
             self.processor.tokenizer, mlm_probability=self.mlm_probability, whole_word_mask=self.whole_word_mask
@@ -98,13 +98,13 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
         messages = row.get("messages") or row.get("completion") or []
         content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
         parts = content if isinstance(content, list) else [{"text": content}]
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        if not "".join(texts).strip():
+        text = "".join(str(part.get("text") or "") for part in parts)
+        if not text.strip():
             raise ValueError(f"{name}: expected a text of the assistant that belongs to the picture, found none")
-        return "".join(texts)
+        return text
 
     def tokenize_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Texts on their own, as the library's pipelines tokenize them, `(batch, text_len)`. Control tokens stay text."""
+        """Texts on their own, as the library's pipelines encode them: `(batch, text_len)`. Control tokens are text."""
         tokenizer = self.processor.tokenizer
         return dict(
             tokenizer(
@@ -158,8 +158,8 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
 @dataclass
 class DuoStreamClassificationCollator(DuoStreamDataCollator):
     """
-    Makes a batch for `DuoStreamForSequenceClassification` of rows with `images` and `prompt`, and a `label`: the number
-    of a class, or a list with a score for every class.
+    Makes a batch for `DuoStreamForSequenceClassification` of rows with `images` and `text`, either of which may be
+    empty, and a `label`: the number of a class, or a list with a score for every class.
 
     Args:
         num_labels (`int`): How many classes there are; with 1, labels are numbers to come near to (regression).
@@ -169,7 +169,6 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
     """
 
     num_labels: int = field(kw_only=True)
-    learns_answers: ClassVar[bool] = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)

@@ -89,8 +89,8 @@ class DuoStreamProcessor(ProcessorMixin):
         else:
             outputs = super().__call__(images=images, text=text, **kwargs)
         if self.bidirectional_prefix and text is not None:
-            rows = outputs["input_ids"]
-            token_type_ids = [self.prefix_types(list(map(int, row))) for row in rows]
+            rows, marker = outputs["input_ids"], self.generation_prompt_ids
+            token_type_ids = [self.prefix_types(list(map(int, row)), marker) for row in rows]
             outputs["token_type_ids"] = token_type_ids
             outputs.convert_to_tensors(text_kwargs.get("return_tensors"), skip_tensor_conversion=["pixel_values"])
         return outputs
@@ -137,9 +137,12 @@ class DuoStreamProcessor(ProcessorMixin):
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))
 
-    def prefix_types(self, input_ids: list[int]) -> list[int]:
-        """Types of a row: 0 before the first answer's role marker, 1 from there on; all 1 without one."""
-        marker = self.generation_prompt_ids
+    def prefix_types(self, input_ids: list[int], marker: list[int] | None = None) -> list[int]:
+        """
+        Types of a row: 0 before the first answer's role marker, 1 from there on; all 1 without one. The marker is
+        `generation_prompt_ids`; for many rows it is found once and given.
+        """
+        marker = self.generation_prompt_ids if marker is None else marker
         for i in range(len(input_ids) - len(marker) + 1):
             if input_ids[i : i + len(marker)] == marker:
                 return [0] * i + [1] * (len(input_ids) - i)

@@ -14,8 +14,15 @@ from transformers import HfArgumentParser, TrainingArguments
 
 @dataclass
 class DataArguments:
-    """Where rows come from, and which columns hold what."""
+    """What is to be done, where rows come from, and which columns hold what."""
 
+    task: str = field(
+        default="chat",
+        metadata={
+            "help": "caption, vqa, translation, summarization or chat (generated); classification; retrieval; masked. "
+            "It gives prompt and columns where none are named, and the metrics."
+        },
+    )
     dataset: str = field(
         default="scenes",
         metadata={
@@ -23,6 +30,14 @@ class DataArguments:
             "file or folder of JSONL or Parquet."
         },
     )
+    mixture: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "More data sets to mix in: YAML or JSON files of these same options, with `weight`. Generated "
+            "tasks only."
+        },
+    )
+    weight: float = field(default=1.0, metadata={"help": "How often rows of this data set are drawn in a mixture."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; slices like `train[:90%%]` work."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
@@ -30,13 +45,29 @@ class DataArguments:
     image_column: str = field(
         default="image", metadata={"help": 'Column with a picture, or a list of them; "" reads text only.'}
     )
-    prompt: str = field(
-        default="Describe the picture.", metadata={"help": "What the user says, where no column does."}
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder that paths in the image column start from, where they are bare paths."}
+    )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the user says, or the text to classify; `{name}` stands for the row's column `name`. By "
+            'default the task\'s: "Describe the picture." for most.'
+        },
     )
     prompt_column: str | None = field(default=None, metadata={"help": "Column with what the user says: a question."})
     answer_column: str | None = field(
-        default=None, metadata={"help": "Column with the answer or caption; from a list, each makes a row of its own."}
+        default=None,
+        metadata={
+            "help": "Column with the answer, caption or text. Of a list, each makes a row of its own in training; in "
+            "evaluation all are references."
+        },
     )
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column with the class: a name, a number, or a list of answers, all of them right."},
+    )
+    max_answers: int = field(default=1000, metadata={"help": "With lists of answers: the most frequent are classes."})
     max_length: int | None = field(default=None, metadata={"help": "Cut longer rows to this number of tokens."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
@@ -56,6 +87,10 @@ class DuoStreamTrainingArguments(TrainingArguments):
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parts not to train: any of text, vision, projector, fusion."}
     )
+    metric_rows: int = field(
+        default=0, metadata={"help": "At each evaluation, measure the task on so many rows, too (0: the loss alone)."}
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer that is measured, in tokens."})
     resume: bool = field(
         default=False, metadata={"help": "Continue from the newest checkpoint in `output_dir`, if there is one."}
     )
@@ -86,16 +121,29 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
     """
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0].endswith((".yaml", ".yml", ".json")):
-        path = Path(args.pop(0))
-        options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-        if not isinstance(options, dict):
-            raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
-        args = [text for name, value in options.items() for text in _as_option(name, value)] + args
+        args = _read_options(Path(args.pop(0))) + args
     parser = HfArgumentParser(classes, description=doc, formatter_class=OptionsFormatter)
     *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(parsed)
+
+
+def parse_file(cls: type, path: str) -> Any:
+    """
+    Reads one object of options from a YAML or JSON file.
+
+    Raises:
+        ValueError: The file is no mapping.
+    """
+    return parse(cls, args=_read_options(Path(path)))[0]
+
+
+def _read_options(path: Path) -> list[str]:
+    options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
+    return [text for name, value in options.items() for text in _as_option(name, value)]
 
 
 def _as_option(name: str, value: Any) -> list[str]:

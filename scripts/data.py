@@ -1,30 +1,54 @@
 """Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any, TypeAlias
 
 import PIL.Image
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
 
 from ..processing.data_collator_duostream import load_picture
-from .arguments import DataArguments
+from .arguments import DataArguments, parse_file
 from .scenes import MESSAGES_FEATURE, PROMPT_FEATURES, build_scenes, caption_rows, question_rows
+from .tasks import WRITER, task_of, with_defaults
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 BLANK_GRAY = (128, 128, 128)
 
 
-def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> Rows:
+def load_rows(
+    args: DataArguments,
+    split: str,
+    max_rows: int | None = None,
+    is_evaluation: bool = False,
+    classes: Sequence[str] | None = None,
+) -> Rows:
     """
-    Loads a split in the conversational form that `apply_chat_template` and TRL use: `images`, and `messages` or
-    `prompt` and `completion`.
+    Loads a split. What is to be said comes in the conversational form that `apply_chat_template` and TRL use:
+    `images`, and `messages` or `prompt` and `completion`; what is to be classified, or filled in, as
+    `images` and `text`.
 
     Args:
-        args (`DataArguments`): Where from, and which columns.
+        args (`DataArguments`): Where from, which columns, for what task.
         split (`str`): Name of the split.
         max_rows (`int`, *optional*): Only the first rows of the source.
+        is_evaluation (`bool`, *optional*, defaults to `False`): Several answers of a row stay together, as
+            `references`, and don't make a row each.
+        classes (`Sequence[str]`, *optional*): For classification: see [`read_classes`].
 
     Returns:
         `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
@@ -33,16 +57,89 @@ def load_rows(args: DataArguments, split: str, max_rows: int | None = None) -> R
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
     """
-    rows = number_rows(_conversational_rows(args, split, max_rows))
+    rows = number_rows(_rows_of_task(with_defaults(args), split, max_rows, is_evaluation, classes))
     return blank(rows) if args.blank_images else rows
 
 
-def _conversational_rows(args: DataArguments, split: str, max_rows: int | None) -> Rows:
+def load_mixture(args: DataArguments, classes: Sequence[str] | None = None, seed: int = 0) -> Rows:
+    """
+    Loads the rows to train on: those of `args`, and of each of `args.mixture` drawn among them by weight, until every
+    row of every data set has been drawn.
+
+    Raises:
+        ValueError: As `load_rows`; or a task in a mixture is not one that writes, or a weight is not positive.
+    """
+    if not args.mixture:
+        return load_rows(args, args.train_split, args.max_train_rows, classes=classes)
+    parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
+    for part in parts:
+        if task_of(part).auto_class is not WRITER:
+            raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")
+        if part.weight <= 0:
+            raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")
+    total = sum(part.weight for part in parts)
+    rows = interleave_datasets(
+        [_same_columns(load_rows(part, part.train_split, part.max_train_rows)) for part in parts],
+        probabilities=[part.weight / total for part in parts],
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
+    return number_rows(rows)
+
+
+def _same_columns(rows: Rows) -> Rows:
+    """Rows as those of other data sets: `images`, which may be empty, `prompt` and `completion`."""
+    columns = set(rows.column_names or next(iter(rows.take(1))))
+    if not {"prompt", "completion"} <= columns:
+        raise ValueError("A mixture takes rows with `prompt` and `completion`, or with an answer column")
+    if "images" not in columns:
+        rows = rows.map(lambda row: {"images": []}, features=Features({**rows.features, "images": List(Image())}))
+    rows = rows.select_columns(["images", "prompt", "completion"])
+    messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    return rows.cast(Features({"images": List(Image()), "prompt": messages, "completion": messages}))
+
+
+def read_classes(args: DataArguments) -> list[str]:
+    """
+    The names of the classes in the training split, in the order of their numbers; none where labels are numbers to
+    come near to (regression). Of lists of answers, the `args.max_answers` most frequent.
+
+    Raises:
+        ValueError: The column of labels is missing, or holds something else.
+    """
+    args = with_defaults(args)
+    rows = _load(args, args.train_split)
+    column = args.label_column
+    columns = rows.column_names or list(next(iter(rows.take(1))))
+    if column not in columns:
+        raise ValueError(f"`label_column` is {column!r}, but the columns are {columns}")
+    if rows.features and isinstance(rows.features[column], ClassLabel):
+        return list(rows.features[column].names)
+    values = [row[column] for row in rows.select_columns([column])]
+    if all(isinstance(value, list) for value in values):
+        counts = Counter(answer for answers in values for answer in answers)
+        return [answer for answer, _ in counts.most_common(args.max_answers)]
+    if all(isinstance(value, str) for value in values):
+        return sorted(set(values))
+    if all(isinstance(value, int) and value >= 0 for value in values):
+        return [str(number) for number in range(max(values) + 1)]
+    if all(isinstance(value, float) for value in values):
+        return []
+    wrong = next(
+        value for value in values if not isinstance(value, type(values[0])) or value is None or value is False
+    )
+    raise ValueError(
+        f"`label_column` {column!r}: expected class names, class numbers from 0, numbers with a point, or lists of "
+        f"answers, one kind in all rows; found {wrong!r} beside {values[0]!r}"
+    )
+
+
+def _rows_of_task(
+    args: DataArguments, split: str, max_rows: int | None, is_evaluation: bool, classes: Sequence[str] | None
+) -> Rows:
     if args.dataset == "scenes":
         scenes = build_scenes(split, num_rows=max_rows)
-        if split == "train":
-            return training_rows(scenes)
-        return question_rows(scenes)
+        return _rows_of_scenes(scenes, args, split)
     try:
         rows = _load(args, split)
     except StopIteration as error:  # what `datasets` makes of an empty file
@@ -55,7 +152,15 @@ def _conversational_rows(args: DataArguments, split: str, max_rows: int | None) 
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(Image())) if "images" in columns else rows
-    return _to_prompt_completion(rows, columns, args)
+    return _make_rows(rows, columns, args, is_evaluation, classes)
+
+
+def _rows_of_scenes(scenes: Dataset, args: DataArguments, split: str) -> Dataset:
+    if args.task in ("caption", "retrieval"):
+        return caption_rows(scenes)
+    if args.task not in ("chat", "vqa"):
+        raise ValueError(f"`task` {args.task!r} needs a data set of its own: `scenes` has captions and questions")
+    return training_rows(scenes) if args.task == "chat" and split == "train" else question_rows(scenes)
 
 
 def training_rows(scenes: Dataset) -> Dataset:
@@ -96,56 +201,129 @@ def _load(args: DataArguments, split: str) -> Rows:
     )
 
 
-def _to_prompt_completion(rows: Rows, columns: list[str], args: DataArguments) -> Rows:
-    wanted = {"answer_column": args.answer_column, "prompt_column": args.prompt_column}
-    if args.answer_column is None:
-        raise ValueError(
-            f"The rows have no `messages`, and no `prompt` and `completion`, but {columns}: name the column to learn "
-            "with `--answer_column`"
-        )
+def _make_rows(
+    rows: Rows, columns: list[str], args: DataArguments, is_evaluation: bool, classes: Sequence[str] | None
+) -> Rows:
+    """Rows of a task from rows with plain columns."""
+    kind = args.task if args.task in ("classification", "masked") else "generated"
+    wanted = {"prompt_column": args.prompt_column}
+    if kind == "classification":
+        wanted["label_column"] = args.label_column
+    else:
+        wanted["answer_column"] = args.answer_column
+        if args.answer_column is None:
+            raise ValueError(
+                "The rows have no `messages`, and no `prompt` and `completion`, but "
+                f"{columns}: name the column to learn with `--answer_column`"
+            )
     for option, column in wanted.items():
         if column is not None and column not in columns:
             raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
+    for _, name, _, _ in Formatter().parse(args.prompt or "") if not args.prompt_column else ():
+        if name is not None and name not in columns:
+            raise ValueError(f"`prompt` {args.prompt!r} names {name!r}, but the columns are {columns}")
     has_images = args.image_column in columns
     if not has_images and args.image_column not in (DataArguments.image_column, ""):
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
-    features: dict[str, Any] = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE, "source": Value("int64")}
+    if has_images and args.image_dir is not None:
+        rows = _join_image_dir(rows, args.image_column, args.image_dir)
+    features: dict[str, Any] = {"source": Value("int64")}
     if has_images:
         is_list = isinstance(rows.features[args.image_column], List) if rows.features else False
         # Files are opened by the collator, not here
         undecoded = List(Image(decode=False)) if is_list else Image(decode=False)
         rows = rows.cast_column(args.image_column, undecoded)
         features["images"] = List(Image())
+    if kind == "generated":
+        features |= {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
+        features |= {"references": List(Value("string"))} if is_evaluation else {}
+    else:
+        features["text"] = Value("string")
+    if kind == "classification":
+        is_soft = rows.features is not None and isinstance(rows.features[args.label_column], List)
+        features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
+    make = {"generated": _turns, "masked": _texts, "classification": _labelled}[kind]
 
     def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
         for i, index in enumerate(indices):
             row = {name: values[i] for name, values in batch.items()}
-            for prompt, completion, images in _turns(row, args, has_images, index):
-                out["prompt"].append(prompt)
-                out["completion"].append(completion)
-                out["source"].append(index)
-                if has_images:
-                    out["images"].append(images)
+            images = row[args.image_column] if has_images else []
+            images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+            for made in make(row, args, len(images), index, is_evaluation, classes):
+                for name, value in {**made, "images": images, "source": index}.items():
+                    if name in features:
+                        out[name].append(value)
         return out
 
     return rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features))
 
 
-def _turns(row: dict, args: DataArguments, has_images: bool, index: int) -> Iterator[tuple[list, list, list]]:
-    """Prompt, completion and pictures: once for each answer of a row."""
-    images = row[args.image_column] if has_images else []
-    images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
-    question = row[args.prompt_column] if args.prompt_column else args.prompt
+def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
+    def join(batch: dict[str, list]) -> dict[str, list]:
+        return {column: [None if name is None else str(Path(image_dir) / name) for name in batch[column]]}
+
+    return rows.map(join, batched=True)
+
+
+def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
+    """The row's prompt: a column, or the template with the row's columns in it."""
+    if args.prompt_column:
+        prompt = row[args.prompt_column]
+        if not isinstance(prompt, str):
+            raise ValueError(f"Row {index}: expected text in `prompt_column` {args.prompt_column!r}, not {prompt!r}")
+        return prompt
+    template = args.prompt or ""
+    for _, name, _, _ in Formatter().parse(template):
+        if name is not None and not isinstance(row[name], str | int | float):
+            raise ValueError(f"Row {index}: expected text in column {name!r} of `prompt`, not {row[name]!r}")
+    return template.format_map(row)
+
+
+def _answers_of(row: dict, args: DataArguments, index: int) -> list[str]:
     answers = row[args.answer_column]
-    parts = [{"type": "image", "text": None}] * len(images) + [{"type": "text", "text": question}]
-    for answer in answers if isinstance(answers, list) else [answers]:
-        if not isinstance(answer, str) or not isinstance(question, str):
-            raise ValueError(
-                f"Row {index}: expected text in the columns of prompt and answer, not {question!r} and {answer!r}"
-            )
+    answers = answers if isinstance(answers, list) else [answers]
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise ValueError(f"Row {index}: expected text in `answer_column` {args.answer_column!r}, not {answer!r}")
+    return answers
+
+
+def _turns(
+    row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool, classes: Sequence[str] | None
+) -> Iterator[dict[str, Any]]:
+    """Prompt and completion: once for each answer of a row, or once with all of them as references."""
+    question, answers = _prompt_of(row, args, index), _answers_of(row, args, index)
+    parts = [{"type": "image", "text": None}] * num_images + [{"type": "text", "text": question}]
+    for answer in answers[:1] if is_evaluation else answers:
         completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        yield [{"role": "user", "content": parts}], completion, images
+        yield {"prompt": [{"role": "user", "content": parts}], "completion": completion, "references": answers}
+
+
+def _texts(
+    row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool, classes: Sequence[str] | None
+) -> Iterator[dict[str, Any]]:
+    """A text of its own for each."""
+    yield from ({"text": text} for text in _answers_of(row, args, index))
+
+
+def _labelled(
+    row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool, classes: Sequence[str] | None
+) -> Iterator[dict[str, Any]]:
+    """The text to classify, with its class's number, a score for every class, or a number."""
+    label, known = row[args.label_column], list(classes or [])
+    if isinstance(label, list):
+        # An answer that is no class can't be chosen, and counts as wrong
+        label = [float(name in label) for name in known]
+    elif isinstance(label, str):
+        if label not in known:
+            raise ValueError(f"Row {index}: `{args.label_column}` {label!r} is none of the classes {known}")
+        label = known.index(label)
+    elif not isinstance(label, int | float) or (known and not 0 <= label < len(known)):
+        raise ValueError(
+            f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
+        )
+    yield {"text": _prompt_of(row, args, index), "label": label}
 
 
 def number_rows(rows: Rows) -> Rows:

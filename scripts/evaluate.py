@@ -1,29 +1,41 @@
 """
-Lets a checkpoint answer held-out prompts, compares the answers, and measures the loss.
+Measures a checkpoint at a task, on held-out rows: what it writes, how it classifies, what it finds.
 
 Example:
 
-    duostream-evaluate --checkpoint runs/finetuned --dataset scenes --output_dir runs/evaluation
+    duostream-evaluate --checkpoint runs/finetuned --task caption --dataset path/to/photographs \\
+        --output_dir runs/evaluation
 """
 
 import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel, set_seed
 
-from ..processing import DuoStreamDataCollator, DuoStreamProcessor
+from ..processing import (
+    DuoStreamClassificationCollator,
+    DuoStreamDataCollator,
+    DuoStreamMaskedLMCollator,
+    DuoStreamProcessor,
+    DuoStreamRetrievalCollator,
+)
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
+from . import metrics
 from .arguments import DataArguments, parse
 from .data import Rows, load_rows
 from .generate import answer
+from .tasks import WRITER, task_of
 
 
 @dataclass
@@ -37,6 +49,7 @@ class EvaluateArguments:
     batch_size: int = field(default=64, metadata={"help": "Rows at a time."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
+    seed: int = field(default=0, metadata={"help": "Of which tokens are masked."})
 
 
 def generate_answers(
@@ -50,8 +63,8 @@ def generate_answers(
         kwargs: Go to `generate`.
 
     Returns:
-        A `dict` for each row with `row`, `prompt`, `reference`, `prediction`, and `kind` and `held_out` where the
-        row has them.
+        A `dict` for each row with `row`, `prompt`, `reference`, `prediction`, and `kind`, `held_out` and `references`
+        where the row has them.
     """
     model.eval()
     results: list[dict[str, Any]] = []
@@ -64,7 +77,7 @@ def generate_answers(
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
             *prompt, last = messages
             conversations.append(with_pictures(prompt, row.get("images") or []))
-            kept = {name: row[name] for name in ("row", "kind", "held_out") if name in row}
+            kept = {name: row[name] for name in ("row", "kind", "held_out", "references") if name in row}
             results.append({**kept, "prompt": text_of(prompt[-1]), "reference": text_of(last)})
         predictions = answer(model, processor, conversations, **kwargs)
         for result, prediction in zip(results[-size:], predictions, strict=True):
@@ -99,16 +112,114 @@ def text_of(message: dict) -> str:
 
 
 def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The share of predictions that equal their reference: of all rows, by `kind`, and of those `held_out`."""
+    """The share of predictions that equal a reference of theirs: of all rows, by `kind`, and of those `held_out`."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for result in results:
-        is_equal = result["prediction"] == result["reference"]
+        is_equal = result["prediction"] in references_of(result)
         groups["exact_match"].append(is_equal)
         if "kind" in result:
             groups[f"exact_match_{result['kind']}"].append(is_equal)
         if result.get("held_out"):
             groups["exact_match_held_out"].append(is_equal)
     return {name: sum(values) / len(values) for name, values in sorted(groups.items())}
+
+
+def references_of(result: dict[str, Any]) -> list[str]:
+    return result.get("references") or [result["reference"]]
+
+
+def score_answers(results: list[dict[str, Any]], task: str) -> dict[str, Any]:
+    """The figures of a task whose answers are generated."""
+    if not results:
+        raise ValueError("There are no answers to score")
+    scores: dict[str, Any] = exact_match(results)
+    for scorer in task_of(DataArguments(task=task)).scorers:
+        scores |= scorer([result["prediction"] for result in results], [references_of(result) for result in results])
+    return scores
+
+
+def batches_of(rows: Rows, collator: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Collated batches on the device, with a progress bar."""
+    for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="reading", leave=False):
+        yield {name: to_device(value, device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def classify(
+    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures of a classifier, and for each row its `label` and the `prediction`."""
+    model.eval()
+    logits, labels = [], []
+    collator = DuoStreamClassificationCollator(processor, num_labels=model.config.num_labels)
+    for batch in batches_of(rows, collator, batch_size, model.device):
+        labels.append(batch.pop("labels").cpu())
+        logits.append(model(**batch).logits.float().cpu())
+    scores, wanted = torch.cat(logits), torch.cat(labels)  # (num_rows, num_labels)
+    names = model.config.id2label
+    if model.config.num_labels == 1:
+        said: list[Any] = scores[:, 0].tolist()
+        right: list[Any] = wanted.tolist()
+    else:
+        said = [names[i] for i in scores.argmax(dim=1).tolist()]
+        right = [
+            [names[i] for i, score in enumerate(row) if score] if wanted.ndim == 2 else names[row]
+            for row in wanted.tolist()
+        ]
+    results = [{"row": i, "label": r, "prediction": p} for i, (r, p) in enumerate(zip(right, said, strict=True))]
+    return metrics.classification(scores, wanted), results
+
+
+@torch.no_grad()
+def retrieve(
+    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures of finding pictures by their texts and texts by their picture, and for each text what it found."""
+    model.eval()
+    collator = DuoStreamRetrievalCollator(processor)
+    image_embeds, text_embeds = [], []
+    texts: list[str] = []
+    image_of_text: list[int] = []
+    num_images = 0
+    for batch in tqdm(rows.iter(batch_size=batch_size), desc="reading", leave=False):
+        listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["images"]))]
+        pixel_values = collator(listed)["pixel_values"].to(model.device)
+        image_embeds.append(model.get_image_features(pixel_values).pooler_output.float().cpu())
+        own = [row.get("references") or [text_of(row["completion"][-1])] for row in listed]
+        flat = [text for each in own for text in each]
+        inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
+        text_embeds.append(model.get_text_features(**inputs).pooler_output.float().cpu())
+        texts += flat
+        image_of_text += [num_images + i for i, each in enumerate(own) for _ in each]
+        num_images += len(listed)
+    scores = torch.cat(text_embeds) @ torch.cat(image_embeds).T  # (num_texts, num_images)
+    found = scores.argmax(dim=1).tolist()
+    results = [
+        {"row": row, "prompt": text, "prediction": best}
+        for row, text, best in zip(image_of_text, texts, found, strict=True)
+    ]
+    return metrics.retrieval(scores, torch.tensor(image_of_text)), results
+
+
+@torch.no_grad()
+def fill_masks(
+    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Loss and accuracy at masked tokens, drawn anew from the seed."""
+    model.eval()
+    total, num_right, num_masked = 0.0, 0, 0
+    for batch in batches_of(rows, DuoStreamMaskedLMCollator(processor), batch_size, model.device):
+        labels = batch["labels"]
+        is_masked = labels != IGNORE_INDEX
+        if not is_masked.any():
+            continue
+        outputs = model(**batch)
+        count = int(is_masked.sum())
+        total, num_masked = total + float(outputs.loss) * count, num_masked + count
+        num_right += int((outputs.logits.argmax(dim=-1) == labels)[is_masked].sum())
+    if not num_masked:
+        raise ValueError("No token was masked: the rows hold too little text")
+    return {"loss": total / num_masked, "accuracy": num_right / num_masked, "num_masked": num_masked}, []
 
 
 def evaluation_loss(model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64) -> float:
@@ -128,29 +239,48 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
+def evaluate(
+    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, task: str, batch_size: int = 64, **kwargs: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of a task, and what the model said to each row. `kwargs` go to `generate`."""
+    if task_of(DataArguments(task=task)).auto_class is WRITER:
+        results = generate_answers(model, processor, rows, batch_size, **kwargs)
+        return score_answers(results, task), results
+    return {"classification": classify, "retrieval": retrieve, "masked": fill_masks}[task](
+        model, processor, rows, batch_size
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     evaluate_args, data_args = parse(EvaluateArguments, DataArguments, args=args, doc=__doc__)
     started = time.time()
-    model = AutoModelForImageTextToText.from_pretrained(evaluate_args.checkpoint)
+    set_seed(evaluate_args.seed)
+    task, batch_size = task_of(data_args), evaluate_args.batch_size
+    model = task.auto_class.from_pretrained(evaluate_args.checkpoint)
     processor = AutoProcessor.from_pretrained(evaluate_args.checkpoint)
-    rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
-    results = generate_answers(
-        model,
-        processor,
-        rows,
-        evaluate_args.batch_size,
-        max_new_tokens=evaluate_args.max_new_tokens,
-        num_beams=evaluate_args.num_beams,
-    )
-    loss = evaluation_loss(model, processor, rows, evaluate_args.batch_size)
-    metrics = {"loss": loss, **exact_match(results), "num_rows": len(results), "seconds": time.time() - started}
+    classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []
+    split, max_rows = data_args.eval_split, data_args.max_eval_rows
+    rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
+    options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}
+    figures, results = evaluate(model, processor, rows, data_args.task, batch_size, **options)
+    if task.auto_class is WRITER:
+        figures["loss"] = evaluation_loss(model, processor, load_rows(data_args, split, max_rows), batch_size)
+    record = {
+        "command": sys.argv[1:] if args is None else args,
+        "seed": evaluate_args.seed,
+        # Of what was read and how; a stream has none
+        "data_fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,
+        "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "datasets")},
+        **figures,
+        "num_rows": len(rows) if isinstance(rows, Dataset) else len(results),
+        "seconds": time.time() - started,
+    }
     output_dir = Path(evaluate_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    command = sys.argv[1:] if args is None else args
-    (output_dir / "metrics.json").write_text(json.dumps({"command": command, **metrics}, indent=2) + "\n")
+    (output_dir / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
     (output_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(json.dumps(metrics, indent=2))
+    print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

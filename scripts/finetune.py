@@ -1,19 +1,21 @@
 """
-Fine-tunes a checkpoint on conversations with pictures, captions, or questions with answers.
+Fine-tunes a checkpoint at a task: to write captions, answers, translations or summaries, to classify, to find.
 
 Example:
 
-    duostream-finetune --checkpoint runs/pretrained --dataset path/to/photographs --answer_column captions \\
+    duostream-finetune --checkpoint runs/pretrained --task caption --dataset path/to/photographs \\
         --output_dir runs/finetuned --num_train_epochs 3
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoProcessor, set_seed
 
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
-from .data import load_rows
-from .training import train
+from .data import load_mixture, load_rows, read_classes
+from .tasks import task_of
+from .training import collator_of, train
 
 
 @dataclass
@@ -23,17 +25,33 @@ class FinetuneArguments:
     checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
 
 
+def class_options(classes: list[str]) -> dict[str, Any]:
+    """Fields of the config that tell how many classes there are, and their names."""
+    if not classes:
+        return {"num_labels": 1}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
+
+
 def main(args: list[str] | None = None) -> None:
     finetune_args, data_args, training_args = parse(
         FinetuneArguments, DataArguments, DuoStreamTrainingArguments, args=args, doc=__doc__
     )
     set_seed(training_args.seed)
-    rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows)
-    eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
-    model = AutoModelForImageTextToText.from_pretrained(finetune_args.checkpoint)
+    is_classification = data_args.task == "classification"
+    classes = read_classes(data_args) if is_classification else []
+    rows = load_mixture(data_args, classes, training_args.seed)
+    eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, classes=classes)
+    metric_rows = None
+    if training_args.metric_rows:
+        metric_rows = load_rows(
+            data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, classes=classes
+        )
+    options = class_options(classes) if is_classification else {}
+    model = task_of(data_args).auto_class.from_pretrained(finetune_args.checkpoint, **options)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
-    train(model, processor, training_args, rows, eval_rows, data_args.max_length)
+    collator = collator_of(data_args, processor, model)
+    train(model, processor, training_args, rows, eval_rows, collator, task=data_args.task, metric_rows=metric_rows)
 
 
 if __name__ == "__main__":

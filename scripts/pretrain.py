@@ -13,11 +13,19 @@ from itertools import islice
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from .. import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from .. import (
+    DuoStreamConfig,
+    DuoStreamForConditionalGeneration,
+    DuoStreamForPreTraining,
+    DuoStreamPreTrainedModel,
+    DuoStreamPreTrainingCollator,
+    DuoStreamProcessor,
+    train_tokenizer,
+)
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .compose import load_vision
-from .data import Rows, load_rows, texts_of
-from .training import train
+from .data import Rows, load_mixture, load_rows, texts_of
+from .training import collator_of, train
 
 
 @dataclass
@@ -40,11 +48,18 @@ class PretrainArguments:
     bidirectional_prefix: bool = field(
         default=False, metadata={"help": "Read what comes before the first answer both ways (prefix-LM)."}
     )
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of language modelling; 0 leaves it out."})
+    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of masked language modelling."})
+    itc_weight: float = field(default=0.0, metadata={"help": "Weight of the image-text contrastive loss."})
+    itm_weight: float = field(default=0.0, metadata={"help": "Weight of image-text matching."})
+    contrastive_loss: str = field(default="sigmoid", metadata={"help": "`sigmoid` (SigLIP) or `softmax` (CLIP)."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask all tokens of a word, or none."})
 
 
-def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
+def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedModel, DuoStreamProcessor]:
     """
-    A preset's model with random weights (but for a given vision model's), and its processor.
+    A preset's model with random weights (but for a given vision model's), and its processor: one that writes, or with
+    more objectives than that, `DuoStreamForPreTraining`.
 
     Raises:
         ValueError: The parts don't fit together.
@@ -68,7 +83,10 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamForConditio
         bidirectional_prefix=args.bidirectional_prefix,
     )
     config.image_token_id = processor.image_token_id
-    model = DuoStreamForConditionalGeneration(config)
+    config.contrastive_loss = args.contrastive_loss
+    for name, weight in objective_weights(args).items():
+        setattr(config, name, weight)
+    model = (DuoStreamForConditionalGeneration if writes_only(args) else DuoStreamForPreTraining)(config)
     if args.vision is not None:
         model.model.vision_model = AutoModel.from_pretrained(
             args.vision, config=config.vision_config, dtype=model.dtype
@@ -76,18 +94,36 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamForConditio
     return model, processor
 
 
+def objective_weights(args: PretrainArguments) -> dict[str, float]:
+    return {name: getattr(args, name) for name in ("lm_weight", "mlm_weight", "itc_weight", "itm_weight")}
+
+
+def writes_only(args: PretrainArguments) -> bool:
+    """Whether language modelling is the only objective."""
+    return [name for name, weight in objective_weights(args).items() if weight] == ["lm_weight"]
+
+
 def main(args: list[str] | None = None) -> None:
     pretrain_args, data_args, training_args = parse(
         PretrainArguments, DataArguments, DuoStreamTrainingArguments, args=args, doc=__doc__
     )
     set_seed(training_args.seed)
-    rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows)
+    rows = load_mixture(data_args, seed=training_args.seed)
     eval_rows = None
     if training_args.eval_strategy != "no":
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
     model, processor = new_model(pretrain_args, rows)
     model.freeze(*training_args.freeze)
-    train(model, processor, training_args, rows, eval_rows, data_args.max_length)
+    collator = collator_of(data_args, processor, model)
+    if not writes_only(pretrain_args):
+        collator = DuoStreamPreTrainingCollator(
+            processor,
+            data_args.max_length,
+            whole_word_mask=pretrain_args.whole_word_mask,
+            mlm=bool(pretrain_args.mlm_weight),
+            pairs=bool(pretrain_args.itc_weight or pretrain_args.itm_weight),
+        )
+    train(model, processor, training_args, rows, eval_rows, collator)
 
 
 if __name__ == "__main__":

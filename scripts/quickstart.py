@@ -41,8 +41,8 @@ class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Checkpoints, metrics and report go here."})
     train_scenes: int = field(default=20_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
-    pretrain_steps: int = field(default=250, metadata={"help": "Steps of 64 captions."})
-    finetune_steps: int = field(default=900, metadata={"help": "Steps of 192 questions and captions."})
+    pretrain_steps: int = field(default=350, metadata={"help": "Steps of 64 captions."})
+    finetune_steps: int = field(default=1000, metadata={"help": "Steps of 192 questions and captions."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
 
@@ -52,7 +52,7 @@ def training_arguments(output_dir: Path, **kwargs: Any) -> DuoStreamTrainingArgu
     defaults = {
         "output_dir": str(output_dir),
         "learning_rate": 2e-3,
-        "weight_decay": 0.05,
+        "weight_decay": 0.1,
         "adam_beta2": 0.98,
         "warmup_steps": min(50, steps // 4),
         "lr_scheduler_type": "warmup_stable_decay",
@@ -134,6 +134,8 @@ def main(args: list[str] | None = None) -> None:
             output_dir / "pretrained",
             max_steps=quickstart_args.pretrain_steps,
             per_device_train_batch_size=64,
+            # Features of colour and shape that are no larger than need be combine to pairs that were never seen
+            weight_decay=1.0,
             seed=seed,
         )
         pretraining = train(model, processor, pretrain_args, captions)

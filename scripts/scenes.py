@@ -27,6 +27,8 @@ COLOURS = {
     "yellow": (245, 220, 35),
     "purple": (145, 45, 185),
     "orange": (245, 130, 20),
+    "cyan": (40, 200, 215),
+    "pink": (245, 120, 190),
 }
 COLOUR_JITTER = 12
 
@@ -83,18 +85,23 @@ NUMBER_WEIGHTS = {1: 1, 2: 2, 3: 2}
 # objects of the same row or column clearly closer than that.
 MAX_SHIFT = 0.06
 MIN_SEPARATION = 0.2
-MAX_QUESTIONS_PER_KIND = 2
 OPPOSITES = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 GERMAN_SIZES = {"small": "klein", "large": "groß"}
-# "orangefarben" because "orange" takes no ending in standard German.
-GERMAN_COLOURS = dict(zip(COLOURS, ("rot", "grün", "blau", "gelb", "violett", "orangefarben"), strict=True))
+# "orangefarben" because "orange" takes no ending in standard German, nor do "türkis" and "rosa".
+GERMAN_COLOURS = dict(
+    zip(
+        COLOURS,
+        ("rot", "grün", "blau", "gelb", "violett", "orangefarben", "türkisfarben", "rosafarben"),
+        strict=True,
+    )
+)
 # Each noun with the ending of an adjective between "ein" and the noun.
 GERMAN_SHAPES = dict(
     zip(SHAPES, (("Kreis", "er"), ("Quadrat", "es"), ("Dreieck", "es"), ("Kreuz", "es")), strict=True)
 )
 CHINESE_SIZES = {"small": "小", "large": "大"}
-CHINESE_COLOURS = dict(zip(COLOURS, "红绿蓝黄紫橙", strict=True))
+CHINESE_COLOURS = dict(zip(COLOURS, "红绿蓝黄紫橙青粉", strict=True))
 CHINESE_SHAPES = dict(zip(SHAPES, ("圆形", "正方形", "三角形", "十字形"), strict=True))
 
 CAPTION_PROMPTS = {"en": "Describe the picture.", "de": "Beschreibe das Bild.", "zh": "描述这张图片。"}
@@ -362,9 +369,9 @@ def _encode(picture: PIL.Image.Image) -> bytes:
 
 def _sample_questions(rng: random.Random, objects: list[SceneObject], split: str) -> list[Question]:
     questions = [_sample_count_question(rng, objects), _sample_existence_question(rng, objects, split)]
-    for ask_all in (_colour_questions, _shape_questions, _place_questions, _relation_questions):
+    for ask_all, number in QUESTIONS_PER_KIND.items():
         candidates = ask_all(objects)
-        questions += rng.sample(candidates, min(len(candidates), rng.randint(1, MAX_QUESTIONS_PER_KIND)))
+        questions += rng.sample(candidates, min(len(candidates), number))
     return questions
 
 
@@ -446,6 +453,15 @@ def _relations(first: SceneObject, second: SceneObject) -> list[str]:
     if abs(first.x - second.x) >= MIN_SEPARATION:
         relations.append("left of" if first.x < second.x else "right of")
     return relations
+
+
+# Where something is, and how it lies to another thing, takes longest to learn.
+QUESTIONS_PER_KIND: dict[Callable[[list[SceneObject]], list[Question]], int] = {
+    _colour_questions: 1,
+    _shape_questions: 1,
+    _place_questions: 2,
+    _relation_questions: 2,
+}
 
 
 def _caption_en(objects: list[SceneObject]) -> str:

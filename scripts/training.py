@@ -1,16 +1,119 @@
-"""What `pretrain` and `finetune` have in common: `Trainer` as it is, and where it starts and ends."""
+"""What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
 
+from collections import defaultdict
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
-from ..processing import DuoStreamDataCollator, DuoStreamProcessor
-from .arguments import DuoStreamTrainingArguments
+from ..processing import (
+    DuoStreamClassificationCollator,
+    DuoStreamDataCollator,
+    DuoStreamMaskedLMCollator,
+    DuoStreamProcessor,
+    DuoStreamRetrievalCollator,
+)
+from ..processing.data_collator_duostream import IGNORE_INDEX
+from .arguments import DataArguments, DuoStreamTrainingArguments
 from .data import Rows
+from .evaluate import evaluate, generate_answers, score_answers
+from .tasks import WRITER, task_of
 
-logger = logging.get_logger(__name__)
+OBJECTIVES = ("lm_loss", "mlm_loss", "itc_loss", "itm_loss")
+
+
+def collator_of(args: DataArguments, processor: DuoStreamProcessor, model: PreTrainedModel) -> DuoStreamDataCollator:
+    """Makes the batches of a task."""
+    if args.task == "classification":
+        return DuoStreamClassificationCollator(processor, args.max_length, num_labels=model.config.num_labels)
+    collators = {"retrieval": DuoStreamRetrievalCollator, "masked": DuoStreamMaskedLMCollator}
+    return collators.get(args.task, DuoStreamDataCollator)(processor, args.max_length)
+
+
+class DuoStreamTrainer(Trainer):
+    """
+    `Trainer` that reports each pretraining objective, and at each evaluation the figures of the task.
+
+    Args:
+        task (`str`, *optional*): Measured at each evaluation, if there are `metric_rows`.
+        metric_rows (`Dataset`, *optional*): Rows with all of their references. Answers are generated from prompts
+            without them, shared out over the ranks.
+    """
+
+    def __init__(self, *args: Any, task: str = "chat", metric_rows: Dataset | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.task, self.metric_rows = task, metric_rows
+        self.objective_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self.last_logged_step = 0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        # The library counts the labels of accumulated batches, so that each token weighs the same however they are
+        # split. Masked tokens and pairs are counted likewise.
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        counts: dict[str, Any] = {}
+        if any("masked_labels" in batch for batch in batches):
+            labels = [batch["masked_labels"] for batch in batches]
+            counts["num_masked_in_batch"] = sum((each != IGNORE_INDEX).sum() for each in labels).clamp(min=1)
+        if any("paired_input_ids" in batch for batch in batches):
+            pairs = [len(batch.get("paired_input_ids", ())) for batch in batches]
+            counts["num_pairs_in_batch"] = torch.tensor(sum(pairs))
+        for name, count in counts.items():
+            if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+                count = self.accelerator.gather(count.to(self.args.device)).sum()
+            for batch in batches:
+                batch[name] = count
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # The library keeps the sum alone
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            for name in OBJECTIVES:
+                if outputs.get(name) is not None:
+                    self.objective_sums[name] = self.objective_sums[name] + outputs[name].detach().cpu()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.objective_sums:
+            num_steps = max(1, self.state.global_step - self.last_logged_step)
+            logs |= {name: round(float(total) / num_steps, 4) for name, total in self.objective_sums.items()}
+            self.objective_sums.clear()
+            self.last_logged_step = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits
+        figures = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.metric_rows is not None:
+            measured = {
+                f"{metric_key_prefix}_{name}": value
+                for name, value in self.measure(self.metric_rows).items()
+                if isinstance(value, int | float)
+            }
+            self.log(measured)
+            figures |= measured
+        return figures
+
+    def measure(self, rows: Dataset) -> dict[str, Any]:
+        """The figures of the task, the same on all ranks."""
+        was_training = self.model.training
+        batch_size = self.args.per_device_eval_batch_size
+        if task_of(DataArguments(task=self.task)).auto_class is WRITER:
+            own = range(self.args.process_index, len(rows), self.args.world_size)
+            options = {"max_new_tokens": self.args.max_new_tokens}
+            results = generate_answers(self.model, self.processing_class, rows.select(own), batch_size, **options)
+            if self.args.world_size > 1:
+                results = gather_object(results)
+            figures = score_answers(results, self.task)
+        else:
+            figures, _ = evaluate(self.model, self.processing_class, rows, self.task, batch_size)
+        self.model.train(was_training)
+        return figures
 
 
 def train(
@@ -19,23 +122,29 @@ def train(
     training_args: DuoStreamTrainingArguments,
     train_rows: Rows,
     eval_rows: Rows | None = None,
-    max_length: int | None = None,
+    collator: DuoStreamDataCollator | None = None,
     callbacks: list[Any] | None = None,
+    **kwargs: Any,
 ) -> Trainer:
     """
     Trains, evaluates if there are `eval_rows`, and saves model and processor in `training_args.output_dir`.
 
+    Args:
+        collator (`DuoStreamDataCollator`, *optional*): Makes the batches. By default one for answers to be written.
+        kwargs: Go to [`DuoStreamTrainer`].
+
     Returns:
         `Trainer`: after training; its `state.log_history` holds the losses.
     """
-    trainer = Trainer(
+    trainer = DuoStreamTrainer(
         model=model,
         args=training_args,
-        data_collator=DuoStreamDataCollator(processor, max_length=max_length),
+        data_collator=DuoStreamDataCollator(processor) if collator is None else collator,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
         callbacks=callbacks,
+        **kwargs,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -6,6 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny_models import (
+    KINDS,
+    PICTURE,
+    VOCAB_SIZE,
+    Row,
+    batch,
+    difference,
+    places,
+    ragged_rows,
+    small_config,
+    small_model,
+)
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
@@ -23,7 +35,6 @@ from duostream import (
     DuoStreamForSequenceClassification,
 )
 from duostream.modeling.objectives_duostream import contrastive_loss, hard_negatives
-from tiny_models import KINDS, PICTURE, VOCAB_SIZE, Row, batch, difference, places, ragged_rows, small_config, small_model
 
 HEADS = {
     AutoModelForMaskedLM: DuoStreamForMaskedLM,
@@ -227,7 +238,10 @@ def test_reading_ready_states_together_is_reading_the_row(kind):
 
 def test_matching_tells_a_pair_by_its_picture():
     model = small_model(cls=DuoStreamForImageTextRetrieval)
-    texts, pictures = batch([Row(model, 3), Row(model, 8)]), torch.cat([Row(model, PICTURE).pictures for _ in range(2)])
+    texts, pictures = (
+        batch([Row(model, 3), Row(model, 8)]),
+        torch.cat([Row(model, PICTURE).pictures for _ in range(2)]),
+    )
     with torch.no_grad():
         own = model.match(**texts, pixel_values=pictures)
         swapped = model.match(**texts, pixel_values=pictures.flip(0))

@@ -461,7 +461,7 @@ class NotAPicture:
         (broken(messages=[]), "there are no messages"),
         (
             {"images": [], "question": "What?", "answer": "That."},
-            r"expected `messages`, or `prompt` and `completion`; its columns are \['answer', 'images', 'question'",
+            r"expected `messages`, or `prompt` and `completion`, or `text`; its columns are \['answer', 'images'",
         ),
         ({"prompt": [user("What?")]}, r"its columns are \['prompt'"),
         (

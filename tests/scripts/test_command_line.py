@@ -334,15 +334,17 @@ def test_evaluation_writes_only_where_it_is_told_to(pretrained, tmp_path, monkey
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"metrics.json", "predictions.jsonl"}
 
 
-def test_evaluation_of_photographs_gives_a_prediction_for_each_caption(finetuned, photographs, tmp_path):
+def test_evaluation_of_photographs_gives_a_prediction_for_each_against_all_of_its_captions(
+    finetuned, photographs, tmp_path
+):
     options = {"checkpoint": finetuned, "dataset": photographs, "answer_column": "captions", "max_new_tokens": 4}
     found = []
     for name, more in (("a", {}), ("b", {"streaming": True}), ("c", {"batch_size": 1})):
         evaluate.main(arguments(**options, **more, output_dir=tmp_path / name))
         found.append(read_lines(tmp_path / name / "predictions.jsonl"))
     assert found[0] == found[1] == found[2]
-    captions = [f"Picture {i} of validation ." for i in range(2)]
-    assert [result["reference"] for result in found[0]][::2] == captions
+    captions = [[f"Picture {i} of validation .", "A dog runs through the snow ."] for i in range(2)]
+    assert [result["references"] for result in found[0]] == captions
 
 
 def test_evaluation_can_hide_the_pictures(finetuned, photographs, tmp_path):

@@ -1,0 +1,190 @@
+"""Batches for masked tokens, classes and pairs hold what the rows said, and nothing to stumble over."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from duostream import (
+    DuoStreamClassificationCollator,
+    DuoStreamMaskedLMCollator,
+    DuoStreamPreTrainingCollator,
+    DuoStreamProcessor,
+    DuoStreamRetrievalCollator,
+    train_tokenizer,
+)
+
+NUM_TOKENS = 4
+CAPTIONS = ["a large red circle in the center", "a small blue square at the top", "two dogs running over green grass"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return DuoStreamProcessor(image_processor, train_tokenizer(CAPTIONS * 30, 300), image_seq_length=NUM_TOKENS)
+
+
+def caption_row(i, num_images=1):
+    parts = [{"type": "image", "text": None}] * num_images + [{"type": "text", "text": "What is it?"}]
+    return {
+        "images": [Image.new("RGB", (20, 20), (80 * i, 10, 10))] * num_images,
+        "prompt": [{"role": "user", "content": parts}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": CAPTIONS[i % 3]}]}],
+        "row": i,
+    }
+
+
+def test_only_tokens_of_answers_are_masked_and_the_labels_are_what_they_were(processor):
+    torch.manual_seed(0)
+    rows = [caption_row(i) for i in range(3)] * 10
+    plain = DuoStreamPreTrainingCollator(processor, mlm=False, pairs=False)(rows)
+    batch = DuoStreamMaskedLMCollator(processor, mlm_probability=0.5)(rows)
+    is_masked = batch["labels"] != -100
+    assert torch.equal(batch["labels"][is_masked], plain["input_ids"][is_masked])
+    assert (plain["labels"][is_masked] != -100).all()
+    assert torch.equal(batch["input_ids"][~is_masked], plain["input_ids"][~is_masked])
+    assert not torch.isin(plain["input_ids"][is_masked], torch.tensor(processor.tokenizer.all_special_ids)).any()
+
+
+def test_most_are_replaced_by_the_mask_some_by_any_token_some_stay(processor):
+    torch.manual_seed(0)
+    rows = [caption_row(i) for i in range(3)] * 200
+    plain = DuoStreamPreTrainingCollator(processor, mlm=False, pairs=False)(rows)
+    batch = DuoStreamMaskedLMCollator(processor, mlm_probability=0.3)(rows)
+    is_masked = batch["labels"] != -100
+    share = is_masked.sum() / (plain["labels"] != -100).sum()
+    replaced = (batch["input_ids"] == processor.tokenizer.mask_token_id)[is_masked].float().mean()
+    stayed = (batch["input_ids"] == plain["input_ids"])[is_masked].float().mean()
+    assert 0.2 < share < 0.32
+    assert 0.77 < replaced < 0.83
+    assert 0.08 < stayed < 0.12
+
+
+def test_no_token_ever_becomes_the_placeholder_of_a_picture(processor):
+    torch.manual_seed(0)
+    collator = DuoStreamMaskedLMCollator(processor, mlm_probability=0.9)
+    collator.masking.mask_replace_prob, collator.masking.random_replace_prob = 0.0, 1.0
+    batch = collator([caption_row(i) for i in range(3)] * 100)
+    assert ((batch["input_ids"] == processor.image_token_id).sum(dim=1) == NUM_TOKENS).all()
+
+
+def word_piece():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[MASK]": 2, "play": 3, "##ing": 4, "##s": 5, "dog": 6, "ball": 7, ".": 8}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "word pieces"])
+def test_whole_words_are_masked_or_not_at_all(kind):
+    torch.manual_seed(0)
+    tokenizer = word_piece() if kind == "word pieces" else train_tokenizer([], 263)
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=NUM_TOKENS
+    )
+    collator = DuoStreamMaskedLMCollator(processor, mlm_probability=0.4, whole_word_mask=True)
+    text = "dogs playing ball. dog plays balls"
+    batch = collator([{"text": text}] * 50)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    first = [not t.startswith("##") if kind == "word pieces" else not t.isalnum() for t in tokens]
+    words = torch.tensor(first).long().cumsum(0)
+    seen = set()
+    for row in batch["labels"] != -100:
+        for word in words.unique():
+            chosen = row[words == word]
+            assert chosen.all() or not chosen.any()
+            seen.add(bool(chosen.any()))
+    assert seen == {True, False}
+
+
+def test_a_tokenizer_without_a_mask_is_refused(processor):
+    tokenizer = train_tokenizer([], 263)
+    tokenizer.mask_token = None
+    bare = DuoStreamProcessor(processor.image_processor, tokenizer, image_seq_length=NUM_TOKENS)
+    with pytest.raises(ValueError, match="no mask token"):
+        DuoStreamMaskedLMCollator(bare)
+    DuoStreamPreTrainingCollator(bare, mlm=False)
+
+
+def test_pairs_are_the_rows_with_one_picture_and_their_texts(processor):
+    rows = [caption_row(0), caption_row(1, num_images=0), caption_row(2, num_images=2), caption_row(1)]
+    batch = DuoStreamPreTrainingCollator(processor)(rows)
+    texts = processor.tokenizer.batch_decode(batch["paired_input_ids"], skip_special_tokens=True)
+    assert texts == [CAPTIONS[0], CAPTIONS[1]]
+    assert batch["paired_images"].tolist() == [0, 3]
+    assert len(batch["pixel_values"]) == 4
+
+
+def test_rows_without_pictures_make_no_pairs(processor):
+    batch = DuoStreamPreTrainingCollator(processor)([caption_row(0, num_images=0)])
+    assert "paired_input_ids" not in batch and "masked_input_ids" in batch
+
+
+def test_retrieval_pairs_each_picture_with_its_text(processor):
+    batch = DuoStreamRetrievalCollator(processor)([caption_row(i) for i in range(3)])
+    texts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert texts == CAPTIONS and batch["return_loss"] is True
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_retrieval_names_the_row_that_has_not_one_picture(processor, num_images):
+    with pytest.raises(ValueError, match=f"Row 1: expected one picture .* not {num_images}"):
+        DuoStreamRetrievalCollator(processor)([caption_row(0), caption_row(1, num_images=num_images)])
+
+
+def test_retrieval_names_the_row_without_a_text(processor):
+    row = {**caption_row(1), "completion": [{"role": "assistant", "content": " "}]}
+    with pytest.raises(ValueError, match="Row 1: expected a text"):
+        DuoStreamRetrievalCollator(processor)([caption_row(0), row])
+
+
+def test_a_text_to_classify_is_encoded_as_the_pipelines_do(processor):
+    collator = DuoStreamClassificationCollator(processor, num_labels=3)
+    picture = Image.new("RGB", (20, 20))
+    rows = [{"images": [picture], "text": CAPTIONS[0], "label": 2}, {"text": "", "images": [picture], "label": 0}]
+    batch = collator(rows)
+    own = [processor.image_token_id] * NUM_TOKENS + processor.tokenizer(CAPTIONS[0])["input_ids"]
+    assert batch["input_ids"][0].tolist() == own
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(own), NUM_TOKENS]
+    assert batch["labels"].tolist() == [2, 0]
+
+
+def test_a_marker_in_a_text_to_classify_is_no_picture(processor):
+    batch = DuoStreamClassificationCollator(processor, num_labels=2)([{"text": "<|image|> ?", "label": 1}])
+    assert processor.image_token_id not in batch["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("label", "num_labels", "message"),
+    [
+        (3, 3, "from 0 to 2, not 3"),
+        (-1, 3, "not -1"),
+        (None, 3, "not None"),
+        (1.5, 3, "not 1.5"),
+        ("cat", 3, "not 'cat'"),
+        ([1.0, 0.0], 3, "expected 3 scores"),
+        (True, 1, "not True"),
+    ],
+)
+def test_a_wrong_label_names_its_row(processor, label, num_labels, message):
+    collator = DuoStreamClassificationCollator(processor, num_labels=num_labels)
+    with pytest.raises(ValueError, match=f"Row 7: .*{message}"):
+        collator([{"text": "a", "label": label, "row": 7}])
+
+
+def test_scores_and_numbers_are_labels_too(processor):
+    soft = DuoStreamClassificationCollator(processor, num_labels=2)([{"text": "a", "label": [0.5, 1]}])
+    assert soft["labels"].tolist() == [[0.5, 1.0]]
+    number = DuoStreamClassificationCollator(processor, num_labels=1)([{"text": "a", "label": 4.5}])
+    assert number["labels"].tolist() == [4.5]
+
+
+def test_a_text_that_is_none_names_its_row(processor):
+    with pytest.raises(ValueError, match="Row 3: expected text, not None"):
+        DuoStreamClassificationCollator(processor, num_labels=2)([{"text": None, "label": 1, "row": 3}])

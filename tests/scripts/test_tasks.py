@@ -1,0 +1,315 @@
+"""Each task makes its rows from plain columns, trains from one pretrained checkpoint, and is measured."""
+
+import json
+
+import datasets
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
+from duostream.scripts import evaluate, finetune, pretrain
+from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
+from duostream.scripts.data import load_mixture, load_rows, read_classes
+from duostream.scripts.tasks import TASKS
+from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
+
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+SHORT = {"max_steps": 2, "per_device_train_batch_size": 4, **QUIET}
+SENTENCES = ["a good film", "a bad film", "a very good film", "a very bad film"]
+GENERATED = {name for name, task in TASKS.items() if task.answer_column and name not in ("retrieval", "masked")}
+
+
+def arguments(**options):
+    args = []
+    for name, value in options.items():
+        args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return args
+
+
+@pytest.fixture(autouse=True, scope="module")
+def workplace(tmp_path_factory):
+    """The current folder, empty, and a cache of its own for the data sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        folder = tmp_path_factory.mktemp("workplace")
+        patch.chdir(folder)
+        yield folder
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(workplace):
+    folder = workplace / "photographs"
+    for split in ("train", "validation"):
+        rows = []
+        for i in range(4):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30 + i, 24), (60 * i, 90, 20)).save(folder / split / f"{i}.jpg")
+            captions = [f"picture {i} of four", "a dog runs through the snow"]
+            rows.append({"file_name": f"{i}.jpg", "captions": captions, "label": ["dark", "light"][i // 2]})
+        write(folder / split / "metadata.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(workplace):
+    """Sentences with classes of every kind, and what is said of them."""
+    rows = [
+        {
+            "text": sentence,
+            "label": i % 2,
+            "name": ["good", "bad"][i % 2],
+            "score": i + 0.5,
+            "answers": ["film", "good film"] if i % 2 == 0 else ["film"],
+            "question": f"Is {sentence} good?",
+            "answer": ["yes", "no"][i % 2],
+            "source": sentence,
+            "target": sentence[::-1],
+            "document": f"{sentence}. It is long.",
+            "summary": sentence,
+        }
+        for i, sentence in enumerate(SENTENCES)
+    ]
+    for split in ("train", "validation"):
+        write(workplace / "texts" / f"{split}.jsonl", rows)
+    return workplace / "texts"
+
+
+@pytest.fixture(scope="module")
+def pretrained(workplace, photographs):
+    """With all objectives."""
+    weights = {f"{name}_weight": 1.0 for name in ("lm", "mlm", "itc", "itm")}
+    options = {"task": "caption", "dataset": photographs, "vocab_size": 300, "output_dir": "pretrained"}
+    pretrain.main(arguments(**options, **weights, logging_steps=1, **SHORT))
+    return workplace / "pretrained"
+
+
+def text_of(messages):
+    return next(part["text"] for part in messages[0]["content"] if part["type"] == "text")
+
+
+def load(path, split="train", is_evaluation=False, classes=None, **options):
+    return load_rows(DataArguments(dataset=str(path), **options), split, None, is_evaluation, classes)
+
+
+def test_a_prompt_is_made_of_the_rows_columns(texts):
+    rows = load(texts, task="translation", prompt="Backwards, {name}: {source}")
+    assert [text_of(row["prompt"]) for row in rows][:2] == [
+        "Backwards, good: a good film",
+        "Backwards, bad: a bad film",
+    ]
+    assert [text_of(row["completion"]) for row in rows] == [sentence[::-1] for sentence in SENTENCES]
+
+
+@pytest.mark.parametrize("task", sorted(GENERATED - {"caption"}))
+def test_a_task_knows_its_prompt_and_its_columns(texts, task):
+    columns = {
+        "vqa": ("question", "answer"),
+        "translation": ("source", "target"),
+        "summarization": ("document", "summary"),
+    }
+    asked, said = columns[task]
+    plain = Dataset.from_json(str(texts / "train.jsonl"))
+    rows = load(texts, task=task)
+    assert [plain[i][asked] in text_of(row["prompt"]) for i, row in enumerate(rows)] == [True] * 4
+    assert [text_of(row["completion"]) for row in rows] == plain[said]
+
+
+def test_a_caption_is_a_row_in_training_and_a_reference_in_evaluation(photographs):
+    assert len(load(photographs, task="caption")) == 8
+    rows = load(photographs, "validation", is_evaluation=True, task="caption")
+    assert [row["references"] for row in rows][1] == ["picture 1 of four", "a dog runs through the snow"]
+    assert len(rows) == 4
+
+
+def test_pictures_may_be_paths_that_start_from_a_folder(photographs, workplace):
+    path = write(workplace / "paths.jsonl", [{"image": f"{i}.jpg", "question": "?", "answer": "!"} for i in range(4)])
+    rows = load(path, task="vqa", image_dir=str(photographs / "train"))
+    assert [row["images"][0].size for row in rows] == [(30 + i, 24) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("column", "classes", "labels"),
+    [
+        ("label", ["0", "1"], [0, 1, 0, 1]),
+        ("name", ["bad", "good"], [1, 0, 1, 0]),
+        ("score", [], [0.5, 1.5, 2.5, 3.5]),
+        ("answers", ["film", "good film"], [[1, 1], [1, 0], [1, 1], [1, 0]]),
+    ],
+)
+def test_classes_are_names_numbers_or_lists_of_answers(texts, column, classes, labels):
+    args = DataArguments(dataset=str(texts), task="classification", label_column=column)
+    assert read_classes(args) == classes
+    rows = load_rows(args, "train", classes=classes)
+    assert rows["label"] == labels
+    assert rows["text"] == SENTENCES
+
+
+def test_only_the_most_frequent_answers_are_classes(texts):
+    args = DataArguments(dataset=str(texts), task="classification", label_column="answers", max_answers=1)
+    assert read_classes(args) == ["film"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "guess"}, "`task` is 'guess'; there are 'chat', 'caption'"),
+        ({"task": "translation", "prompt": "{fr}"}, "names 'fr', but the columns are"),
+        ({"task": "caption"}, "`answer_column` is 'captions', but the columns are"),
+        ({"task": "classification", "label_column": "class"}, "`label_column` is 'class', but the columns are"),
+    ],
+)
+def test_what_a_task_misses_is_named(texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("new", "Row 1: `label` 'new' is none of the classes"), (7, "Row 1: `label` is 7; expected")],
+)
+def test_an_unknown_class_names_its_row(workplace, value, message):
+    known = ["a", "b"] if isinstance(value, str) else ["0", "1"]
+    first = "a" if isinstance(value, str) else 0
+    path = write(workplace / f"labels_{value}.jsonl", [{"text": "x", "label": first}, {"text": "y", "label": value}])
+    with pytest.raises(ValueError, match=message):
+        load(path, task="classification", classes=known)
+
+
+def test_scenes_have_no_classes():
+    with pytest.raises(ValueError, match="`task` 'classification' needs a data set of its own"):
+        load("scenes", task="classification")
+
+
+def test_a_mixture_draws_every_row_and_the_heavier_task_more_often(photographs, texts, workplace):
+    recipe = workplace / "translation.yaml"
+    recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts), "weight": 3.0}))
+    args = DataArguments(task="caption", dataset=str(photographs), mixture=[str(recipe)])
+    rows = load_mixture(args)
+    prompts = [text_of(row["prompt"]) for row in rows]
+    captions = [text_of(row["completion"]) for row in rows if row["images"]]
+    assert len(set(prompts)) == 5 and len(set(captions)) == 5
+    assert sum(prompt.startswith("Translate") for prompt in prompts) > len(prompts) / 2
+    assert [row["row"] for row in rows] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"task": "classification"}, "can't be mixed"), ({"task": "translation", "weight": 0.0}, "expected more than 0")],
+)
+def test_a_mixture_of_what_does_not_mix_is_an_error(photographs, texts, workplace, options, message):
+    recipe = workplace / "wrong.yaml"
+    recipe.write_text(yaml.safe_dump({"dataset": str(texts), **options}))
+    with pytest.raises(ValueError, match=message):
+        load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=[str(recipe)]))
+
+
+def test_pretraining_logs_each_objective(pretrained):
+    state = json.loads((pretrained / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        total = sum(entry[name] for name in OBJECTIVES)
+        assert float(entry["loss"]) == pytest.approx(total, rel=1e-2)
+    assert json.loads((pretrained / "config.json").read_text())["architectures"] == ["DuoStreamForPreTraining"]
+
+
+FIGURES = {
+    "caption": {"exact_match", "cider_d", "bleu", "chrf", "bleu_signature", "loss"},
+    "vqa": {"exact_match", "vqa_accuracy", "loss"},
+    "translation": {"bleu", "chrf", "loss"},
+    "summarization": {"rouge1", "rouge2", "rougeL", "loss"},
+    "classification": {"accuracy", "f1_macro"},
+    "retrieval": {"text_to_image_recall@1", "image_to_text_median_rank"},
+    "masked": {"accuracy", "loss", "num_masked"},
+}
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_each_task_is_learnt_and_measured(pretrained, photographs, texts, tmp_path, task):
+    options = {"task": task, "dataset": photographs if task in ("caption", "retrieval") else texts}
+    finetune.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "model", metric_rows=4, **SHORT))
+    measured = json.loads((tmp_path / "model" / "eval_results.json").read_text())
+    names = {name for name in FIGURES[task] if not name.endswith("signature")}
+    assert {f"eval_{name}" for name in names} <= set(measured)
+    evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert FIGURES[task] | {"command", "seed", "data_fingerprint", "versions", "num_rows"} <= set(record)
+    assert record["num_rows"] == 4
+    if task != "masked":  # drawn anew
+        same = {name for name in names if name != "loss"}
+        assert {name: record[name] for name in same} == {name: measured[f"eval_{name}"] for name in same}
+
+
+def test_pictures_are_classified_by_name(pretrained, photographs, tmp_path):
+    options = {"task": "classification", "dataset": photographs, "prompt": ""}
+    finetune.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "model", **SHORT))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert model.config.id2label == {0: "dark", 1: "light"}
+    evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == ["dark", "dark", "light", "light"]
+
+
+def test_pictures_that_are_learnt_by_heart_are_found(pretrained, photographs, tmp_path):
+    options = {"task": "retrieval", "dataset": photographs, "answer_column": "captions"}
+    rows = [json.loads(line) for line in (photographs / "train" / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["captions"] = row["captions"][:1]
+    folder = tmp_path / "one_caption"
+    for split in ("train", "validation"):
+        write(folder / split / "metadata.jsonl", rows)
+        for i in range(4):
+            (folder / split / f"{i}.jpg").write_bytes((photographs / "train" / f"{i}.jpg").read_bytes())
+    training = {"max_steps": 60, "learning_rate": 1e-3, "per_device_train_batch_size": 4, **QUIET}
+    options["dataset"] = folder
+    finetune.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "model", **training))
+    evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert record["text_to_image_recall@1"] == record["image_to_text_recall@1"] == 1
+
+
+def test_a_data_set_of_one_row_is_measured(pretrained, workplace, tmp_path):
+    path = write(workplace / "one.jsonl", [{"source": "a", "target": "b"}])
+    options = {"task": "translation", "dataset": path}
+    finetune.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "model", **SHORT))
+    evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_rows"] == 1
+
+
+def test_accumulated_batches_move_the_weights_as_one_batch_does(pretrained, photographs, tmp_path):
+    processor = AutoProcessor.from_pretrained(pretrained)
+    rows = load(photographs, task="caption")
+    moved = []
+    for name, size, number in (("one", 8, 1), ("four", 2, 4)):
+        model = DuoStreamForPreTraining.from_pretrained(pretrained, itc_weight=0.0, itm_weight=0.0)
+        # Batch norm reads other rows beside its own
+        model.freeze("vision")
+        args = DuoStreamTrainingArguments(
+            output_dir=str(tmp_path / name),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=number,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **QUIET,
+        )
+        collator = DuoStreamPreTrainingCollator(processor, pairs=False)
+        # All of it masked, as which tokens are drawn depends on the batches
+        collator.masking.mlm_probability, collator.masking.mask_replace_prob = 1.0, 1.0
+        DuoStreamTrainer(model=model, args=args, data_collator=collator, train_dataset=rows).train()
+        moved.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    start = DuoStreamForPreTraining.from_pretrained(pretrained).state_dict()
+    assert any((moved[0][name] - start[name]).abs().max() > 1e-3 for name in moved[0])
+    for name, weight in moved[0].items():
+        assert torch.allclose(weight, moved[1][name], atol=1e-5), name
