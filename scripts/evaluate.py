@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from sacrebleu import sentence_chrf
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, PreTrainedModel, set_seed
@@ -35,6 +36,7 @@ from . import metrics
 from .arguments import DataArguments, parse
 from .data import Rows, load_rows
 from .generate import answer
+from .report import write_evaluation
 from .tasks import WRITER, task_of
 
 
@@ -47,6 +49,10 @@ class EvaluateArguments:
         default="runs/evaluation", metadata={"help": "`metrics.json` and `predictions.jsonl` are written here."}
     )
     batch_size: int = field(default=64, metadata={"help": "Rows at a time."})
+    report: bool = field(
+        default=False,
+        metadata={"help": "Write `report.html`, too: figures, how the rows score, some rows, and the worst."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     seed: int = field(default=0, metadata={"help": "Of which tokens are masked."})
@@ -148,7 +154,7 @@ def batches_of(rows: Rows, collator: Any, batch_size: int, device: torch.device)
 def classify(
     model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of a classifier, and for each row its `label` and the `prediction`."""
+    """Figures of a classifier, and for each row its `label` (or labels), the `prediction` and what it scores."""
     model.eval()
     logits, labels = [], []
     collator = DuoStreamClassificationCollator(processor, num_labels=model.config.num_labels)
@@ -156,17 +162,16 @@ def classify(
         labels.append(batch.pop("labels").cpu())
         logits.append(model(**batch).logits.float().cpu())
     scores, wanted = torch.cat(logits), torch.cat(labels)  # (num_rows, num_labels)
-    names = model.config.id2label
-    if model.config.num_labels == 1:
-        said: list[Any] = scores[:, 0].tolist()
-        right: list[Any] = wanted.tolist()
-    else:
-        said = [names[i] for i in scores.argmax(dim=1).tolist()]
-        right = [
-            [names[i] for i, score in enumerate(row) if score] if wanted.ndim == 2 else names[row]
-            for row in wanted.tolist()
-        ]
-    results = [{"row": i, "label": r, "prediction": p} for i, (r, p) in enumerate(zip(right, said, strict=True))]
+    names, results = model.config.id2label, []
+    for i, (row, label) in enumerate(zip(scores, wanted.tolist(), strict=True)):
+        if model.config.num_labels == 1:
+            result = {"label": label, "prediction": row.item(), "score": -abs(label - row.item())}
+        else:
+            chosen = int(row.argmax())
+            soft = label if isinstance(label, list) else [float(number == label) for number in names]
+            right = [names[number] for number, score in enumerate(soft) if score]
+            result = {"label": right, "prediction": names[chosen], "score": soft[chosen]}
+        results.append({"row": i, **result})
     return metrics.classification(scores, wanted), results
 
 
@@ -193,12 +198,13 @@ def retrieve(
         image_of_text += [num_images + i for i, each in enumerate(own) for _ in each]
         num_images += len(listed)
     scores = torch.cat(text_embeds) @ torch.cat(image_embeds).T  # (num_texts, num_images)
-    found = scores.argmax(dim=1).tolist()
+    belongs = torch.tensor(image_of_text)
+    ranks = metrics.ranks_of_own(scores, belongs)  # (num_texts,)
     results = [
-        {"row": row, "prompt": text, "prediction": best}
-        for row, text, best in zip(image_of_text, texts, found, strict=True)
+        {"row": row, "prompt": text, "prediction": int(found), "score": -int(rank)}
+        for row, text, found, rank in zip(image_of_text, texts, scores.argmax(dim=1), ranks, strict=True)
     ]
-    return metrics.retrieval(scores, torch.tensor(image_of_text)), results
+    return metrics.retrieval(scores, belongs), results
 
 
 @torch.no_grad()
@@ -245,7 +251,10 @@ def evaluate(
     """The figures of a task, and what the model said to each row. `kwargs` go to `generate`."""
     if task_of(DataArguments(task=task)).auto_class is WRITER:
         results = generate_answers(model, processor, rows, batch_size, **kwargs)
-        return score_answers(results, task), results
+        figures = score_answers(results, task)
+        for result in results:
+            result["score"] = sentence_chrf(result["prediction"], references_of(result)).score
+        return figures, results
     return {"classification": classify, "retrieval": retrieve, "masked": fill_masks}[task](
         model, processor, rows, batch_size
     )
@@ -253,6 +262,10 @@ def evaluate(
 
 def main(args: list[str] | None = None) -> None:
     evaluate_args, data_args = parse(EvaluateArguments, DataArguments, args=args, doc=__doc__)
+    if evaluate_args.report and (data_args.streaming or data_args.task == "masked"):
+        raise ValueError(
+            "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
+        )
     started = time.time()
     set_seed(evaluate_args.seed)
     task, batch_size = task_of(data_args), evaluate_args.batch_size
@@ -280,6 +293,8 @@ def main(args: list[str] | None = None) -> None:
     (output_dir / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
     (output_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    if evaluate_args.report:
+        write_evaluation(output_dir / "report.html", data_args.task, record, rows, results)
     print(json.dumps(record, indent=2))
 
 

@@ -150,6 +150,12 @@ def classification(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     }
 
 
+def ranks_of_own(scores: torch.Tensor, image_of_text: torch.Tensor) -> torch.Tensor:
+    """The rank of each text's own picture, from 1, of shape `(num_texts,)`. Ties count against."""
+    own = scores.gather(1, image_of_text[:, None])  # (num_texts, 1)
+    return (scores >= own).sum(dim=1)
+
+
 def retrieval(scores: torch.Tensor, image_of_text: torch.Tensor) -> dict[str, float]:
     """
     Recall at 1, 5 and 10 (shares) and the median rank (1 is best), text to image and image to text, where a picture
@@ -168,8 +174,7 @@ def retrieval(scores: torch.Tensor, image_of_text: torch.Tensor) -> dict[str, fl
             f"Each of {num_texts} texts needs one of the {num_images} pictures, and each picture a text: see "
             "`image_of_text`"
         )
-    own = scores.gather(1, image_of_text[:, None])  # (num_texts, 1)
-    text_ranks = (scores >= own).sum(dim=1)  # its own picture is among those that score as high
+    text_ranks = ranks_of_own(scores, image_of_text)
     belongs = image_of_text[:, None] == torch.arange(num_images)  # (num_texts, num_images)
     best = scores.masked_fill(~belongs, -torch.inf).amax(dim=0)  # (num_images,)
     image_ranks = ((scores >= best) & ~belongs).sum(dim=0) + 1

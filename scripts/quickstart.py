@@ -29,7 +29,7 @@ from .data import blank, number_rows, training_rows
 from .evaluate import exact_match, generate_answers, text_of
 from .generate import answer
 from .pretrain import PretrainArguments, new_model
-from .report import attended_tokens, write_report
+from .report import NUM_SHOWN, attended_tokens, pick, write_report
 from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows
 from .training import train
 
@@ -182,17 +182,12 @@ def main(args: list[str] | None = None) -> None:
             "pretraining": [(e["step"], float(e["loss"])) for e in pretraining.state.log_history if "loss" in e],
             "fine-tuning": [(e["step"], float(e["loss"])) for e in finetuning.state.log_history if "loss" in e],
         }
-        shown = [(questions[result["row"]]["images"][0], result) for result in pick(results, 12)]
+        shown = [(questions[result["row"]]["images"][0], result) for result in pick(results, NUM_SHOWN)]
         attention = [(p, r, attended_tokens(output_dir / "finetuned", p, r)) for p, r in shown[:2]]
         write_report(output_dir / "report.html", metrics, losses, shown, attention)
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
     print(f"\nThe report is in {output_dir / 'report.html'}")
-
-
-def pick(results: list[dict], number: int) -> list[dict]:
-    """Rows spread evenly over all."""
-    return results[:: max(1, len(results) // number)][:number]
 
 
 if __name__ == "__main__":

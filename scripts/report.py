@@ -1,4 +1,4 @@
-"""The quickstart's report: one HTML file with its plots and pictures inside."""
+"""Reports: one HTML file each, with its plots and pictures inside."""
 
 import base64
 from io import BytesIO
@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import PIL.Image
 import torch
+from datasets import Dataset
 from jinja2 import Environment, PackageLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -15,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PICTURE_SIDE = 144  # pixels on the page
+NUM_SHOWN = 12
 
 
 def attended_tokens(checkpoint: Path, picture: PIL.Image.Image, result: dict[str, Any]) -> torch.Tensor:
@@ -67,8 +69,8 @@ def write_report(
         shown (`list`): Pictures, and their results with `prompt`, `reference` and `prediction`.
         attention (`list`): Pictures, results, and what `attended_tokens` gave.
     """
-    environment = Environment(loader=PackageLoader("duostream.scripts", "."), autoescape=True)
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         metrics=metrics,
         losses=embed(draw_losses(losses)),
         accuracies=embed(draw_accuracies(metrics)),
@@ -77,6 +79,52 @@ def write_report(
         picture_side=PICTURE_SIDE,
     )
     path.write_text(page, encoding="utf-8")
+
+
+def write_evaluation(path: Path, task: str, record: dict[str, Any], rows: Dataset, results: list[dict]) -> None:
+    """
+    Writes the report of an evaluation: figures, how the rows' scores are spread, some rows, and the worst.
+
+    Args:
+        path (`Path`): The HTML file.
+        task (`str`): What was evaluated.
+        record (`dict`): What `metrics.json` holds.
+        rows (`Dataset`): With `images`, where there are any.
+        results (`list`): Of the rows, each with `row` and `score`.
+    """
+
+    def with_pictures(chosen: list[dict]) -> list[tuple[list[str], dict]]:
+        if "images" not in rows.column_names:
+            return [([], result) for result in chosen]
+        return [([embed(picture) for picture in rows[result["row"]]["images"]], result) for result in chosen]
+
+    page = render(
+        "evaluation.html.jinja",
+        task=task,
+        record=record,
+        histogram=embed(draw_histogram([result["score"] for result in results])),
+        spread=with_pictures(pick(results, NUM_SHOWN)),
+        worst=with_pictures(sorted(results, key=lambda result: result["score"])[:NUM_SHOWN]),
+        picture_side=PICTURE_SIDE,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def render(template: str, **kwargs: Any) -> str:
+    environment = Environment(loader=PackageLoader("duostream.scripts", "."), autoescape=True)
+    return environment.get_template(template).render(**kwargs)
+
+
+def pick(results: list[dict], number: int) -> list[dict]:
+    """Rows spread evenly over all."""
+    return results[:: max(1, len(results) // number)][:number]
+
+
+def draw_histogram(scores: list[float]) -> plt.Figure:
+    figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    axis.hist(scores, bins=20)
+    axis.set(xlabel="score", ylabel="rows")
+    return figure
 
 
 def draw_losses(losses: dict[str, list[tuple[int, float]]]) -> plt.Figure:

@@ -257,7 +257,7 @@ def test_pictures_are_classified_by_name(pretrained, photographs, tmp_path):
     assert model.config.id2label == {0: "dark", 1: "light"}
     evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["label"] for line in lines] == ["dark", "dark", "light", "light"]
+    assert [json.loads(line)["label"] for line in lines] == [["dark"], ["dark"], ["light"], ["light"]]
 
 
 def test_pictures_that_are_learnt_by_heart_are_found(pretrained, photographs, tmp_path):
