@@ -232,6 +232,10 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
                     f"`labels` must be from 0 to {self.num_labels - 1}, as `config.num_labels` is {self.num_labels}",
                 )
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if labels.is_floating_point() and num_items is not None:
+                # The library sums over accumulated batches, but divides by the items of all only for class numbers
+                loss = loss * labels.numel() / num_items
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

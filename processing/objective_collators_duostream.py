@@ -94,7 +94,9 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
         return {**self.tokenize_texts(texts), "pixel_values": pixel_values, "return_loss": True}
 
     def answer_text(self, row: dict[str, Any], name: str) -> str:
-        """What the assistant says last."""
+        """The row's text, or what the assistant says last in it."""
+        if "text" in row:
+            return row["text"]
         messages = row.get("messages") or row.get("completion") or []
         content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
         parts = content if isinstance(content, list) else [{"text": content}]

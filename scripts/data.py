@@ -355,8 +355,11 @@ def blank(rows: Rows) -> Rows:
 
 def texts_of(rows: Rows) -> Iterator[str]:
     """Everything that is said in the rows, message by message, for training a tokenizer."""
-    columns = [name for name in ("messages", "prompt", "completion") if name in (rows.column_names or [])]
+    columns = [name for name in ("text", "messages", "prompt", "completion") if name in (rows.column_names or [])]
     for row in rows.select_columns(columns) if columns else rows:
+        if "text" in row:
+            yield row["text"]
+            continue
         for message in row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]:
             content = message["content"]
             yield from [content] if isinstance(content, str) else (part["text"] for part in content if part["text"])

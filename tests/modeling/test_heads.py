@@ -299,6 +299,22 @@ def test_accumulated_batches_give_the_token_losses_of_one_batch():
     assert torch.isclose(whole, sum(parts), rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["classes", "soft scores", "numbers"])
+def test_accumulated_batches_give_the_classification_loss_of_one_batch(kind):
+    labels = {
+        "classes": torch.tensor([0, 2, 1, 1]),
+        "soft scores": torch.rand(4, 3),
+        "numbers": torch.tensor([0.5, 2.0, -1.0, 3.0]),
+    }[kind]
+    num_labels = 1 if kind == "numbers" else 3
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=num_labels).train()
+    inputs = {**batch([Row(model, PICTURE, 5) for _ in range(4)]), "labels": labels}
+    whole = model(**inputs).loss
+    halves = [{name: value[half] for name, value in inputs.items()} for half in (slice(0, 2), slice(2, 4))]
+    parts = [model(**half, num_items_in_batch=torch.tensor(labels.numel())).loss for half in halves]
+    assert torch.isclose(whole, sum(parts), rtol=1e-4)
+
+
 def test_pairs_may_be_some_of_the_pictures():
     model = small_model(cls=DuoStreamForPreTraining, **weights(itc=1.0))
     inputs = pretraining_inputs(model)

@@ -1,6 +1,8 @@
 """Each task makes its rows from plain columns, trains from one pretrained checkpoint, and is measured."""
 
 import json
+import shlex
+from pathlib import Path
 
 import datasets
 import pytest
@@ -12,11 +14,12 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor
 
 from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
 from duostream.scripts import evaluate, finetune, pretrain
-from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
+from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
 from duostream.scripts.data import load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
 from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
 
+RECIPES = Path(finetune.__file__).parent / "recipes"
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 4, **QUIET}
 SENTENCES = ["a good film", "a bad film", "a very good film", "a very bad film"]
@@ -313,3 +316,25 @@ def test_accumulated_batches_move_the_weights_as_one_batch_does(pretrained, phot
     assert any((moved[0][name] - start[name]).abs().max() > 1e-3 for name in moved[0])
     for name, weight in moved[0].items():
         assert torch.allclose(weight, moved[1][name], atol=1e-5), name
+
+
+def test_pretraining_reads_plain_texts(texts, tmp_path):
+    options = {"task": "masked", "dataset": texts, "mlm_weight": 1.0, "vocab_size": 300, "bidirectional_prefix": True}
+    pretrain.main(arguments(**options, output_dir=tmp_path, logging_steps=1, **SHORT))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert {"lm_loss", "mlm_loss"} < set(state["log_history"][0])
+    tokenizer = AutoProcessor.from_pretrained(tmp_path).tokenizer
+    assert len(tokenizer("film")["input_ids"]) < 4  # it was trained on them
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe, monkeypatch):
+    comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
+    command = " ".join(line.removesuffix("\\") for line in comments[1:])
+    program, path, *args = shlex.split(command)
+    own = {"duostream-pretrain": pretrain.PretrainArguments, "duostream-finetune": finetune.FinetuneArguments}[program]
+    assert path == f"scripts/recipes/{recipe.name}"
+    _, data_args, training_args = parse(
+        own, DataArguments, DuoStreamTrainingArguments, args=[str(recipe), *args, "--use_cpu", "true"]
+    )
+    assert data_args.task in TASKS and training_args.learning_rate > 0
