@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from sacrebleu import sentence_chrf
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, PreTrainedModel, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..processing import (
     DuoStreamClassificationCollator,
@@ -152,12 +153,16 @@ def batches_of(rows: Rows, collator: Any, batch_size: int, device: torch.device)
 
 @torch.no_grad()
 def classify(
-    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    rows: Rows,
+    batch_size: int = 64,
+    collator: Callable[[list[dict]], dict] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of a classifier, and for each row its `label` (or labels), the `prediction` and what it scores."""
     model.eval()
     logits, labels = [], []
-    collator = DuoStreamClassificationCollator(processor, num_labels=model.config.num_labels)
+    collator = collator or DuoStreamClassificationCollator(processor, num_labels=model.config.num_labels)
     for batch in batches_of(rows, collator, batch_size, model.device):
         labels.append(batch.pop("labels").cpu())
         logits.append(model(**batch).logits.float().cpu())
@@ -175,6 +180,11 @@ def classify(
     return metrics.classification(scores, wanted), results
 
 
+def embed(outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+    """Pooled states of unit length, which not all models give, of shape `(num_rows, projection_dim)`."""
+    return torch.nn.functional.normalize(outputs.pooler_output.float(), dim=-1).cpu()
+
+
 @torch.no_grad()
 def retrieve(
     model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
@@ -189,11 +199,11 @@ def retrieve(
     for batch in tqdm(rows.iter(batch_size=batch_size), desc="reading", leave=False):
         listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["images"]))]
         pixel_values = collator(listed)["pixel_values"].to(model.device)
-        image_embeds.append(model.get_image_features(pixel_values).pooler_output.float().cpu())
+        image_embeds.append(embed(model.get_image_features(pixel_values=pixel_values)))
         own = [row.get("references") or [text_of(row["completion"][-1])] for row in listed]
         flat = [text for each in own for text in each]
         inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
-        text_embeds.append(model.get_text_features(**inputs).pooler_output.float().cpu())
+        text_embeds.append(embed(model.get_text_features(**inputs)))
         texts += flat
         image_of_text += [num_images + i for i, each in enumerate(own) for _ in each]
         num_images += len(listed)
@@ -248,16 +258,15 @@ def to_device(value: Any, device: torch.device) -> Any:
 def evaluate(
     model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, task: str, batch_size: int = 64, **kwargs: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of a task, and what the model said to each row. `kwargs` go to `generate`."""
+    """The figures of a task, and what the model said to each row. `kwargs` go to `generate`, or what measures."""
     if task_of(DataArguments(task=task)).auto_class is WRITER:
         results = generate_answers(model, processor, rows, batch_size, **kwargs)
         figures = score_answers(results, task)
         for result in results:
             result["score"] = sentence_chrf(result["prediction"], references_of(result)).score
         return figures, results
-    return {"classification": classify, "retrieval": retrieve, "masked": fill_masks}[task](
-        model, processor, rows, batch_size
-    )
+    measure: Callable = {"classification": classify, "retrieval": retrieve, "masked": fill_masks}[task]
+    return measure(model, processor, rows, batch_size, **kwargs)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -274,7 +283,9 @@ def main(args: list[str] | None = None) -> None:
     classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []
     split, max_rows = data_args.eval_split, data_args.max_eval_rows
     rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
-    options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}
+    options = {}
+    if task.auto_class is WRITER:
+        options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}
     figures, results = evaluate(model, processor, rows, data_args.task, batch_size, **options)
     if task.auto_class is WRITER:
         figures["loss"] = evaluation_loss(model, processor, load_rows(data_args, split, max_rows), batch_size)

@@ -1,0 +1,323 @@
+"""
+Measures quality at equal cost: DuoStream and a model of `transformers` as large, from scratch, on the same rows with
+the same tokenizer, optimizer, schedule and batch size for the same minutes.
+
+Example:
+
+    duostream-quality --task classification --dataset path/to/sst2 --prompt "{sentence}" --image_column "" --minutes 5
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DataCollatorForSeq2Seq,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+    TrainerCallback,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    set_seed,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from .. import (
+    DuoStreamConfig,
+    DuoStreamForConditionalGeneration,
+    DuoStreamForImageTextRetrieval,
+    DuoStreamForSequenceClassification,
+    DuoStreamPreTrainedModel,
+    DuoStreamProcessor,
+    train_tokenizer,
+)
+from ..processing.data_collator_duostream import IGNORE_INDEX
+from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .data import Rows, load_rows, read_classes, texts_of
+from .evaluate import evaluate, references_of, score_answers, text_of
+from .finetune import class_options
+from .training import DuoStreamTrainer, collator_of
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass
+class QualityArguments:
+    """How large, how long, how often."""
+
+    minutes: float = field(default=5.0, metadata={"help": "Of training, for each side and seed."})
+    hidden_size: int = field(default=256, metadata={"help": "Of both sides' transformers."})
+    num_layers: int = field(
+        default=4,
+        metadata={"help": "Of each side: half of DuoStream's are fusion layers; half of an encoder-decoder's decode."},
+    )
+    image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
+    vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Highest; it rises for 5% of the time, then falls."})
+    batch_size: int = field(default=32, metadata={"help": "Rows a step."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each trains both sides once more."})
+    output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
+
+
+class Clock(TrainerCallback):
+    """Training time: how much of it is over, and an end to it."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.started = seconds, time.perf_counter()
+
+    @property
+    def share(self) -> float:
+        return (time.perf_counter() - self.started) / self.seconds
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = self.share >= 1
+
+
+class TimedTrainer(DuoStreamTrainer):
+    """A trainer whose learning rate goes by the clock, so that both sides have the same schedule in the same time."""
+
+    def __init__(self, *args: Any, clock: Clock, **kwargs: Any):
+        super().__init__(*args, callbacks=[clock], **kwargs)
+        self.clock = clock
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LambdaLR:
+        # The library's schedules count steps, and how many there will be isn't known
+        self.lr_scheduler = LambdaLR(
+            self.optimizer, lambda step: max(0.0, min(self.clock.share / 0.05, (1 - self.clock.share) / 0.95))
+        )
+        return self.lr_scheduler
+
+
+@dataclass
+class Side:
+    """A model, what makes its batches, and what measures it on rows."""
+
+    model: PreTrainedModel
+    collator: Collator
+    measure: Callable[[Rows], dict[str, Any]]
+
+
+def duostream_side(
+    args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, options: dict[str, Any]
+) -> Side:
+    stack = {
+        "hidden_size": args.hidden_size,
+        # Three matrices of this size weigh as much as the peers' two of four times the width
+        "intermediate_size": args.hidden_size * 8 // 3,
+        "num_attention_heads": max(1, args.hidden_size // 32),
+        "num_hidden_layers": args.num_layers // 2,
+        "initializer_range": args.hidden_size**-0.5,
+    }
+    config = DuoStreamConfig.from_preset(
+        "tiny",
+        vocab_size=len(processor.tokenizer),
+        text_config=stack,
+        fusion_stack_config=stack,
+        vision_config={"image_size": args.image_size},
+        initializer_range=args.hidden_size**-0.5,
+        image_token_id=processor.image_token_id,
+        contrastive_loss="softmax",
+        **options,
+    )
+    processor.image_seq_length = config.image_seq_length
+    heads: dict[str, type[DuoStreamPreTrainedModel]] = {
+        "classification": DuoStreamForSequenceClassification,
+        "retrieval": DuoStreamForImageTextRetrieval,
+    }
+    model = heads.get(data_args.task, DuoStreamForConditionalGeneration)(config)
+    # Only a model that writes has anything to generate with
+    generation = {} if data_args.task in heads else {"max_new_tokens": args.max_new_tokens}
+    return Side(
+        model,
+        collator_of(data_args, processor, model),
+        lambda rows: evaluate(model, processor, rows, data_args.task, **generation)[0],
+    )
+
+
+def only_what_is_read(collator: Collator, model: PreTrainedModel) -> Collator:
+    """A collator without the inputs that a model doesn't know."""
+    names = set(signature(model.forward).parameters)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in collator(rows).items() if name in names}
+
+    return collate
+
+
+def peer_side(
+    args: QualityArguments,
+    data_args: DataArguments,
+    processor: DuoStreamProcessor,
+    options: dict[str, Any],
+    reads_text: bool,
+) -> Side:
+    """
+    Raises:
+        ValueError: The task has no peer here.
+    """
+    size = {
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": max(1, args.hidden_size // 32),
+        "intermediate_size": 4 * args.hidden_size,
+    }
+    pictures = {"image_size": args.image_size, "patch_size": args.image_size // 6}
+    tokenizer = processor.tokenizer
+    bert = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **size, **options)
+    vit = ViTConfig(**size, **pictures, **options)
+    if data_args.task in ("translation", "summarization"):
+        return seq2seq_side(args, data_args, processor)
+    model: PreTrainedModel
+    if data_args.task == "classification":
+        model = BertForSequenceClassification(bert) if reads_text else ViTForImageClassification(vit)
+    elif data_args.task == "retrieval":
+        model = VisionTextDualEncoderModel(vision_model=ViTModel(vit), text_model=BertModel(bert))
+    else:
+        raise ValueError(f"`task` {data_args.task!r} has no peer here")
+    collator = only_what_is_read(collator_of(data_args, processor, model), model)
+    # A dual encoder takes what ours takes
+    options = {"collator": collator} if data_args.task == "classification" else {}
+    return Side(model, collator, lambda rows: evaluate(model, processor, rows, data_args.task, **options)[0])
+
+
+def seq2seq_side(args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor) -> Side:
+    """Marian for translation, BART for summaries: an encoder and a decoder that share the layers between them."""
+    tokenizer = processor.tokenizer
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    heads = max(1, args.hidden_size // 32)
+    config_class = MarianConfig if data_args.task == "translation" else BartConfig
+    config = config_class(
+        vocab_size=len(tokenizer),
+        d_model=args.hidden_size,
+        encoder_layers=args.num_layers // 2,
+        decoder_layers=args.num_layers // 2,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * args.hidden_size,
+        decoder_ffn_dim=4 * args.hidden_size,
+        bos_token_id=None,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        forced_eos_token_id=None,
+        max_position_embeddings=1024,
+        **special,
+    )
+    model = (MarianMTModel if data_args.task == "translation" else BartForConditionalGeneration)(config)
+    pad = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORE_INDEX)
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer(text, truncation=True, max_length=data_args.max_length or 512)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return pad(
+            [
+                {"input_ids": encode(text_of(row["prompt"][0])), "labels": encode(text_of(row["completion"][0]))}
+                for row in rows
+            ]
+        )
+
+    @torch.no_grad()
+    def measure(rows: Rows) -> dict[str, Any]:
+        model.eval()
+        results: list[dict[str, Any]] = []
+        for batch in tqdm(rows.iter(batch_size=64), desc="answering", leave=False):
+            listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["prompt"]))]
+            inputs = {
+                name: value for name, value in collate(listed).items() if name in ("input_ids", "attention_mask")
+            }
+            said = model.generate(
+                **inputs, max_new_tokens=args.max_new_tokens, max_length=None, num_beams=1, do_sample=False
+            )
+            texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+            for row, text in zip(listed, texts, strict=True):
+                result = {"reference": text_of(row["completion"][0]), "references": row.get("references")}
+                results.append({**result, "references": references_of(result), "prediction": text.strip()})
+        return score_answers(results, data_args.task)
+
+    return Side(model, collate, measure)
+
+
+def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArguments, seed: int) -> dict[str, Any]:
+    training_args = DuoStreamTrainingArguments(
+        output_dir=str(Path(args.output).parent / "quality"),
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        max_steps=10**9,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=1,
+    )
+    clock = Clock(60 * args.minutes)
+    trainer = TimedTrainer(
+        model=side.model, args=training_args, data_collator=side.collator, train_dataset=rows, clock=clock
+    )
+    trainer.train()
+    figures = side.measure(eval_rows)
+    return {"parameters": side.model.num_parameters(), "steps": trainer.state.global_step, **figures}
+
+
+def main(args: list[str] | None = None) -> None:
+    quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
+    classes = read_classes(data_args) if data_args.task == "classification" else []
+    options = class_options(classes) if data_args.task == "classification" else {}
+    rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows, classes=classes)
+    eval_rows = load_rows(
+        data_args, data_args.eval_split, data_args.max_eval_rows, is_evaluation=True, classes=classes
+    )
+    reads_text = any(text.strip() for text, _ in zip(texts_of(rows), range(100), strict=False))
+    tokenizer = train_tokenizer(texts_of(rows), quality_args.vocab_size)
+    size = {"height": quality_args.image_size, "width": quality_args.image_size}
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size=size), tokenizer, image_seq_length=1, bidirectional_prefix=True
+    )
+    # Before any training: an error now costs nothing
+    peer_side(quality_args, data_args, processor, options, reads_text)
+    runs = []
+    for seed in quality_args.seeds:
+        for name in ("duostream", "peer"):
+            set_seed(seed)
+            if name == "duostream":
+                side = duostream_side(quality_args, data_args, processor, options)
+            else:
+                side = peer_side(quality_args, data_args, processor, options, reads_text)
+            figures = train_and_measure(side, rows, eval_rows, quality_args, seed)
+            runs.append({"side": name, "model": type(side.model).__name__, "seed": seed, **figures})
+            print(json.dumps(runs[-1], indent=2), flush=True)
+    record = {
+        "command": sys.argv[1:] if args is None else args,
+        "threads": torch.get_num_threads(),
+        "num_train_rows": len(rows),
+        "num_eval_rows": len(eval_rows),
+        "runs": runs,
+    }
+    Path(quality_args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(quality_args.output).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
