@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .image_tokens_duostream import image_size_of, image_token_shape
 
+CHOICES = {"projector_type": ("mlp", "linear", "none"), "contrastive_loss": ("sigmoid", "softmax")}
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -198,6 +199,9 @@ class DuoStreamConfig(PreTrainedConfig):
             if model_type is not None and model_type not in CONFIG_MAPPING:
                 raise ValueError(f"`{name}.model_type` is {model_type!r}, which is no type that `AutoConfig` knows")
         super().__post_init__(**kwargs)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are {', '.join(map(repr, known))}")
         for name in ("lm_weight", "mlm_weight", "itc_weight", "itm_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 (off) or more")

@@ -15,6 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from .. import (
     DuoStreamConfig,
+    DuoStreamDataCollator,
     DuoStreamForConditionalGeneration,
     DuoStreamForPreTraining,
     DuoStreamPreTrainedModel,
@@ -25,7 +26,7 @@ from .. import (
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .compose import load_vision
 from .data import Rows, load_mixture, load_rows, texts_of
-from .training import collator_of, train
+from .training import train
 
 
 @dataclass
@@ -69,7 +70,11 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
         tokenizer = train_tokenizer(islice(texts_of(rows), args.tokenizer_rows), args.vocab_size)
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    fields = json.loads(args.config_overrides)
+    fields = {
+        "contrastive_loss": args.contrastive_loss,
+        **objective_weights(args),
+        **json.loads(args.config_overrides),
+    }
     if args.vision is not None:
         image_processor, fields["vision_config"] = load_vision(args.vision)
     config = DuoStreamConfig.from_preset(args.preset, vocab_size=len(tokenizer), **fields)
@@ -83,9 +88,6 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
         bidirectional_prefix=args.bidirectional_prefix,
     )
     config.image_token_id = processor.image_token_id
-    config.contrastive_loss = args.contrastive_loss
-    for name, weight in objective_weights(args).items():
-        setattr(config, name, weight)
     model = (DuoStreamForConditionalGeneration if writes_only(args) else DuoStreamForPreTraining)(config)
     if args.vision is not None:
         model.model.vision_model = AutoModel.from_pretrained(
@@ -107,6 +109,8 @@ def main(args: list[str] | None = None) -> None:
     pretrain_args, data_args, training_args = parse(
         PretrainArguments, DataArguments, DuoStreamTrainingArguments, args=args, doc=__doc__
     )
+    if data_args.task == "classification":
+        raise ValueError("`task` 'classification' is nothing to pretrain on: fine-tune a pretrained checkpoint at it")
     set_seed(training_args.seed)
     rows = load_mixture(data_args, seed=training_args.seed)
     eval_rows = None
@@ -114,7 +118,7 @@ def main(args: list[str] | None = None) -> None:
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
     model, processor = new_model(pretrain_args, rows)
     model.freeze(*training_args.freeze)
-    collator = collator_of(data_args, processor, model)
+    collator = DuoStreamDataCollator(processor, data_args.max_length)
     if not writes_only(pretrain_args):
         collator = DuoStreamPreTrainingCollator(
             processor,

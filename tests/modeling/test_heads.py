@@ -339,6 +339,12 @@ def test_an_encoder_is_pretrained_without_language_modelling_only():
     assert model(**pretraining_inputs(model)).loss.isfinite()
 
 
+@pytest.mark.parametrize("name", ["contrastive_loss", "projector_type"])
+def test_an_unknown_choice_is_an_error(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 'neither'; there are"):
+        small_config(**{name: "neither"})
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_negative_weight_is_an_error(name):
     with pytest.raises(ValueError, match=f"`{name}_weight` is -1"):

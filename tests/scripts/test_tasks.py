@@ -318,6 +318,31 @@ def test_accumulated_batches_move_the_weights_as_one_batch_does(pretrained, phot
         assert torch.allclose(weight, moved[1][name], atol=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "classification"}, "nothing to pretrain on"),
+        ({"contrastive_loss": "triplet"}, "contrastive_loss"),
+        ({"lm_weight": -1.0}, "`lm_weight` is -1"),
+    ],
+)
+def test_pretraining_refuses_what_it_can_not_do(photographs, tmp_path, options, message):
+    options = {"task": "caption", "dataset": photographs, "vocab_size": 300, "output_dir": tmp_path, **options}
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(arguments(**options, **SHORT))
+
+
+def test_language_modelling_alone_is_of_texts_as_they_are(texts, tmp_path):
+    # Any masked token would stand in front of the one it is, and the loss of what follows would differ
+    losses = []
+    for name in ("a", "b"):
+        options = {"task": "masked", "dataset": texts, "vocab_size": 300, "output_dir": tmp_path / name}
+        pretrain.main(arguments(**options, seed=1, data_seed=ord(name), logging_steps=1, **SHORT))
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        losses.append(float(state["log_history"][0]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_pretraining_reads_plain_texts(texts, tmp_path):
     options = {"task": "masked", "dataset": texts, "mlm_weight": 1.0, "vocab_size": 300, "bidirectional_prefix": True}
     pretrain.main(arguments(**options, output_dir=tmp_path, logging_steps=1, **SHORT))
