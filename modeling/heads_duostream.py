@@ -19,7 +19,7 @@ from .modeling_duostream import (
     DuoStreamPreTrainedModel,
     check_can_write,
 )
-from .objectives_duostream import contrastive_loss, hard_negatives
+from .objectives_duostream import contrastive_loss, hard_negatives, num_ranks
 from .stream_layout_duostream import check
 
 
@@ -376,6 +376,8 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         if config.lm_weight:
             check_can_write(config)
         super().__init__(config)
+        # By this `Trainer` knows that `labels` are shifted, and which of them count
+        self.loss_type = "ForCausalLM"
         self.image_text_head = DuoStreamImageTextHead(config)
         self.post_init()
 
@@ -477,6 +479,13 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                     scores, text_states, paired_attention_mask, image_states, num_pairs_in_batch
                 )
                 losses.append(weights.itm_weight * outputs.itm_loss)
+        elif weights.itc_weight and num_ranks() > 1:
+            # The other ranks wait for this one's pairs, if there are none, too
+            nothing = self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
+            no_texts = self.image_text_head.embed_text(nothing, None)
+            no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
+            scale, bias = self.image_text_head.logit_scale, self.image_text_head.logit_bias
+            losses.append(contrastive_loss(no_texts, no_images, scale, bias, weights.contrastive_loss, 1))
         outputs.loss = torch.stack(losses).sum() if losses else None
         return outputs
 

@@ -582,7 +582,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 attention_mask=layout.text_attention_mask,
-                position_ids=layout.text_position_ids,
+                position_ids=self._as_the_text_stream_counts(layout.text_position_ids),
                 past_key_values=text_cache,
                 use_cache=text_cache is not None,
             ).last_hidden_state  # (batch, text_len, hidden)
@@ -621,9 +621,18 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """The text stream's states of text on its own, of shape `(batch, text_len, hidden)`; padded on either side."""
         position_ids = None if attention_mask is None else self._count_tokens(attention_mask, 0, *input_ids.shape)
         outputs = self.text_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=self._as_the_text_stream_counts(position_ids),
+            use_cache=False,
         )
         return outputs.last_hidden_state
+
+    def _as_the_text_stream_counts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """RoBERTa and its kin count from behind the number of the padding token, whose row in the table is zero."""
+        embeddings = getattr(self.text_model, "embeddings", None)
+        padding_idx = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        return position_ids if position_ids is None or padding_idx is None else position_ids + padding_idx + 1
 
     def fuse(
         self,

@@ -5,6 +5,12 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 
 
+def num_ranks() -> int:
+    """How many processes train together."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     The rows of all ranks, through which gradients flow back to where they came from, and how many stand before this
@@ -13,9 +19,10 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     Args:
         rows (`torch.FloatTensor` of shape `(num_rows, hidden)`): This rank's.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    world_size = num_ranks()
+    if world_size == 1:
         return rows, 0
-    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    rank = torch.distributed.get_rank()
     own = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(own) for _ in range(world_size)]
     torch.distributed.all_gather(counts, own)
@@ -76,4 +83,4 @@ def hard_negatives(scores: torch.Tensor) -> torch.Tensor:
     return scores.float().masked_fill(is_own, -torch.inf).softmax(dim=1).multinomial(1).squeeze(1)
 
 
-__all__ = ["contrastive_loss", "gather_rows", "hard_negatives"]
+__all__ = ["contrastive_loss", "gather_rows", "hard_negatives", "num_ranks"]

@@ -23,6 +23,11 @@ def load_picture(image: Any) -> PIL.Image.Image:
     return load_image(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
 
 
+def is_plain_text(row: dict[str, Any]) -> bool:
+    """Whether a row is a text, and no conversation that has one beside it."""
+    return "text" in row and "messages" not in row and "prompt" not in row
+
+
 @dataclass
 class DuoStreamDataCollator:
     """
@@ -54,7 +59,7 @@ class DuoStreamDataCollator:
         names = self.names(rows)
         segments: list[tuple[int, str, bool]] = []
         for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-            if "text" in row:
+            if is_plain_text(row):
                 continue
             try:
                 segments += [(i, text, is_answer) for text, is_answer in self.render(row)]
@@ -70,7 +75,7 @@ class DuoStreamDataCollator:
             input_ids[i] += ids
             labels[i] += ids if is_answer else [IGNORE_INDEX] * len(ids)
         for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-            if "text" in row:
+            if is_plain_text(row):
                 num_images, ids = len(row.get("images") or []), self.encode_text(row["text"], name)
                 input_ids[i] = [self.processor.image_token_id] * num_images + ids
                 labels[i] = [IGNORE_INDEX] * num_images + ids

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator
+from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text
+
+# What a space, a line's end and a tab look like in a vocabulary: of byte-level BPE, and of SentencePiece
+MARKS_BEFORE = "ĠĊĉ▁"
 
 
 @dataclass
@@ -18,7 +21,8 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
 
     Args:
         mlm_probability (`float`, *optional*, defaults to 0.15): Share of the answers' tokens to predict.
-        whole_word_mask (`bool`, *optional*, defaults to `False`): Predict all tokens of a word, or none.
+        whole_word_mask (`bool`, *optional*, defaults to `False`):
+            Predict all tokens of a word, or none; the library then replaces all of them by the mask token.
 
     Raises:
         ValueError: the tokenizer has no mask token, or a row is broken.
@@ -64,7 +68,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
         marks_inside = any(token.startswith("##") for token in tokenizer.get_vocab())  # WordPiece
 
         def begins(token: str) -> bool:
-            return not token.startswith("##") if marks_inside else not token[0].isalnum()
+            return not token.startswith("##") if marks_inside else token[0] in MARKS_BEFORE or not token[0].isalnum()
 
         is_first = torch.tensor([[begins(token) for token in row] for row in rows]).long()
         # A gap before the first token of a word, none within one
@@ -95,7 +99,7 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
 
     def answer_text(self, row: dict[str, Any], name: str) -> str:
         """The row's text, or what the assistant says last in it."""
-        if "text" in row:
+        if is_plain_text(row):
             return row["text"]
         messages = row.get("messages") or row.get("completion") or []
         content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)

@@ -68,7 +68,16 @@ class DataArguments:
         metadata={"help": "Column with the class: a name, a number, or a list of answers, all of them right."},
     )
     max_answers: int = field(default=1000, metadata={"help": "With lists of answers: the most frequent are classes."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut longer rows to this number of tokens."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Cut longer rows to this number of tokens, at their end. No prompt to answer is ever cut."},
+    )
+    max_column_chars: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut what fills a `{name}` of the prompt to so many characters, in training and evaluation."
+        },
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     blank_images: bool = field(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias
@@ -19,11 +20,14 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
+from transformers.utils import logging
 
-from ..processing.data_collator_duostream import load_picture
+from ..processing.data_collator_duostream import is_plain_text, load_picture
 from .arguments import DataArguments, parse_file
 from .scenes import MESSAGES_FEATURE, PROMPT_FEATURES, build_scenes, caption_rows, question_rows
 from .tasks import WRITER, task_of, with_defaults
+
+logger = logging.get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -72,6 +76,10 @@ def load_mixture(args: DataArguments, classes: Sequence[str] | None = None, seed
     if not args.mixture:
         return load_rows(args, args.train_split, args.max_train_rows, classes=classes)
     parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
+    if any(part.streaming for part in parts):
+        raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
+    if any(part.blank_images for part in parts[1:]):
+        raise ValueError("`blank_images` is for the whole mixture: set it beside `mixture`, not in a file of it")
     for part in parts:
         if task_of(part).auto_class is not WRITER:
             raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")
@@ -79,12 +87,16 @@ def load_mixture(args: DataArguments, classes: Sequence[str] | None = None, seed
             raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")
     total = sum(part.weight for part in parts)
     rows = interleave_datasets(
-        [_same_columns(load_rows(part, part.train_split, part.max_train_rows)) for part in parts],
+        [
+            _same_columns(load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows))
+            for part in parts
+        ],
         probabilities=[part.weight / total for part in parts],
         seed=seed,
         stopping_strategy="all_exhausted",
     )
-    return number_rows(rows)
+    # What rows look like when they are read is lost in mixing
+    return blank(number_rows(rows)) if args.blank_images else number_rows(rows)
 
 
 def _same_columns(rows: Rows) -> Rows:
@@ -105,7 +117,7 @@ def read_classes(args: DataArguments) -> list[str]:
     come near to (regression). Of lists of answers, the `args.max_answers` most frequent.
 
     Raises:
-        ValueError: The column of labels is missing, or holds something else.
+        ValueError: The column of labels is missing, or a row of it holds something else, or not what the others do.
     """
     args = with_defaults(args)
     rows = _load(args, args.train_split)
@@ -116,22 +128,21 @@ def read_classes(args: DataArguments) -> list[str]:
     if rows.features and isinstance(rows.features[column], ClassLabel):
         return list(rows.features[column].names)
     values = [row[column] for row in rows.select_columns([column])]
-    if all(isinstance(value, list) for value in values):
+    for row, value in enumerate(values):
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not isinstance(value, str | list | float) and not (is_number and value >= 0):
+            raise ValueError(
+                f"Row {row}: `{column}` is {value!r}; expected a class's name, its number from 0, a number with a "
+                "point, or a list of answers"
+            )
+        if type(value) is not type(values[0]):
+            raise ValueError(f"Row {row}: `{column}` is {value!r}, but {values[0]!r} in row 0: expected one kind")
+    if isinstance(values[0], list):
         counts = Counter(answer for answers in values for answer in answers)
         return [answer for answer, _ in counts.most_common(args.max_answers)]
-    if all(isinstance(value, str) for value in values):
+    if isinstance(values[0], str):
         return sorted(set(values))
-    if all(isinstance(value, int) and value >= 0 for value in values):
-        return [str(number) for number in range(max(values) + 1)]
-    if all(isinstance(value, float) for value in values):
-        return []
-    wrong = next(
-        value for value in values if not isinstance(value, type(values[0])) or value is None or value is False
-    )
-    raise ValueError(
-        f"`label_column` {column!r}: expected class names, class numbers from 0, numbers with a point, or lists of "
-        f"answers, one kind in all rows; found {wrong!r} beside {values[0]!r}"
-    )
+    return [] if isinstance(values[0], float) else [str(number) for number in range(max(values) + 1)]
 
 
 def _rows_of_task(
@@ -260,8 +271,13 @@ def _make_rows(
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
+    def path_of(name: Any) -> Any:
+        if isinstance(name, list):
+            return [path_of(each) for each in name]
+        return str(Path(image_dir) / name) if isinstance(name, str) else name
+
     def join(batch: dict[str, list]) -> dict[str, list]:
-        return {column: [None if name is None else str(Path(image_dir) / name) for name in batch[column]]}
+        return {column: [path_of(name) for name in batch[column]]}
 
     return rows.map(join, batched=True)
 
@@ -277,7 +293,16 @@ def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
     for _, name, _, _ in Formatter().parse(template):
         if name is not None and not isinstance(row[name], str | int | float):
             raise ValueError(f"Row {index}: expected text in column {name!r} of `prompt`, not {row[name]!r}")
-    return template.format_map(row)
+    if args.max_column_chars is None:
+        return template.format_map(row)
+    return template.format_map({name: _cut(text, args.max_column_chars, name, index) for name, text in row.items()})
+
+
+def _cut(text: Any, length: int, name: str, index: int) -> Any:
+    if not isinstance(text, str) or len(text) <= length:
+        return text
+    logger.warning(f"Row {index}: column {name!r} was cut from {len(text)} to {length} characters")
+    return text[:length]
 
 
 def _answers_of(row: dict, args: DataArguments, index: int) -> list[str]:
@@ -357,7 +382,7 @@ def texts_of(rows: Rows) -> Iterator[str]:
     """Everything that is said in the rows, message by message, for training a tokenizer."""
     columns = [name for name in ("text", "messages", "prompt", "completion") if name in (rows.column_names or [])]
     for row in rows.select_columns(columns) if columns else rows:
-        if "text" in row:
+        if is_plain_text(row):
             yield row["text"]
             continue
         for message in row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]:

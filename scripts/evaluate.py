@@ -122,7 +122,7 @@ def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
     """The share of predictions that equal a reference of theirs: of all rows, by `kind`, and of those `held_out`."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for result in results:
-        is_equal = result["prediction"] in references_of(result)
+        is_equal = result["prediction"] in [text.strip() for text in references_of(result)]
         groups["exact_match"].append(is_equal)
         if "kind" in result:
             groups[f"exact_match_{result['kind']}"].append(is_equal)
@@ -157,12 +157,13 @@ def classify(
     processor: DuoStreamProcessor,
     rows: Rows,
     batch_size: int = 64,
+    max_length: int | None = None,
     collator: Callable[[list[dict]], dict] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of a classifier, and for each row its `label` (or labels), the `prediction` and what it scores."""
     model.eval()
     logits, labels = [], []
-    collator = collator or DuoStreamClassificationCollator(processor, num_labels=model.config.num_labels)
+    collator = collator or DuoStreamClassificationCollator(processor, max_length, num_labels=model.config.num_labels)
     for batch in batches_of(rows, collator, batch_size, model.device):
         labels.append(batch.pop("labels").cpu())
         logits.append(model(**batch).logits.float().cpu())
@@ -187,11 +188,15 @@ def embed(outputs: BaseModelOutputWithPooling) -> torch.Tensor:
 
 @torch.no_grad()
 def retrieve(
-    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    rows: Rows,
+    batch_size: int = 64,
+    max_length: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of finding pictures by their texts and texts by their picture, and for each text what it found."""
     model.eval()
-    collator = DuoStreamRetrievalCollator(processor)
+    collator = DuoStreamRetrievalCollator(processor, max_length)
     image_embeds, text_embeds = [], []
     texts: list[str] = []
     image_of_text: list[int] = []
@@ -200,7 +205,8 @@ def retrieve(
         listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["images"]))]
         pixel_values = collator(listed)["pixel_values"].to(model.device)
         image_embeds.append(embed(model.get_image_features(pixel_values=pixel_values)))
-        own = [row.get("references") or [text_of(row["completion"][-1])] for row in listed]
+        names = collator.names(listed)
+        own = [row.get("references") or [collator.answer_text(row, n)] for row, n in zip(listed, names, strict=True)]
         flat = [text for each in own for text in each]
         inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
         text_embeds.append(embed(model.get_text_features(**inputs)))
@@ -219,12 +225,16 @@ def retrieve(
 
 @torch.no_grad()
 def fill_masks(
-    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    rows: Rows,
+    batch_size: int = 64,
+    max_length: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Loss and accuracy at masked tokens, drawn anew from the seed."""
     model.eval()
     total, num_right, num_masked = 0.0, 0, 0
-    for batch in batches_of(rows, DuoStreamMaskedLMCollator(processor), batch_size, model.device):
+    for batch in batches_of(rows, DuoStreamMaskedLMCollator(processor, max_length), batch_size, model.device):
         labels = batch["labels"]
         is_masked = labels != IGNORE_INDEX
         if not is_masked.any():
@@ -283,7 +293,7 @@ def main(args: list[str] | None = None) -> None:
     classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []
     split, max_rows = data_args.eval_split, data_args.max_eval_rows
     rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
-    options = {}
+    options: dict[str, Any] = {"max_length": data_args.max_length}
     if task.auto_class is WRITER:
         options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}
     figures, results = evaluate(model, processor, rows, data_args.task, batch_size, **options)

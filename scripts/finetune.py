@@ -25,11 +25,16 @@ class FinetuneArguments:
     checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
 
 
-def class_options(classes: list[str]) -> dict[str, Any]:
-    """Fields of the config that tell how many classes there are, and their names."""
+def class_options(classes: list[str], label: Any) -> dict[str, Any]:
+    """Fields of the config that tell how many classes there are, their names, and of what kind a `label` is."""
     if not classes:
-        return {"num_labels": 1}
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
+        return {"num_labels": 1, "problem_type": "regression"}
+    is_soft = isinstance(label, list)
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+        "problem_type": "multi_label_classification" if is_soft else "single_label_classification",
+    }
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,6 +42,8 @@ def main(args: list[str] | None = None) -> None:
         FinetuneArguments, DataArguments, DuoStreamTrainingArguments, args=args, doc=__doc__
     )
     set_seed(training_args.seed)
+    if training_args.metric_rows and data_args.streaming:
+        raise ValueError("`metric_rows` are read again and again: not with `streaming`")
     is_classification = data_args.task == "classification"
     classes = read_classes(data_args) if is_classification else []
     rows = load_mixture(data_args, classes, training_args.seed)
@@ -46,7 +53,10 @@ def main(args: list[str] | None = None) -> None:
         metric_rows = load_rows(
             data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, classes=classes
         )
-    options = class_options(classes) if is_classification else {}
+    options = class_options(classes, next(iter(eval_rows))["label"]) if is_classification else {}
+    if is_classification:
+        # A head for other classes is made anew, which the loading reports
+        options["ignore_mismatched_sizes"] = True
     model = task_of(data_args).auto_class.from_pretrained(finetune_args.checkpoint, **options)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)

@@ -18,6 +18,12 @@ NGRAMS = 4
 LENGTH_SIGMA = 6.0  # words
 
 
+def check_finite(scores: torch.Tensor) -> None:
+    """Raises `ValueError` if a score is no number: it would compare as the best or the worst."""
+    if not scores.isfinite().all():
+        raise ValueError("Some scores are not finite: the model has diverged")
+
+
 def check_references(predictions: Sequence[str], references: References) -> None:
     """Raises `ValueError` if there is nothing to score, or nothing to score a prediction against; names the row."""
     if len(predictions) != len(references):
@@ -105,7 +111,8 @@ def cider_d(predictions: Sequence[str], references: References) -> dict[str, flo
 def normalize_answer(text: str) -> str:
     """An answer in lower case, without punctuation, articles and surplus spaces."""
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    # "A" may be all there is: a letter of several to choose from
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def vqa_accuracy(predictions: Sequence[str], references: References) -> dict[str, float]:
@@ -136,6 +143,7 @@ def classification(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     """
     if not len(labels):
         raise ValueError("There are no predictions to score")
+    check_finite(logits)
     if logits.shape[1] == 1:
         values, wanted = logits[:, 0].double().numpy(), labels.double().numpy()
         varies = len(labels) > 1 and np.ptp(values) > 0 and np.ptp(wanted) > 0
@@ -174,6 +182,7 @@ def retrieval(scores: torch.Tensor, image_of_text: torch.Tensor) -> dict[str, fl
             f"Each of {num_texts} texts needs one of the {num_images} pictures, and each picture a text: see "
             "`image_of_text`"
         )
+    check_finite(scores)
     text_ranks = ranks_of_own(scores, image_of_text)
     belongs = image_of_text[:, None] == torch.arange(num_images)  # (num_texts, num_images)
     best = scores.masked_fill(~belongs, -torch.inf).amax(dim=0)  # (num_images,)

@@ -111,6 +111,8 @@ def main(args: list[str] | None = None) -> None:
     )
     if data_args.task == "classification":
         raise ValueError("`task` 'classification' is nothing to pretrain on: fine-tune a pretrained checkpoint at it")
+    if training_args.metric_rows:
+        raise ValueError("`metric_rows` is for fine-tuning: pretraining is measured by its losses")
     set_seed(training_args.seed)
     rows = load_mixture(data_args, seed=training_args.seed)
     eval_rows = None

@@ -69,7 +69,7 @@ class QualityArguments:
     )
     image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Highest; it rises for 5% of the time, then falls."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Highest; it rises for 5%% of the time, then falls."})
     batch_size: int = field(default=32, metadata={"help": "Rows a step."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each trains both sides once more."})
@@ -225,8 +225,7 @@ def seq2seq_side(args: QualityArguments, data_args: DataArguments, processor: Du
     pad = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORE_INDEX)
 
     def encode(text: str) -> list[int]:
-        ids = tokenizer(text, truncation=True, max_length=data_args.max_length or 512)["input_ids"]
-        return [*ids, tokenizer.eos_token_id]
+        return [*tokenizer(text, split_special_tokens=True)["input_ids"], tokenizer.eos_token_id]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return pad(
@@ -245,6 +244,7 @@ def seq2seq_side(args: QualityArguments, data_args: DataArguments, processor: Du
             inputs = {
                 name: value for name, value in collate(listed).items() if name in ("input_ids", "attention_mask")
             }
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
             said = model.generate(
                 **inputs, max_new_tokens=args.max_new_tokens, max_length=None, num_beams=1, do_sample=False
             )
@@ -283,21 +283,36 @@ def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArgu
 
 def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
+    if data_args.streaming:
+        raise ValueError("Both sides read the rows from the start: not with `streaming`")
     classes = read_classes(data_args) if data_args.task == "classification" else []
-    options = class_options(classes) if data_args.task == "classification" else {}
     rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows, classes=classes)
     eval_rows = load_rows(
         data_args, data_args.eval_split, data_args.max_eval_rows, is_evaluation=True, classes=classes
     )
+    is_classification = data_args.task == "classification"
+    options = class_options(classes, rows[0]["label"]) if is_classification else {}
     reads_text = any(text.strip() for text, _ in zip(texts_of(rows), range(100), strict=False))
     tokenizer = train_tokenizer(texts_of(rows), quality_args.vocab_size)
     size = {"height": quality_args.image_size, "width": quality_args.image_size}
+    if is_classification and reads_text and "images" in rows.column_names:
+        raise ValueError(
+            'BERT reads no pictures: for texts alone, give `--image_column ""`; for pictures, `--prompt ""`'
+        )
     processor = DuoStreamProcessor(
         SiglipImageProcessorPil(size=size), tokenizer, image_seq_length=1, bidirectional_prefix=True
     )
     # Before any training: an error now costs nothing
     peer_side(quality_args, data_args, processor, options, reads_text)
-    runs = []
+    runs: list[dict[str, Any]] = []
+    record = {
+        "command": sys.argv[1:] if args is None else args,
+        "threads": torch.get_num_threads(),
+        "num_train_rows": len(rows),
+        "num_eval_rows": len(eval_rows),
+        "runs": runs,
+    }
+    Path(quality_args.output).parent.mkdir(parents=True, exist_ok=True)
     for seed in quality_args.seeds:
         for name in ("duostream", "peer"):
             set_seed(seed)
@@ -308,15 +323,8 @@ def main(args: list[str] | None = None) -> None:
             figures = train_and_measure(side, rows, eval_rows, quality_args, seed)
             runs.append({"side": name, "model": type(side.model).__name__, "seed": seed, **figures})
             print(json.dumps(runs[-1], indent=2), flush=True)
-    record = {
-        "command": sys.argv[1:] if args is None else args,
-        "threads": torch.get_num_threads(),
-        "num_train_rows": len(rows),
-        "num_eval_rows": len(eval_rows),
-        "runs": runs,
-    }
-    Path(quality_args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(quality_args.output).write_text(json.dumps(record, indent=2) + "\n")
+            # After each, so that what was measured is never lost
+            Path(quality_args.output).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class QuickstartArguments:
     train_scenes: int = field(default=20_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
     pretrain_steps: int = field(default=350, metadata={"help": "Steps of 64 captions."})
-    finetune_steps: int = field(default=1000, metadata={"help": "Steps of 192 questions and captions."})
+    finetune_steps: int = field(default=1100, metadata={"help": "Steps of 192 questions and captions."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
 

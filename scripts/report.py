@@ -170,7 +170,7 @@ def embed(picture: plt.Figure | PIL.Image.Image) -> str:
     """A figure or picture as a `data:` address."""
     buffer = BytesIO()
     if isinstance(picture, PIL.Image.Image):
-        picture.save(buffer, format="PNG")
+        picture.convert("RGB").save(buffer, format="PNG")
     else:
         picture.savefig(buffer, format="png", dpi=110)
         plt.close(picture)

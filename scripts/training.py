@@ -1,6 +1,5 @@
 """What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -47,9 +46,18 @@ class DuoStreamTrainer(Trainer):
 
     def __init__(self, *args: Any, task: str = "chat", metric_rows: Dataset | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor and not hasattr(self.model, "score"):
+            # The library would take the labels away, and shift them for the models of its own list only
+            raise ValueError("`label_smoothing_factor` is for classification: other losses here know no smoothing")
+        self.has_objectives = hasattr(self.model, "matching_loss")
+        if self.has_objectives:
+            # Batches without masked tokens have labels, too
+            self.label_names: list[str] = ["labels"]
         self.task, self.metric_rows = task, metric_rows
-        self.objective_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
-        self.last_logged_step = 0
+        config = self.model.config
+        self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
+        self.objective_sums = torch.zeros(len(self.objectives))
+        self.steps_since_log = 0
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         # Of a data set's column each length would be read from disk by itself: 40 s for 150,000 rows
@@ -59,40 +67,44 @@ class DuoStreamTrainer(Trainer):
         return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        # The library counts the labels of accumulated batches, so that each token weighs the same however they are
-        # split. Masked tokens and pairs are counted likewise.
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        counts: dict[str, Any] = {}
-        if any("masked_labels" in batch for batch in batches):
-            labels = [batch["masked_labels"] for batch in batches]
-            counts["num_masked_in_batch"] = sum((each != IGNORE_INDEX).sum() for each in labels).clamp(min=1)
-        if any("paired_input_ids" in batch for batch in batches):
-            pairs = [len(batch.get("paired_input_ids", ())) for batch in batches]
-            counts["num_pairs_in_batch"] = torch.tensor(sum(pairs))
-        for name, count in counts.items():
+        self.steps_since_log += 1
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        # The library counts the labels of all accumulated batches and ranks, so that each token weighs the same
+        # however they are split. Masked tokens and pairs are counted likewise.
+        if self.has_objectives:
+            masked = [batch["masked_labels"] for batch in batch_samples if "masked_labels" in batch]
+            num_masked = sum(int((labels != IGNORE_INDEX).sum()) for labels in masked)
+            num_pairs = sum(len(batch.get("paired_input_ids", ())) for batch in batch_samples)
+            counts = torch.tensor([num_masked, num_pairs], device=self.args.device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-                count = self.accelerator.gather(count.to(self.args.device)).sum()
-            for batch in batches:
-                batch[name] = count
-        return batches, num_items
+                counts = self.accelerator.gather(counts[None]).sum(dim=0)
+            for batch in batch_samples:
+                batch["num_masked_in_batch"], batch["num_pairs_in_batch"] = counts.clamp(min=1)
+        return super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # The library keeps the sum alone
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            for name in OBJECTIVES:
-                if outputs.get(name) is not None:
-                    self.objective_sums[name] = self.objective_sums[name] + outputs[name].detach().cpu()
+        if model.training and self.has_objectives:
+            parts = [outputs.get(name) for name in self.objectives]
+            zero = torch.zeros((), device=loss.device)
+            losses = [zero if part is None else part.detach().float() for part in parts]
+            self.objective_sums = self.objective_sums.to(loss.device) + torch.stack(losses)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self.objective_sums:
-            num_steps = max(1, self.state.global_step - self.last_logged_step)
-            logs |= {name: round(float(total) / num_steps, 4) for name, total in self.objective_sums.items()}
-            self.objective_sums.clear()
-            self.last_logged_step = self.state.global_step
+        if "loss" in logs and self.has_objectives:
+            # Each rank has its part of what all ranks' rows have in one batch
+            sums = self.accelerator.gather(self.objective_sums.to(self.args.device)[None]).sum(dim=0)
+            means = (sums / max(1, self.steps_since_log)).tolist()
+            logs |= {name: round(mean, 4) for name, mean in zip(self.objectives, means, strict=True)}
+            self.objective_sums = torch.zeros(len(self.objectives))
+        if "loss" in logs:
+            self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:

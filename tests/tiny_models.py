@@ -46,6 +46,8 @@ BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
+# Counts positions from behind its padding token's number
+ROBERTA = {**BERT, "model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 260}
 SIGLIP = {
     "model_type": "siglip_vision_model",
     "image_size": 16,
@@ -74,6 +76,8 @@ def small_config(kind: str = "llama", **kwargs: Any) -> DuoStreamConfig:
         fields = {"text_config": GPT2, "vision_config": VIT, "fusion_stack_config": GPT2}
     elif kind == "bert":
         fields = {"text_config": BERT, "vision_config": SIGLIP, "fusion_stack_config": LLAMA}
+    elif kind == "roberta":
+        fields = {"text_config": ROBERTA, "vision_config": SIGLIP, "fusion_stack_config": LLAMA}
     else:
         raise ValueError(kind)
     return DuoStreamConfig(**{**fields, **kwargs})

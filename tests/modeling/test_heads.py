@@ -46,7 +46,7 @@ HEADS = {
 }
 OBJECTIVES = ("lm", "mlm", "itc", "itm")
 SIDES = ("left", "right")
-ENCODER_KINDS = (*KINDS, "bert")
+ENCODER_KINDS = (*KINDS, "bert", "roberta")
 
 
 def weights(**given):

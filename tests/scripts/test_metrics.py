@@ -110,6 +110,16 @@ def test_nothing_to_score_is_an_error(score):
         score([], [])
 
 
+def test_scores_that_are_no_numbers_are_no_success():
+    for score, wanted in ((metrics.retrieval, torch.arange(3)), (metrics.classification, torch.zeros(3).long())):
+        with pytest.raises(ValueError, match="not finite"):
+            score(torch.full((3, 3), torch.nan), wanted)
+
+
+def test_an_answer_that_is_an_article_is_an_answer():
+    assert metrics.vqa_accuracy(["B", "", "a"], [["A"], ["A"], ["A"]])["vqa_accuracy"] == pytest.approx(1 / 3)
+
+
 def test_cider_d_of_one_row_is_an_error():
     with pytest.raises(ValueError, match="at least two rows"):
         metrics.cider_d(["a dog"], [["a dog"]])

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 
 from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
-from duostream.scripts import evaluate, finetune, pretrain
+from duostream.scripts import data, evaluate, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
 from duostream.scripts.data import load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
@@ -140,6 +140,21 @@ def test_pictures_may_be_paths_that_start_from_a_folder(photographs, workplace):
     assert [row["images"][0].size for row in rows] == [(30 + i, 24) for i in range(4)]
 
 
+def test_a_row_may_have_several_paths_of_pictures(photographs, workplace):
+    rows = [{"image": ["0.jpg", "2.jpg"], "question": "?", "answer": "!"}]
+    rows = load(write(workplace / "lists.jsonl", rows), task="vqa", image_dir=str(photographs / "train"))
+    assert [image.size for image in rows[0]["images"]] == [(30, 24), (32, 24)]
+
+
+def test_what_fills_a_prompt_can_be_cut_and_that_is_said(texts, monkeypatch):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    rows = load(texts, task="summarization", max_column_chars=6)
+    assert text_of(rows[0]["prompt"]) == "Summarize: a good"
+    assert f"Row 0: column 'document' was cut from {len(SENTENCES[0]) + 13} to 6 characters" in said
+    assert [text_of(row["completion"]) for row in rows] == SENTENCES
+
+
 @pytest.mark.parametrize(
     ("column", "classes", "labels"),
     [
@@ -188,6 +203,13 @@ def test_an_unknown_class_names_its_row(workplace, value, message):
         load(path, task="classification", classes=known)
 
 
+@pytest.mark.parametrize("wrong", [-1, None])
+def test_a_label_that_is_none_of_the_kinds_names_its_row(workplace, wrong):
+    path = write(workplace / f"odd_{wrong}.jsonl", [{"text": "x", "label": value} for value in (1, wrong, 0)])
+    with pytest.raises(ValueError, match=f"Row 1: `label` is {wrong}"):
+        read_classes(DataArguments(dataset=str(path), task="classification"))
+
+
 def test_scenes_have_no_classes():
     with pytest.raises(ValueError, match="`task` 'classification' needs a data set of its own"):
         load("scenes", task="classification")
@@ -214,6 +236,60 @@ def test_a_mixture_of_what_does_not_mix_is_an_error(photographs, texts, workplac
     recipe.write_text(yaml.safe_dump({"dataset": str(texts), **options}))
     with pytest.raises(ValueError, match=message):
         load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=[str(recipe)]))
+
+
+def test_a_mixture_can_hide_its_pictures(photographs, texts, workplace):
+    recipe = workplace / "text.yaml"
+    recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts)}))
+    args = DataArguments(task="caption", dataset=str(photographs), mixture=[str(recipe)], blank_images=True)
+    pictures = [picture for row in load_mixture(args) for picture in row["images"]]
+    assert pictures and all(picture.getextrema() == ((128, 128),) * 3 for picture in pictures)
+    recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts), "blank_images": True}))
+    with pytest.raises(ValueError, match="for the whole mixture"):
+        load_mixture(args)
+
+
+def test_pretraining_without_masks_measures_a_loss(photographs, tmp_path):
+    options = {
+        "task": "caption",
+        "dataset": photographs,
+        "vocab_size": 300,
+        "itc_weight": 1.0,
+        "eval_strategy": "steps",
+    }
+    pretrain.main(arguments(**options, eval_steps=1, output_dir=tmp_path, **SHORT))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["eval_loss"] > 0 for entry in state["log_history"] if "eval_loss" in entry] == [True, True]
+
+
+def test_smoothed_labels_are_for_classes_only(pretrained, photographs, texts, tmp_path):
+    options = {"checkpoint": pretrained, "output_dir": tmp_path, "label_smoothing_factor": 0.1, **SHORT}
+    with pytest.raises(ValueError, match="`label_smoothing_factor` is for classification"):
+        finetune.main(arguments(task="caption", dataset=photographs, **options))
+    finetune.main(arguments(task="classification", dataset=texts, **options))
+
+
+def test_a_classifier_goes_on_to_other_classes(pretrained, texts, tmp_path):
+    checkpoint = pretrained
+    for column, kind in (("label", "single_label"), ("answers", "multi_label"), ("score", "regression")):
+        options = {"task": "classification", "dataset": texts, "label_column": column}
+        finetune.main(arguments(checkpoint=checkpoint, **options, output_dir=tmp_path / column, **SHORT))
+        checkpoint = tmp_path / column
+        problem_type = json.loads((checkpoint / "config.json").read_text())["problem_type"]
+        assert problem_type.startswith(kind)
+        evaluate.main(arguments(checkpoint=checkpoint, **options, output_dir=tmp_path / "out", report=True))
+    assert "mse" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "<h2>The rows that score lowest</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_report_of_captions_shows_pictures(pretrained, photographs, tmp_path):
+    options = {"checkpoint": pretrained, "task": "caption", "dataset": photographs, "max_new_tokens": 3}
+    evaluate.main(arguments(**options, output_dir=tmp_path, report=True))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 1 + 2 * 4
+    assert "cider_d" in page and "http" not in page.replace("https://github.com", "")
+    with pytest.raises(ValueError, match="not with `streaming`"):
+        evaluate.main(arguments(**options, output_dir=tmp_path, report=True, streaming=True))
 
 
 def test_pretraining_logs_each_objective(pretrained):

@@ -221,7 +221,9 @@ def test_without_held_out_rows_nothing_is_evaluated(new_parts, rows, tmp_path):
 
 def test_long_rows_are_cut(new_parts, rows, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        train(*new_parts(), options(tmp_path, max_steps=1), rows, max_length=16)
+        model, processor = new_parts()
+        collator = DuoStreamDataCollator(processor, max_length=16)
+        train(model, processor, options(tmp_path, max_steps=1), rows, collator=collator)
     assert any("was cut to `max_length=16` tokens" in record.message for record in caplog.records)
 
 
