@@ -324,7 +324,8 @@ def test_image_features_are_the_vision_models_own_last_states(vision: str, folde
             height, width = expected.shape[2:]
             expected = torch.stack([expected[:, :, y, x] for y in range(height) for x in range(width)], dim=1)
         got = model.get_image_features(pictures)
-    assert torch.equal(got.last_hidden_state, expected)
+    # Pictures come in channels-last, where kernels of convolutions may round otherwise
+    torch.testing.assert_close(got.last_hidden_state, expected)
     assert got.pooler_output.shape == (2, L, 32)
     row = Row(model, 2, PICTURE, 3)
     assert logits(model, row.inputs).isfinite().all()
