@@ -34,7 +34,8 @@ def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_picture
         rows.append({"images": images, "prompt": [{"role": "user", "content": parts}], "completion": answer})
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = ["--dataset", str(path), "--vocab_size", "300", "--max_steps", "4", "--logging_steps", "1", "--use_cpu", "true"]
+    args = ["--dataset", str(path), "--vocab_size", "300", "--max_steps", "4", "--logging_steps", "1"]
+    args += ["--use_cpu", "true"]
     args += ["--itc_weight", "1", "--contrastive_loss", "softmax", "--report_to", "none", "--save_strategy", "no"]
     # Batch norm reads the rows of its own rank
     args += ["--freeze", "vision", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
