@@ -42,7 +42,7 @@ lint: setup ## Check style, formatting and types
 	$(BIN)/mypy
 
 benchmark: setup ## Measure speed and memory
-	$(BIN)/duostream-benchmark
+	$(BIN)/duostream-benchmark overhead
 
 clean: ## Remove build output and caches (not .venv, not runs)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

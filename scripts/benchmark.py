@@ -1,13 +1,17 @@
 """
-Measures speed, each thing beside what it is compared with, in turn in one process.
+Measures each thing beside what it is compared with, in one process. The first argument says what:
+
+overhead    the model's forward over its three backbones run by hand on the same tokens
+quality     DuoStream and a model of `transformers` as large, trained on the same rows for the same minutes
 
 Example:
 
-    duostream-benchmark --part overhead --batch_size 8 --output runs/benchmark.json
+    duostream-benchmark overhead --batch_size 8 --output runs/benchmark.json
 """
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,17 +24,14 @@ from transformers.masking_utils import create_masks_for_generate
 from .. import DuoStreamConfig, DuoStreamModel
 from ..configuration.image_tokens_duostream import image_token_shape
 from ..modeling.stream_layout_duostream import block_sequence_ids
+from . import quality
 from .arguments import parse
 
 
 @dataclass
-class BenchmarkArguments:
-    """What to measure."""
+class OverheadArguments:
+    """Which model, on how much."""
 
-    part: str = field(
-        default="overhead",
-        metadata={"help": "`overhead`: the model's forward over its three backbones run by hand on the same tokens."},
-    )
     preset: str = field(default="base", metadata={"help": "`tiny` or `base` (224 px)."})
     batch_size: int = field(default=8, metadata={"help": "Rows, with one picture each."})
     text_len: int = field(default=64, metadata={"help": "Text tokens a row."})
@@ -65,7 +66,7 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) ->
     }
 
 
-def measure_overhead(args: BenchmarkArguments) -> dict[str, float]:
+def measure_overhead(args: OverheadArguments) -> dict[str, float]:
     """
     `DuoStreamModel.forward` over its three backbones run by hand: the text stream on the text, the vision stream on
     the pictures, the fusion stack on states of the joined length, with a mask that is ready. What is over is the
@@ -103,18 +104,26 @@ def measure_overhead(args: BenchmarkArguments) -> dict[str, float]:
     return compare(ours, by_hand, args.repeats)
 
 
-PARTS: dict[str, Callable[[BenchmarkArguments], dict[str, float]]] = {"overhead": measure_overhead}
+def overhead(args: list[str]) -> None:
+    (overhead_args,) = parse(OverheadArguments, args=args, doc=__doc__)
+    figures = measure_overhead(overhead_args)
+    result = {"arguments": asdict(overhead_args), "threads": torch.get_num_threads(), **figures}
+    Path(overhead_args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(overhead_args.output).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+PARTS: dict[str, Callable[[list[str]], None]] = {"overhead": overhead, "quality": quality.main}
 
 
 def main(args: list[str] | None = None) -> None:
-    (benchmark_args,) = parse(BenchmarkArguments, args=args, doc=__doc__)
-    if benchmark_args.part not in PARTS:
-        raise ValueError(f"`part` is {benchmark_args.part!r}; there are {', '.join(map(repr, PARTS))}")
-    figures = PARTS[benchmark_args.part](benchmark_args)
-    result = {"arguments": asdict(benchmark_args), "threads": torch.get_num_threads(), **figures}
-    Path(benchmark_args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(benchmark_args.output).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    part, *options = (sys.argv[1:] if args is None else args) or ["--help"]
+    if part in ("-h", "--help"):
+        print(__doc__)
+    elif part not in PARTS:
+        raise ValueError(f"There is no benchmark {part!r}; there are {', '.join(map(repr, PARTS))}")
+    else:
+        PARTS[part](options)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedConfig, set_seed
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    set_seed,
+)
 
-from .. import DuoStreamForConditionalGeneration, DuoStreamProcessor
+from .. import DuoStreamForConditionalGeneration, DuoStreamPreTrainedModel, DuoStreamProcessor
 from .arguments import parse
 
 
@@ -54,6 +62,12 @@ def load_vision(vision: str) -> tuple[BaseImageProcessor, PreTrainedConfig]:
         )
     config.image_size = height
     return image_processor, config
+
+
+def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:
+    """Puts a pretrained vision model into a model whose config has that model's config."""
+    config = model.config.vision_config
+    model.base_model.vision_model = AutoModel.from_pretrained(vision, config=config, dtype=model.dtype)
 
 
 def compose(args: ComposeArguments) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from itertools import islice
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .. import (
@@ -24,7 +24,7 @@ from .. import (
     train_tokenizer,
 )
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
-from .compose import load_vision
+from .compose import load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
 from .training import train
 
@@ -90,9 +90,7 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     config.image_token_id = processor.image_token_id
     model = (DuoStreamForConditionalGeneration if writes_only(args) else DuoStreamForPreTraining)(config)
     if args.vision is not None:
-        model.model.vision_model = AutoModel.from_pretrained(
-            args.vision, config=config.vision_config, dtype=model.dtype
-        )
+        take_vision(model, args.vision)
     return model, processor
 
 

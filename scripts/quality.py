@@ -4,14 +4,14 @@ the same tokenizer, optimizer, schedule and batch size for the same minutes.
 
 Example:
 
-    duostream-quality --task classification --dataset path/to/sst2 --prompt "{sentence}" --image_column "" --minutes 5
+    duostream-benchmark quality --task classification --dataset path/to/sst2 --prompt "{sentence}" --image_column ""
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,31 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModel,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
     DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
+    VisionEncoderDecoderModel,
     VisionTextDualEncoderModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
     set_seed,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .. import (
@@ -47,8 +56,10 @@ from .. import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from ..processing.data_collator_duostream import IGNORE_INDEX
+from ..configuration.image_tokens_duostream import image_token_shape, image_tokens
+from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .compose import load_vision, take_vision
 from .data import Rows, load_rows, read_classes, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
@@ -69,10 +80,22 @@ class QualityArguments:
     )
     image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
+    vision: str | None = field(
+        default=None,
+        metadata={"help": "Local folder or Hub id of a convolutional vision model that serves both sides, frozen."},
+    )
+    stack: str = field(
+        default="{}",
+        metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Llama."},
+    )
     learning_rate: float = field(default=5e-4, metadata={"help": "Highest; it rises for 5%% of the time, then falls."})
     batch_size: int = field(default=32, metadata={"help": "Rows a step."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each trains both sides once more."})
+    sides: list[str] = field(
+        default_factory=lambda: ["duostream", "peer"],
+        metadata={"help": "duostream; peer; blind: DuoStream on the same rows without their pictures."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each trains all sides once more."})
     output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
 
 
@@ -117,6 +140,30 @@ class Side:
     measure: Callable[[Rows], dict[str, Any]]
 
 
+class FrozenVision(PreTrainedModel):
+    """A pretrained convolutional model that gives tokens as a ViT does, for peers that read no feature maps."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, vision: str):
+        _, config = load_vision(vision)
+        config.hidden_size = image_token_shape(config)[1]  # the peers ask the config for it
+        super().__init__(config)
+        self.backbone = AutoModel.from_pretrained(vision, config=config).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "FrozenVision":
+        # As in DuoStream, batch norms stay as they are
+        return super().train(False)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        states = image_tokens(self.backbone(pixel_values=pixel_values))  # (batch, num_tokens, channels)
+        return BaseModelOutputWithPooling(states, pooler_output=states.mean(dim=1), hidden_states=(states,))
+
+
+def num_heads(args: QualityArguments) -> int:
+    return max(1, args.hidden_size // 32)
+
+
 def duostream_side(
     args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, options: dict[str, Any]
 ) -> Side:
@@ -124,17 +171,19 @@ def duostream_side(
         "hidden_size": args.hidden_size,
         # Three matrices of this size weigh as much as the peers' two of four times the width
         "intermediate_size": args.hidden_size * 8 // 3,
-        "num_attention_heads": max(1, args.hidden_size // 32),
+        "num_attention_heads": num_heads(args),
         "num_hidden_layers": args.num_layers // 2,
         "initializer_range": args.hidden_size**-0.5,
+        **json.loads(args.stack),
     }
+    vision_config = {"image_size": args.image_size} if args.vision is None else load_vision(args.vision)[1]
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
         text_config=stack,
         fusion_stack_config=stack,
-        vision_config={"image_size": args.image_size},
-        initializer_range=args.hidden_size**-0.5,
+        vision_config=vision_config,
+        initializer_range=stack["initializer_range"],
         image_token_id=processor.image_token_id,
         contrastive_loss="softmax",
         **options,
@@ -145,6 +194,9 @@ def duostream_side(
         "retrieval": DuoStreamForImageTextRetrieval,
     }
     model = heads.get(data_args.task, DuoStreamForConditionalGeneration)(config)
+    if args.vision is not None:
+        take_vision(model, args.vision)
+        model.freeze("vision")
     # Only a model that writes has anything to generate with
     generation = {} if data_args.task in heads else {"max_new_tokens": args.max_new_tokens}
     return Side(
@@ -178,62 +230,141 @@ def peer_side(
     size = {
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_layers,
-        "num_attention_heads": max(1, args.hidden_size // 32),
+        "num_attention_heads": num_heads(args),
         "intermediate_size": 4 * args.hidden_size,
     }
-    pictures = {"image_size": args.image_size, "patch_size": args.image_size // 6}
     tokenizer = processor.tokenizer
     bert = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **size, **options)
-    vit = ViTConfig(**size, **pictures, **options)
-    if data_args.task in ("translation", "summarization"):
-        return seq2seq_side(args, data_args, processor)
+    vit = ViTConfig(**size, image_size=args.image_size, patch_size=args.image_size // 6, **options)
     model: PreTrainedModel
     if data_args.task == "classification":
         model = BertForSequenceClassification(bert) if reads_text else ViTForImageClassification(vit)
-    elif data_args.task == "retrieval":
-        model = VisionTextDualEncoderModel(vision_model=ViTModel(vit), text_model=BertModel(bert))
-    else:
-        raise ValueError(f"`task` {data_args.task!r} has no peer here")
-    collator = only_what_is_read(collator_of(data_args, processor, model), model)
-    # A dual encoder takes what ours takes
-    options = {"collator": collator} if data_args.task == "classification" else {}
-    return Side(model, collator, lambda rows: evaluate(model, processor, rows, data_args.task, **options)[0])
+        collator = only_what_is_read(collator_of(data_args, processor, model), model)
+        return Side(
+            model, collator, lambda rows: evaluate(model, processor, rows, data_args.task, collator=collator)[0]
+        )
+    if data_args.task in ("translation", "summarization"):
+        return seq2seq_side(args, data_args, processor, encoder_decoder(args, data_args.task, tokenizer))
+    vision = ViTModel(vit) if args.vision is None else FrozenVision(args.vision)
+    if data_args.task == "caption":
+        return seq2seq_side(args, data_args, processor, captioner(args, vision, tokenizer))
+    if data_args.task == "retrieval":
+        model = VisionTextDualEncoderModel(vision_model=vision, text_model=BertModel(bert))
+        collator = only_what_is_read(collator_of(data_args, processor, model), model)
+        return Side(model, collator, lambda rows: evaluate(model, processor, rows, data_args.task)[0])
+    if data_args.task == "vqa":
+        return llava_side(args, data_args, processor, vision)
+    raise ValueError(f"`task` {data_args.task!r} has no peer here")
 
 
-def seq2seq_side(args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor) -> Side:
+def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Marian for translation, BART for summaries: an encoder and a decoder that share the layers between them."""
-    tokenizer = processor.tokenizer
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    heads = max(1, args.hidden_size // 32)
-    config_class = MarianConfig if data_args.task == "translation" else BartConfig
+    config_class = MarianConfig if task == "translation" else BartConfig
     config = config_class(
         vocab_size=len(tokenizer),
         d_model=args.hidden_size,
         encoder_layers=args.num_layers // 2,
         decoder_layers=args.num_layers // 2,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
+        encoder_attention_heads=num_heads(args),
+        decoder_attention_heads=num_heads(args),
         encoder_ffn_dim=4 * args.hidden_size,
         decoder_ffn_dim=4 * args.hidden_size,
         bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
         forced_eos_token_id=None,
         max_position_embeddings=1024,
+    )
+    return (MarianMTModel if task == "translation" else BartForConditionalGeneration)(config)
+
+
+def captioner(
+    args: QualityArguments, vision: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> VisionEncoderDecoderModel:
+    """A vision model and a GPT-2 with cross-attention."""
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    decoder = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=args.hidden_size,
+        n_layer=args.num_layers,
+        n_head=num_heads(args),
+        n_positions=256,
+        bos_token_id=tokenizer.pad_token_id,
+        is_decoder=True,
+        add_cross_attention=True,
         **special,
     )
-    model = (MarianMTModel if data_args.task == "translation" else BartForConditionalGeneration)(config)
-    pad = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORE_INDEX)
+    model = VisionEncoderDecoderModel(encoder=vision, decoder=GPT2LMHeadModel(decoder))
+    for config in (model.config, model.generation_config):
+        config.update({"decoder_start_token_id": tokenizer.pad_token_id, **special})
+    return model
+
+
+def llava_side(
+    args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, vision: PreTrainedModel
+) -> Side:
+    """LLaVA of the same kind of layers: image tokens go through all of them."""
+    num_tokens, _ = image_token_shape(vision.config)
+    text_config = LlamaConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3,
+        num_attention_heads=num_heads(args),
+        num_hidden_layers=args.num_layers,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )
+    is_map = isinstance(vision, FrozenVision)
+    config = LlavaConfig(
+        vision_config=vision.config,
+        text_config=text_config,
+        image_token_id=processor.image_token_id,
+        image_seq_length=num_tokens,
+        vision_feature_layer=-1,
+        # A ViT's first token is no part of the picture
+        vision_feature_select_strategy="full" if is_map else "default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = vision
+    model.generation_config.update(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
+    )
+    own = DuoStreamProcessor(
+        processor.image_processor, processor.tokenizer, image_seq_length=num_tokens if is_map else num_tokens - 1
+    )
+    own.return_mm_token_type_ids = False  # unknown to LLaVA
+    return Side(
+        model,
+        only_what_is_read(collator_of(data_args, own, model), model),
+        lambda rows: evaluate(model, own, rows, data_args.task, max_new_tokens=args.max_new_tokens)[0],
+    )
+
+
+def seq2seq_side(
+    args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, model: PreTrainedModel
+) -> Side:
+    """Batches and figures of a model that reads with an encoder, a text or a picture, and writes with a decoder."""
+    tokenizer = processor.tokenizer
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
+    reads_pictures = model.main_input_name == "pixel_values"
 
     def encode(text: str) -> list[int]:
         return [*tokenizer(text, split_special_tokens=True)["input_ids"], tokenizer.eos_token_id]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return pad(
+        batch = pad(
             [
                 {"input_ids": encode(text_of(row["prompt"][0])), "labels": encode(text_of(row["completion"][0]))}
                 for row in rows
             ]
         )
+        if not reads_pictures:
+            return dict(batch)
+        pictures = [load_picture(row["images"][0]) for row in rows]
+        pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": batch["labels"]}
 
     @torch.no_grad()
     def measure(rows: Rows) -> dict[str, Any]:
@@ -241,10 +372,7 @@ def seq2seq_side(args: QualityArguments, data_args: DataArguments, processor: Du
         results: list[dict[str, Any]] = []
         for batch in tqdm(rows.iter(batch_size=64), desc="answering", leave=False):
             listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["prompt"]))]
-            inputs = {
-                name: value for name, value in collate(listed).items() if name in ("input_ids", "attention_mask")
-            }
-            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            inputs = {name: value.to(model.device) for name, value in collate(listed).items() if name != "labels"}
             said = model.generate(
                 **inputs, max_new_tokens=args.max_new_tokens, max_length=None, num_beams=1, do_sample=False
             )
@@ -284,12 +412,23 @@ def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArgu
 def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
-        raise ValueError("Both sides read the rows from the start: not with `streaming`")
+        raise ValueError("All sides read the rows from the start: not with `streaming`")
+    unknown = set(quality_args.sides) - {"duostream", "peer", "blind"}
+    if unknown:
+        raise ValueError(f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer' and 'blind'")
     classes = read_classes(data_args) if data_args.task == "classification" else []
-    rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows, classes=classes)
-    eval_rows = load_rows(
-        data_args, data_args.eval_split, data_args.max_eval_rows, is_evaluation=True, classes=classes
-    )
+
+    def load(data_args: DataArguments) -> tuple[Rows, Rows]:
+        rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows, classes=classes)
+        return rows, load_rows(
+            data_args, data_args.eval_split, data_args.max_eval_rows, is_evaluation=True, classes=classes
+        )
+
+    seeing = load(data_args)
+    rows_of = {
+        name: load(replace(data_args, image_column="")) if name == "blind" else seeing for name in quality_args.sides
+    }
+    rows = seeing[0]
     is_classification = data_args.task == "classification"
     options = class_options(classes, rows[0]["label"]) if is_classification else {}
     reads_text = any(text.strip() for text, _ in zip(texts_of(rows), range(100), strict=False))
@@ -299,28 +438,33 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             'BERT reads no pictures: for texts alone, give `--image_column ""`; for pictures, `--prompt ""`'
         )
-    processor = DuoStreamProcessor(
-        SiglipImageProcessorPil(size=size), tokenizer, image_seq_length=1, bidirectional_prefix=True
-    )
+    image_processor = SiglipImageProcessorPil(size=size)
+    if quality_args.vision is not None:
+        image_processor, _ = load_vision(quality_args.vision)
+    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=1, bidirectional_prefix=True)
+
+    def make(name: str) -> Side:
+        if name == "peer":
+            return peer_side(quality_args, data_args, processor, options, reads_text)
+        return duostream_side(quality_args, data_args, processor, options)
+
     # Before any training: an error now costs nothing
-    peer_side(quality_args, data_args, processor, options, reads_text)
+    for name in quality_args.sides:
+        make(name)
     runs: list[dict[str, Any]] = []
     record = {
         "command": sys.argv[1:] if args is None else args,
         "threads": torch.get_num_threads(),
         "num_train_rows": len(rows),
-        "num_eval_rows": len(eval_rows),
+        "num_eval_rows": len(seeing[1]),
         "runs": runs,
     }
     Path(quality_args.output).parent.mkdir(parents=True, exist_ok=True)
     for seed in quality_args.seeds:
-        for name in ("duostream", "peer"):
+        for name in quality_args.sides:
             set_seed(seed)
-            if name == "duostream":
-                side = duostream_side(quality_args, data_args, processor, options)
-            else:
-                side = peer_side(quality_args, data_args, processor, options, reads_text)
-            figures = train_and_measure(side, rows, eval_rows, quality_args, seed)
+            side = make(name)
+            figures = train_and_measure(side, *rows_of[name], quality_args, seed)
             runs.append({"side": name, "model": type(side.model).__name__, "seed": seed, **figures})
             print(json.dumps(runs[-1], indent=2), flush=True)
             # After each, so that what was measured is never lost

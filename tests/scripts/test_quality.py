@@ -4,7 +4,10 @@ import json
 
 import datasets
 import pytest
+import torch
 from PIL import Image
+from transformers import MobileNetV1Config, MobileNetV1Model
+from transformers.models.mobilenet_v1.image_processing_pil_mobilenet_v1 import MobileNetV1ImageProcessorPil
 
 from duostream.scripts import quality
 
@@ -14,6 +17,8 @@ TASKS = {
     "picture classes": ({"task": "classification", "prompt": ""}, "accuracy", "ViTForImageClassification"),
     "retrieval": ({}, "text_to_image_recall@1", "VisionTextDualEncoderModel"),
     "translation": ({"image_column": ""}, "bleu", "MarianMTModel"),
+    "caption": ({}, "cider_d", "VisionEncoderDecoderModel"),
+    "vqa": ({"prompt_column": "source", "answer_column": "target"}, "vqa_accuracy", "LlavaForConditionalGeneration"),
     "summarization": ({"image_column": ""}, "rougeL", "BartForConditionalGeneration"),
 }
 
@@ -36,12 +41,16 @@ def dataset(tmp_path_factory):
         yield folder
 
 
+def compare(options, *args):
+    quality.main([*(text for key, value in options.items() for text in (f"--{key}", str(value))), *args])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_both_sides_are_trained_and_measured(dataset, tmp_path, name):
     options, figure, peer = TASKS[name]
     options = {"task": name, "dataset": dataset, "output": tmp_path / "out.json", **SIZE, **options}
-    quality.main([text for key, value in options.items() for text in (f"--{key}", str(value))])
+    compare(options)
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [run["side"] for run in runs] == ["duostream", "peer"]
     assert runs[0]["model"].startswith("DuoStream") and runs[1]["model"] == peer
@@ -50,8 +59,54 @@ def test_both_sides_are_trained_and_measured(dataset, tmp_path, name):
         assert 0 <= run[figure] <= 100
 
 
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    torch.manual_seed(0)
+    model = MobileNetV1Model(MobileNetV1Config(depth_multiplier=0.25, min_depth=8, image_size=64)).train()
+    for _ in range(100):  # batch norms that have seen nothing would let nothing through
+        model(pixel_values=torch.randn(4, 3, 64, 64))
+    model.save_pretrained(folder)
+    MobileNetV1ImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["caption", "vqa", "retrieval"])
+def test_a_pretrained_vision_model_serves_both_sides_and_stays_as_it_is(dataset, tmp_path, vision, name, monkeypatch):
+    sides = []
+    train_and_measure = quality.train_and_measure
+    monkeypatch.setattr(
+        quality, "train_and_measure", lambda side, *args: (sides.append(side.model), train_and_measure(side, *args))[1]
+    )
+    options = {"task": name, "dataset": dataset, "output": tmp_path / "out.json", **SIZE, **TASKS[name][0]}
+    compare({**options, "vision": vision})
+    expected = MobileNetV1Model.from_pretrained(vision).state_dict()
+    assert len(sides) == 2
+    for model in sides:
+        state = model.state_dict()
+        for key, weight in expected.items():
+            (found,) = [name for name in state if name.endswith(key) and "decoder" not in name]
+            assert torch.equal(state[found], weight)
+
+
+@pytest.mark.slow
+def test_what_the_picture_adds_is_measured_by_the_same_model_without(dataset, tmp_path):
+    options = {"task": "vqa", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, **TASKS["vqa"][0]}
+    compare(options, "--sides", "duostream", "blind")
+    seeing, blind = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert seeing["model"] == blind["model"] and seeing["parameters"] == blind["parameters"]
+    assert blind["side"] == "blind"
+
+
 def test_a_task_without_a_peer_is_refused(dataset, tmp_path):
-    with pytest.raises(ValueError, match="`task` 'vqa' has no peer here"):
-        options = {"task": "vqa", "dataset": dataset, "prompt_column": "source", "answer_column": "target"}
-        options |= {"output": tmp_path / "out.json", **SIZE}
-        quality.main([text for key, value in options.items() for text in (f"--{key}", str(value))])
+    with pytest.raises(ValueError, match="`task` 'chat' has no peer here"):
+        options = {"task": "chat", "dataset": dataset, "prompt_column": "source", "answer_column": "target"}
+        compare({**options, "output": tmp_path / "out.json", **SIZE})
+
+
+def test_unknown_sides_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`sides` has \['theirs'\]; there are 'duostream', 'peer' and 'blind'"):
+        compare({"output": tmp_path / "out.json"}, "--sides", "theirs")
