@@ -88,6 +88,9 @@ class QualityArguments:
         default="{}",
         metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Llama."},
     )
+    vision_config: str = field(
+        default="{}", metadata={"help": "Fields of DuoStream's vision stream, where no `vision` is given, as JSON."}
+    )
     learning_rate: float = field(default=5e-4, metadata={"help": "Highest; it rises for 5%% of the time, then falls."})
     batch_size: int = field(default=32, metadata={"help": "Rows a step."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
@@ -173,10 +176,12 @@ def duostream_side(
         "intermediate_size": args.hidden_size * 8 // 3,
         "num_attention_heads": num_heads(args),
         "num_hidden_layers": args.num_layers // 2,
-        "initializer_range": args.hidden_size**-0.5,
+        "initializer_range": 0.02,  # as the peers
         **json.loads(args.stack),
     }
-    vision_config = {"image_size": args.image_size} if args.vision is None else load_vision(args.vision)[1]
+    vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
+    if args.vision is not None:
+        _, vision_config = load_vision(args.vision)
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
