@@ -159,7 +159,8 @@ class FrozenVision(PreTrainedModel):
         return super().train(False)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        states = image_tokens(self.backbone(pixel_values=pixel_values))  # (batch, num_tokens, channels)
+        # GPT-2 takes no other memory layout
+        states = image_tokens(self.backbone(pixel_values=pixel_values)).contiguous()  # (batch, num_tokens, channels)
         return BaseModelOutputWithPooling(states, pooler_output=states.mean(dim=1), hidden_states=(states,))
 
 
