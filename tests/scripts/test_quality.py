@@ -1,6 +1,8 @@
 """Both sides are as large, learn from the same rows for the same time, and are measured alike."""
 
 import json
+import shlex
+from pathlib import Path
 
 import datasets
 import pytest
@@ -9,7 +11,10 @@ from PIL import Image
 from transformers import MobileNetV1Config, MobileNetV1Model
 from transformers.models.mobilenet_v1.image_processing_pil_mobilenet_v1 import MobileNetV1ImageProcessorPil
 
-from duostream.scripts import quality
+from duostream.scripts import quality, tasks
+from duostream.scripts.arguments import DataArguments, parse
+
+RECIPES = Path(quality.__file__).parent / "recipes" / "quality"
 
 SIZE = {"hidden_size": 64, "num_layers": 2, "image_size": 24, "vocab_size": 300, "minutes": 0.02}
 TASKS = {
@@ -99,6 +104,15 @@ def test_what_the_picture_adds_is_measured_by_the_same_model_without(dataset, tm
     seeing, blind = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert seeing["model"] == blind["model"] and seeing["parameters"] == blind["parameters"]
     assert blind["side"] == "blind"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe):
+    comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
+    program, part, path, *args = shlex.split(" ".join(line.removesuffix("\\") for line in comments[1:]))
+    assert (program, part, path) == ("duostream-benchmark", "quality", f"scripts/recipes/quality/{recipe.name}")
+    quality_args, data_args = parse(quality.QualityArguments, DataArguments, args=[str(recipe), *args])
+    assert data_args.task in tasks.TASKS and quality_args.minutes <= 20
 
 
 def test_a_task_without_a_peer_is_refused(dataset, tmp_path):
