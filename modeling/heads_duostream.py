@@ -18,6 +18,7 @@ from .modeling_duostream import (
     DuoStreamModel,
     DuoStreamPreTrainedModel,
     check_can_write,
+    gather_labelled,
 )
 from .objectives_duostream import contrastive_loss, hard_negatives, num_ranks
 from .stream_layout_duostream import check
@@ -119,6 +120,7 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
         labels: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         images_per_row: int | None = None,
+        labels_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         r"""
@@ -129,6 +131,9 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 Has no effect: the whole text is read both ways.
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 The tokens that belong in the masked positions, in their own positions; -100 elsewhere.
+            labels_per_row (`int`, *optional*):
+                The largest number of `labels` in a row. In training, `logits` are then of the masked positions alone,
+                of shape `(batch, labels_per_row, vocab_size)`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -144,7 +149,10 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.compute_logits(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        if self.training and labels is not None and labels_per_row is not None:
+            hidden_states, labels = gather_labelled(hidden_states, labels, labels_per_row)
+        logits = self.compute_logits(hidden_states)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -404,6 +412,8 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         paired_attention_mask: torch.Tensor | None = None,
         paired_images: torch.Tensor | None = None,
         images_per_row: int | None = None,
+        labels_per_row: int | None = None,
+        masked_per_row: int | None = None,
         num_masked_in_batch: torch.Tensor | int | None = None,
         num_pairs_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -421,6 +431,8 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             paired_attention_mask (`torch.Tensor` of shape `(num_pairs, text_len)`, *optional*): 0 = padding.
             paired_images (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
                 Which of `pixel_values` belongs to each. Defaults to their order.
+            masked_per_row (`int`, *optional*):
+                The largest number of `masked_labels` in a row, as `labels_per_row` of `labels`.
             num_masked_in_batch, num_pairs_in_batch (`int`, *optional*):
                 What the sums of those losses are divided by, where batches are accumulated, as `num_items_in_batch`
                 for language modelling. Default to what is in this batch.
@@ -445,15 +457,22 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         losses: list[torch.Tensor] = []
         if weights.lm_weight or labels is None:
             states = self.model(input_ids=input_ids, token_type_ids=token_type_ids, **common)
-            outputs.logits = self.compute_logits(states.last_hidden_state)
-            outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
+            hidden_states, shifted = states.last_hidden_state, None
             if labels is not None:
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                if self.training and labels_per_row is not None:
+                    hidden_states, shifted = gather_labelled(hidden_states, shifted, labels_per_row)
+            outputs.logits = self.compute_logits(hidden_states)
+            outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
+            if shifted is not None:
                 outputs.lm_loss = token_loss(outputs.logits, shifted, vocab_size, num_items_in_batch)
                 losses.append(weights.lm_weight * outputs.lm_loss)
         if weights.mlm_weight and masked_input_ids is not None:
             states = self.model(input_ids=masked_input_ids, token_type_ids=whole_prefix(input_ids, None), **common)
-            masked_logits = self.compute_logits(states.last_hidden_state)
+            hidden_states = states.last_hidden_state
+            if self.training and masked_per_row is not None:
+                hidden_states, masked_labels = gather_labelled(hidden_states, masked_labels, masked_per_row)
+            masked_logits = self.compute_logits(hidden_states)
             outputs.mlm_loss = token_loss(masked_logits, masked_labels, vocab_size, num_masked_in_batch)
             losses.append(weights.mlm_weight * outputs.mlm_loss)
         if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:

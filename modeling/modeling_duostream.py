@@ -753,6 +753,36 @@ def check_can_write(config: DuoStreamConfig) -> None:
             )
 
 
+def gather_labelled(
+    hidden_states: torch.Tensor, labels: torch.Tensor, labels_per_row: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The positions that have a label, so that no logits are made of the others, which are most of them: a picture's
+    tokens, the prompt and padding. Nothing waits for the device.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): States.
+        labels (`torch.Tensor` of shape `(batch, seq_len)`): What the state in the same place predicts; -100 = nothing.
+        labels_per_row (`int`): How many labels a row has at most.
+
+    Returns:
+        States of shape `(batch, labels_per_row, hidden)` and labels of shape `(batch, labels_per_row)`, in order.
+
+    Raises:
+        ValueError: A row has more labels.
+    """
+    has_label = labels != -100
+    check(
+        (has_label.sum(dim=1) <= labels_per_row).all(),
+        f"A row has more labels than `labels_per_row`, which is {labels_per_row}",
+    )
+    # Of equal values a stable sort keeps the order
+    index = (~has_label).long().argsort(dim=1, stable=True)[:, :labels_per_row]  # (batch, labels_per_row)
+    labels = labels.gather(1, index)  # (batch, labels_per_row)
+    index = index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+    return hidden_states.gather(1, index), labels  # (batch, labels_per_row, hidden)
+
+
 class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
     """DuoStream with a language-model head: it reads text and pictures and writes text."""
 
@@ -778,6 +808,7 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         text_position_ids: torch.Tensor | None = None,
         images_per_row: int | None = None,
+        labels_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamCausalLMOutputWithPast:
         r"""
@@ -789,6 +820,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
                 picture is predicted from an image token; the collator leaves it out.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
+            labels_per_row (`int`, *optional*):
+                The largest number of `labels` in a row, the first position's apart. In training, `logits` are then
+                of the positions that predict a label alone, of shape `(batch, labels_per_row, vocab_size)`.
 
         Example:
 
@@ -826,7 +860,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if self.training and labels is not None and labels_per_row is not None:
+            shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            hidden_states, kwargs["shift_labels"] = gather_labelled(outputs.last_hidden_state, shifted, labels_per_row)
+        else:
+            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.compute_logits(hidden_states)
         loss = None
         if labels is not None:

@@ -28,6 +28,11 @@ def is_plain_text(row: dict[str, Any]) -> bool:
     return "text" in row and "messages" not in row and "prompt" not in row
 
 
+def labels_per_row(labels: torch.Tensor) -> int:
+    """The largest number of labels in a row of `labels`, of shape `(batch, seq_len)`."""
+    return int((labels != IGNORE_INDEX).sum(dim=1).max())
+
+
 @dataclass
 class DuoStreamDataCollator:
     """
@@ -44,6 +49,7 @@ class DuoStreamDataCollator:
     Returns (when called):
         `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
         with a bidirectional prefix `token_type_ids`, all of shape `(batch, seq_len)` and padded on the right;
+        `labels_per_row`, the largest number of labels in a row, by which the model makes no other logits in training;
         `pixel_values` of shape `(num_images, channels, height, width)`; and `images_per_row` where all rows have the
         same number of pictures.
 
@@ -88,6 +94,7 @@ class DuoStreamDataCollator:
             input_ids[i], labels[i] = self.expand_and_cut(input_ids[i], labels[i], name)
 
         batch = self.pad(input_ids, labels)
+        batch["labels_per_row"] = labels_per_row(batch["labels"][:, 1:])
         if any(images):
             flat = [picture for pictures in images for picture in pictures]
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]

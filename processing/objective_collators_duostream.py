@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text
+from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text, labels_per_row
 
 # What a space, a line's end and a tab look like in a vocabulary: of byte-level BPE, and of SentencePiece
 MARKS_BEFORE = "ĠĊĉ▁"
@@ -44,6 +44,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
         batch["input_ids"], batch["labels"] = self.mask(batch["input_ids"], batch["labels"])
+        batch["labels_per_row"] = labels_per_row(batch["labels"])
         return batch
 
     def mask(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +150,7 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
         batch = DuoStreamDataCollator.__call__(self, rows)
         if self.mlm:
             batch["masked_input_ids"], batch["masked_labels"] = self.mask(batch["input_ids"], batch["labels"])
+            batch["masked_per_row"] = labels_per_row(batch["masked_labels"])
         numbers = [len(row.get("images") or []) for row in rows]
         paired = [i for i, number in enumerate(numbers) if number == 1]
         if self.pairs and paired:
@@ -180,6 +182,7 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
         batch = super().__call__(rows)
         labels = [self.check_label(row.get("label"), name) for row, name in zip(rows, self.names(rows), strict=True)]
         batch["labels"] = torch.tensor(labels)
+        del batch["labels_per_row"]  # of tokens, which are not predicted
         return batch
 
     def check_label(self, label: Any, name: str) -> Any:

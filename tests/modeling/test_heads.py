@@ -351,6 +351,23 @@ def test_a_negative_weight_is_an_error(name):
         small_config(**{f"{name}_weight": -1.0})
 
 
+@pytest.mark.parametrize("head", [DuoStreamForMaskedLM, DuoStreamForPreTraining], ids=lambda head: head.__name__)
+def test_in_training_logits_are_of_labels_alone_with_the_same_losses(head):
+    config = small_config("llama", **weights(lm=1.0, mlm=2.0))
+    torch.manual_seed(0)
+    model = head(config)
+    inputs = pretraining_inputs(model)
+    hints = {"labels_per_row": 5, "masked_per_row": 3}
+    if head is DuoStreamForMaskedLM:
+        inputs = {name: value for name, value in inputs.items() if not name.startswith(("masked", "paired"))}
+        del hints["masked_per_row"]
+    model.training = True  # the head alone: dropout and batch norm would tell the two apart
+    whole, told = model(**inputs), model(**inputs, **hints)
+    assert told.logits.shape[:2] == (4, 5) and whole.logits.shape[1] > 5
+    for name in {"loss", "lm_loss", "mlm_loss"} & set(whole):
+        assert abs(told[name] - whole[name]) < 1e-5
+
+
 def _losses_of_a_rank(rank, world_size, store, sizes, loss_type, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     texts, images, weight = _embeddings(sum(sizes))

@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamModel
+from duostream.modeling.modeling_duostream import gather_labelled
 
 # float32, with logits of up to ten; an error of layout is of the order of one
 CLOSE = 2e-4
@@ -455,6 +456,45 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(model: Any) -> None:
     )
     assert abs(outputs.loss - expected) < 1e-5
     assert outputs.past_key_values is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients(kind: str) -> None:
+    model = small_model(kind)
+    model.training = True  # the head alone: batch norm would tell batches apart
+    inputs = loss_inputs(model)
+    labels_per_row = int((inputs["labels"][:, 1:] != -100).sum(dim=1).max())
+    whole = model(**inputs, num_items_in_batch=7)
+    whole.loss.backward()
+    expected = gradients(model)
+    told = model(**inputs, num_items_in_batch=7, labels_per_row=labels_per_row)
+    told.loss.backward()
+    assert told.logits.shape[:2] == (8, labels_per_row) and whole.logits.shape[1] > labels_per_row
+    assert abs(told.loss - whole.loss) < 1e-5
+    assert_same_gradients(expected, gradients(model))
+    model.eval()
+    assert torch.equal(logits(model, {**inputs, "labels_per_row": 1}), logits(model, inputs))
+
+
+def test_fewer_labels_than_there_are_would_be_lost_and_are_refused() -> None:
+    model = small_model("llama").train()
+    inputs = loss_inputs(model)
+    labels_per_row = int((inputs["labels"][:, 1:] != -100).sum(dim=1).max())
+    with pytest.raises(ValueError, match=f"more labels than `labels_per_row`, which is {labels_per_row - 1}"):
+        model(**inputs, labels_per_row=labels_per_row - 1)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(0, 2))
+def test_labelled_positions_are_packed_in_order(labelled: list[list[bool]], spare: int) -> None:
+    has_label = torch.tensor(labelled)
+    places = torch.arange(5).expand(len(labelled), -1)
+    labels = places.masked_fill(~has_label, -100)
+    count = min(int(has_label.sum(dim=1).max()) + spare, 5)
+    states, kept = gather_labelled(places.unsqueeze(-1).float(), labels, count)
+    for i, row in enumerate(has_label):
+        own = places[0][row].tolist()
+        assert kept[i].tolist() == own + [-100] * (count - len(own))
+        assert states[i, : len(own), 0].tolist() == own
 
 
 def test_gradients_of_one_batch_of_eight_are_those_of_two_of_four() -> None:
