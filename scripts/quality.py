@@ -74,9 +74,9 @@ class QualityArguments:
 
     minutes: float = field(default=5.0, metadata={"help": "Of training, for each side and seed."})
     hidden_size: int = field(default=256, metadata={"help": "Of both sides' transformers."})
-    num_layers: int = field(
-        default=4,
-        metadata={"help": "Of each side: half of DuoStream's are fusion layers; half of an encoder-decoder's decode."},
+    num_layers: int = field(default=4, metadata={"help": "Of each side; half of an encoder-decoder's decode."})
+    num_text_layers: int = field(
+        default=1, metadata={"help": "How many of DuoStream's are the text stream's; the others are fusion layers."}
     )
     image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
@@ -176,7 +176,6 @@ def duostream_side(
         # Three matrices of this size weigh as much as the peers' two of four times the width
         "intermediate_size": args.hidden_size * 8 // 3,
         "num_attention_heads": num_heads(args),
-        "num_hidden_layers": args.num_layers // 2,
         "initializer_range": 0.02,  # as the peers
         **json.loads(args.stack),
     }
@@ -186,8 +185,8 @@ def duostream_side(
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
-        text_config=stack,
-        fusion_stack_config=stack,
+        text_config={**stack, "num_hidden_layers": args.num_text_layers},
+        fusion_stack_config={**stack, "num_hidden_layers": args.num_layers - args.num_text_layers},
         vision_config=vision_config,
         initializer_range=stack["initializer_range"],
         image_token_id=processor.image_token_id,

@@ -16,7 +16,7 @@ from duostream.scripts.arguments import DataArguments, parse
 
 RECIPES = Path(quality.__file__).parent / "recipes" / "quality"
 
-SIZE = {"hidden_size": 64, "num_layers": 2, "image_size": 24, "vocab_size": 300, "minutes": 0.02}
+SIZE = {"hidden_size": 64, "num_layers": 2, "num_text_layers": 1, "image_size": 24, "vocab_size": 300, "minutes": 0.02}
 TASKS = {
     "classification": ({"prompt": "{text}", "image_column": ""}, "accuracy", "BertForSequenceClassification"),
     "picture classes": ({"task": "classification", "prompt": ""}, "accuracy", "ViTForImageClassification"),
