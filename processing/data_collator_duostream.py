@@ -1,6 +1,7 @@
 """From conversations with pictures to a batch for `Trainer`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,19 @@ IGNORE_INDEX = -100
 def load_picture(image: Any) -> PIL.Image.Image:
     """A picture from a `PIL.Image.Image`, a path, or the bytes and path that `datasets` stores, as streams give it."""
     return load_image(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
+
+
+def load_pictures(images: Sequence[Any], name: str) -> list[PIL.Image.Image]:
+    """
+    The pictures of a row.
+
+    Raises:
+        ValueError: One can't be read. The message names the row.
+    """
+    try:
+        return [load_picture(image) for image in images]
+    except Exception as error:
+        raise ValueError(f"{name}: a picture can't be read: {error}") from error
 
 
 def is_plain_text(row: dict[str, Any]) -> bool:
@@ -186,11 +200,8 @@ class DuoStreamDataCollator:
         encoded = encode(["\n" + text if goes_on else text for text, goes_on in zip(texts, continues, strict=True)])
         return [ids[len(newline) :] if goes_on else ids for ids, goes_on in zip(encoded, continues, strict=True)]
 
-    def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
-        try:
-            return [load_picture(image) for image in row.get("images") or []]
-        except Exception as error:
-            raise ValueError(f"{name}: a picture can't be read: {error}") from error
+    def load_images(self, row: dict[str, Any], name: str) -> list[PIL.Image.Image]:
+        return load_pictures(row.get("images") or [], name)
 
     def expand_and_cut(self, input_ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
         """Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`."""

@@ -80,6 +80,13 @@ class DataArguments:
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    on_bad_rows: str = field(
+        default="raise",
+        metadata={
+            "help": "`raise` stops training at the first row that can't be read; `skip` leaves such rows out, and "
+            "writes each with its reason to `bad_rows.jsonl` in `output_dir`."
+        },
+    )
     blank_images: bool = field(
         default=False, metadata={"help": "Replace every picture by a gray one: what a model says without seeing."}
     )

@@ -1,5 +1,5 @@
 """
-Measures each thing beside what it is compared with, in one process. The first argument says what:
+Measures each thing beside what it is compared with, in one process. The first argument says what (default: overhead):
 
 overhead    the model's forward over its three backbones run by hand on the same tokens
 quality     DuoStream and a model of `transformers` as large, trained on the same rows for the same minutes
@@ -117,13 +117,10 @@ PARTS: dict[str, Callable[[list[str]], None]] = {"overhead": overhead, "quality"
 
 
 def main(args: list[str] | None = None) -> None:
-    part, *options = (sys.argv[1:] if args is None else args) or ["--help"]
-    if part in ("-h", "--help"):
-        print(__doc__)
-    elif part not in PARTS:
-        raise ValueError(f"There is no benchmark {part!r}; there are {', '.join(map(repr, PARTS))}")
-    else:
-        PARTS[part](options)
+    part, options = "overhead", sys.argv[1:] if args is None else args
+    if options and options[0] in PARTS:
+        part, *options = options
+    PARTS[part](options)
 
 
 if __name__ == "__main__":

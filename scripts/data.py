@@ -24,12 +24,16 @@ from transformers.utils import logging
 
 from ..processing.data_collator_duostream import is_plain_text, load_picture
 from .arguments import DataArguments, parse_file
+from .bad_rows import BAD_ROW_ERRORS, BadRows
 from .scenes import MESSAGES_FEATURE, PROMPT_FEATURES, build_scenes, caption_rows, question_rows
 from .tasks import WRITER, task_of, with_defaults
 
 logger = logging.get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset
+
+# Files are opened by the collator, which names the row of one that can't be read
+UNDECODED = Image(decode=False)
 
 BLANK_GRAY = (128, 128, 128)
 
@@ -40,6 +44,7 @@ def load_rows(
     max_rows: int | None = None,
     is_evaluation: bool = False,
     classes: Sequence[str] | None = None,
+    bad_rows: BadRows | None = None,
 ) -> Rows:
     """
     Loads a split. What is to be said comes in the conversational form that `apply_chat_template` and TRL use:
@@ -53,19 +58,22 @@ def load_rows(
         is_evaluation (`bool`, *optional*, defaults to `False`): Several answers of a row stay together, as
             `references`, and don't make a row each.
         classes (`Sequence[str]`, *optional*): For classification: see [`read_classes`].
+        bad_rows (`BadRows`, *optional*): Takes rows whose columns can't be read, which are otherwise an error.
 
     Returns:
         `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
-        errors name them.
+        errors name them. Pictures are as they are stored: the collator opens them.
 
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
     """
-    rows = number_rows(_rows_of_task(with_defaults(args), split, max_rows, is_evaluation, classes))
+    rows = number_rows(_rows_of_task(with_defaults(args), split, max_rows, is_evaluation, classes, bad_rows))
     return blank(rows) if args.blank_images else rows
 
 
-def load_mixture(args: DataArguments, classes: Sequence[str] | None = None, seed: int = 0) -> Rows:
+def load_mixture(
+    args: DataArguments, classes: Sequence[str] | None = None, seed: int = 0, bad_rows: BadRows | None = None
+) -> Rows:
     """
     Loads the rows to train on: those of `args`, and of each of `args.mixture` drawn among them by weight, until every
     row of every data set has been drawn.
@@ -74,7 +82,7 @@ def load_mixture(args: DataArguments, classes: Sequence[str] | None = None, seed
         ValueError: As `load_rows`; or a task in a mixture is not one that writes, or a weight is not positive.
     """
     if not args.mixture:
-        return load_rows(args, args.train_split, args.max_train_rows, classes=classes)
+        return load_rows(args, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
     parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
     if any(part.streaming for part in parts):
         raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
@@ -88,7 +96,9 @@ def load_mixture(args: DataArguments, classes: Sequence[str] | None = None, seed
     total = sum(part.weight for part in parts)
     rows = interleave_datasets(
         [
-            _same_columns(load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows))
+            _same_columns(
+                load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows, bad_rows=bad_rows)
+            )
             for part in parts
         ],
         probabilities=[part.weight / total for part in parts],
@@ -105,10 +115,10 @@ def _same_columns(rows: Rows) -> Rows:
     if not {"prompt", "completion"} <= columns:
         raise ValueError("A mixture takes rows with `prompt` and `completion`, or with an answer column")
     if "images" not in columns:
-        rows = rows.map(lambda row: {"images": []}, features=Features({**rows.features, "images": List(Image())}))
+        rows = rows.map(lambda row: {"images": []}, features=Features({**rows.features, "images": List(UNDECODED)}))
     rows = rows.select_columns(["images", "prompt", "completion"])
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    return rows.cast(Features({"images": List(Image()), "prompt": messages, "completion": messages}))
+    return rows.cast(Features({"images": List(UNDECODED), "prompt": messages, "completion": messages}))
 
 
 def read_classes(args: DataArguments) -> list[str]:
@@ -146,7 +156,12 @@ def read_classes(args: DataArguments) -> list[str]:
 
 
 def _rows_of_task(
-    args: DataArguments, split: str, max_rows: int | None, is_evaluation: bool, classes: Sequence[str] | None
+    args: DataArguments,
+    split: str,
+    max_rows: int | None,
+    is_evaluation: bool,
+    classes: Sequence[str] | None,
+    bad_rows: BadRows | None,
 ) -> Rows:
     if args.dataset == "scenes":
         scenes = build_scenes(split, num_rows=max_rows)
@@ -162,8 +177,8 @@ def _rows_of_task(
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
         # Files, or bytes and paths, are pictures whatever type they were stored as
-        return rows.cast_column("images", List(Image())) if "images" in columns else rows
-    return _make_rows(rows, columns, args, is_evaluation, classes)
+        return rows.cast_column("images", List(UNDECODED)) if "images" in columns else rows
+    return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
 
 
 def _rows_of_scenes(scenes: Dataset, args: DataArguments, split: str) -> Dataset:
@@ -213,7 +228,12 @@ def _load(args: DataArguments, split: str) -> Rows:
 
 
 def _make_rows(
-    rows: Rows, columns: list[str], args: DataArguments, is_evaluation: bool, classes: Sequence[str] | None
+    rows: Rows,
+    columns: list[str],
+    args: DataArguments,
+    is_evaluation: bool,
+    classes: Sequence[str] | None,
+    bad_rows: BadRows | None,
 ) -> Rows:
     """Rows of a task from rows with plain columns."""
     kind = args.task if args.task in ("classification", "masked") else "generated"
@@ -241,10 +261,8 @@ def _make_rows(
     features: dict[str, Any] = {"source": Value("int64")}
     if has_images:
         is_list = isinstance(rows.features[args.image_column], List) if rows.features else False
-        # Files are opened by the collator, not here
-        undecoded = List(Image(decode=False)) if is_list else Image(decode=False)
-        rows = rows.cast_column(args.image_column, undecoded)
-        features["images"] = List(Image())
+        rows = rows.cast_column(args.image_column, List(UNDECODED) if is_list else UNDECODED)
+        features["images"] = List(UNDECODED)
     if kind == "generated":
         features |= {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
         features |= {"references": List(Value("string"))} if is_evaluation else {}
@@ -261,13 +279,24 @@ def _make_rows(
             row = {name: values[i] for name, values in batch.items()}
             images = row[args.image_column] if has_images else []
             images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
-            for made in make(row, args, len(images), index, is_evaluation, classes):
+            try:
+                all_made = list(make(row, args, len(images), index, is_evaluation, classes))
+            except BAD_ROW_ERRORS as error:
+                if bad_rows is None:
+                    raise
+                bad_rows.add(index, error)
+                continue
+            for made in all_made:
                 for name, value in {**made, "images": images, "source": index}.items():
                     if name in features:
                         out[name].append(value)
         return out
 
-    return rows.map(expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features))
+    # A cached result would leave bad rows out, but write nothing down
+    caching = {} if args.streaming or bad_rows is None else {"load_from_cache_file": False}
+    return rows.map(
+        expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features), **caching
+    )
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
@@ -357,9 +386,7 @@ def number_rows(rows: Rows) -> Rows:
         return rows.add_column("row", list(range(len(rows))))
 
     def number(row: dict, index: int) -> dict:
-        # A stream passes its pictures on as they are stored
-        pictures = {"images": [load_picture(image) for image in row["images"] or []]} if "images" in row else {}
-        return {**row, **pictures, "row": index}
+        return {**row, "row": index}
 
     return rows.map(number, with_indices=True)
 

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from datasets import Dataset
 from sacrebleu import sentence_chrf
@@ -32,7 +33,7 @@ from ..processing import (
     DuoStreamProcessor,
     DuoStreamRetrievalCollator,
 )
-from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
+from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures
 from . import metrics
 from .arguments import DataArguments, parse
 from .data import Rows, load_rows
@@ -83,7 +84,8 @@ def generate_answers(
             row = {name: values[i] for name, values in batch.items()}
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
             *prompt, last = messages
-            conversations.append(with_pictures(prompt, row.get("images") or []))
+            pictures = load_pictures(row.get("images") or [], f"Row {row.get('row', len(results))}")
+            conversations.append(with_pictures(prompt, pictures))
             kept = {name: row[name] for name in ("row", "kind", "held_out", "references") if name in row}
             results.append({**kept, "prompt": text_of(prompt[-1]), "reference": text_of(last)})
         predictions = answer(model, processor, conversations, **kwargs)
@@ -92,9 +94,9 @@ def generate_answers(
     return results
 
 
-def with_pictures(messages: list[dict], images: list[Any]) -> list[dict]:
+def with_pictures(messages: list[dict], images: list[PIL.Image.Image]) -> list[dict]:
     """The messages with each picture in its part, as `apply_chat_template` takes them."""
-    pictures = map(load_picture, images)
+    pictures = iter(images)
     return [
         {
             **message,

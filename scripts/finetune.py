@@ -15,7 +15,7 @@ from transformers import AutoProcessor, set_seed
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .data import load_mixture, load_rows, read_classes
 from .tasks import task_of
-from .training import collator_of, train
+from .training import bad_rows_of, collator_of, train
 
 
 @dataclass
@@ -46,7 +46,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`metric_rows` are read again and again: not with `streaming`")
     is_classification = data_args.task == "classification"
     classes = read_classes(data_args) if is_classification else []
-    rows = load_mixture(data_args, classes, training_args.seed)
+    bad_rows = bad_rows_of(data_args, training_args)
+    rows = load_mixture(data_args, classes, training_args.seed, bad_rows)
     eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, classes=classes)
     metric_rows = None
     if training_args.metric_rows:
@@ -61,7 +62,8 @@ def main(args: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)
-    train(model, processor, training_args, rows, eval_rows, collator, task=data_args.task, metric_rows=metric_rows)
+    options = {"task": data_args.task, "metric_rows": metric_rows, "bad_rows": bad_rows}
+    train(model, processor, training_args, rows, eval_rows, collator, **options)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .. import (
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .compose import load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
-from .training import train
+from .training import bad_rows_of, train
 
 
 @dataclass
@@ -112,7 +112,8 @@ def main(args: list[str] | None = None) -> None:
     if training_args.metric_rows:
         raise ValueError("`metric_rows` is for fine-tuning: pretraining is measured by its losses")
     set_seed(training_args.seed)
-    rows = load_mixture(data_args, seed=training_args.seed)
+    bad_rows = bad_rows_of(data_args, training_args)
+    rows = load_mixture(data_args, seed=training_args.seed, bad_rows=bad_rows)
     eval_rows = None
     if training_args.eval_strategy != "no":
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
@@ -127,7 +128,7 @@ def main(args: list[str] | None = None) -> None:
             mlm=bool(pretrain_args.mlm_weight),
             pairs=bool(pretrain_args.itc_weight or pretrain_args.itm_weight),
         )
-    train(model, processor, training_args, rows, eval_rows, collator)
+    train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows)
 
 
 if __name__ == "__main__":

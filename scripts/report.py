@@ -15,6 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ..processing.data_collator_duostream import load_picture
+
 PICTURE_SIDE = 144  # pixels on the page
 NUM_SHOWN = 12
 
@@ -96,7 +98,8 @@ def write_evaluation(path: Path, task: str, record: dict[str, Any], rows: Datase
     def with_pictures(chosen: list[dict]) -> list[tuple[list[str], dict]]:
         if "images" not in rows.column_names:
             return [([], result) for result in chosen]
-        return [([embed(picture) for picture in rows[result["row"]]["images"]], result) for result in chosen]
+        pictures = [[load_picture(image) for image in rows[result["row"]]["images"]] for result in chosen]
+        return [([embed(picture) for picture in own], result) for own, result in zip(pictures, chosen, strict=True)]
 
     page = render(
         "evaluation.html.jinja",

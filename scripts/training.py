@@ -1,5 +1,6 @@
 """What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..processing import (
 )
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
+from .bad_rows import BadRows
 from .data import Rows
 from .evaluate import evaluate, generate_answers, score_answers
 from .tasks import WRITER, task_of
@@ -137,6 +139,18 @@ class DuoStreamTrainer(Trainer):
         return figures
 
 
+def bad_rows_of(data_args: DataArguments, training_args: DuoStreamTrainingArguments) -> BadRows | None:
+    """
+    Where rows go that can't be read, if `on_bad_rows` is `skip`.
+
+    Raises:
+        ValueError: `on_bad_rows` is something else.
+    """
+    if data_args.on_bad_rows not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_rows` is {data_args.on_bad_rows!r}; there are 'raise' and 'skip'")
+    return BadRows(Path(training_args.output_dir) / "bad_rows.jsonl") if data_args.on_bad_rows == "skip" else None
+
+
 def train(
     model: PreTrainedModel,
     processor: DuoStreamProcessor,
@@ -145,6 +159,7 @@ def train(
     eval_rows: Rows | None = None,
     collator: DuoStreamDataCollator | None = None,
     callbacks: list[Any] | None = None,
+    bad_rows: BadRows | None = None,
     **kwargs: Any,
 ) -> Trainer:
     """
@@ -152,15 +167,20 @@ def train(
 
     Args:
         collator (`DuoStreamDataCollator`, *optional*): Makes the batches. By default one for answers to be written.
+        bad_rows (`BadRows`, *optional*): Takes rows to train on that can't be read, which are otherwise an error.
         kwargs: Go to [`DuoStreamTrainer`].
 
     Returns:
         `Trainer`: after training; its `state.log_history` holds the losses.
     """
+    collator = DuoStreamDataCollator(processor) if collator is None else collator
+    if bad_rows is not None:
+        # Before training, so that batches, epochs and resuming are those of a data set without them
+        train_rows = bad_rows.leave_out(train_rows, lambda row: collator([row]))
     trainer = DuoStreamTrainer(
         model=model,
         args=training_args,
-        data_collator=DuoStreamDataCollator(processor) if collator is None else collator,
+        data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
@@ -177,4 +197,6 @@ def train(
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model()
+    if bad_rows is not None:
+        bad_rows.report()
     return trainer

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
+from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.data import BLANK_GRAY, blank, load_rows, number_rows, texts_of
 
@@ -27,6 +28,10 @@ def cache(tmp_path_factory):
 def collator():
     image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     return DuoStreamDataCollator(DuoStreamProcessor(image_processor, train_tokenizer([], 263), image_seq_length=4))
+
+
+def pictures(row):
+    return load_pictures(row["images"], "A row")
 
 
 def picture(i):
@@ -87,13 +92,13 @@ def test_each_caption_of_a_photograph_is_a_row_of_its_own(photographs):
     rows = load(photographs, answer_column="captions")
     assert [said(row) for row in rows] == [(1, "Describe the picture.", caption) for _, caption in FLAT]
     # The pictures' widths tell them apart
-    assert [[image.size for image in row["images"]] for row in rows] == [[(20 + i, 16)] for i, _ in FLAT]
+    assert [[image.size for image in pictures(row)] for row in rows] == [[(20 + i, 16)] for i, _ in FLAT]
 
 
 def test_splits_are_the_folders(photographs):
     rows = load(photographs, "validation", answer_column="captions")
     assert [said(row)[2] for row in rows] == CAPTIONS[0]
-    assert rows[0]["images"][0].size == (27, 16)
+    assert pictures(rows[0])[0].size == (27, 16)
 
 
 def test_a_split_can_be_sliced(photographs):
@@ -127,7 +132,7 @@ def test_questions_come_from_a_column(tmp_path):
 def test_pictures_may_be_of_any_usual_type(tmp_path, suffix):
     write_image_folder(tmp_path / "train", [{"caption": "A dog ."}], suffix=suffix)
     rows = load(tmp_path, answer_column="caption")
-    assert [image.size for image in rows[0]["images"]] == [(20, 16)]
+    assert [image.size for image in pictures(rows[0])] == [(20, 16)]
 
 
 def in_files(folder, kind, rows):
@@ -184,7 +189,7 @@ class TestFiles:
             write([{"image": path, "caption": f"It is {i}."} for i, path in enumerate(paths)], answer_column="caption")
         )
         assert [said(row) for row in rows] == [(1, "Describe the picture.", f"It is {i}.") for i in range(2)]
-        assert [[image.size for image in row["images"]] for row in rows] == [[(20, 16)], [(21, 16)]]
+        assert [[image.size for image in pictures(row)] for row in rows] == [[(20, 16)], [(21, 16)]]
 
     def test_rows_are_numbered(self, write):
         rows = write([{"messages": conversation("What?", str(i))} for i in range(3)])
@@ -210,7 +215,7 @@ def test_parquet_with_pictures_inside_is_read(tmp_path):
     for streaming in (False, True):
         rows = list(load(tmp_path, answer_column="caption", streaming=streaming))
         assert [said(row)[2] for row in rows] == ["It is 0.", "It is 1.", "It is 2."]
-        assert [row["images"][0].getpixel((0, 0))[0] for row in rows] == [0, 60, 120]
+        assert [pictures(row)[0].getpixel((0, 0))[0] for row in rows] == [0, 60, 120]
 
 
 def test_a_row_may_have_several_pictures_or_none(tmp_path):
@@ -255,7 +260,7 @@ def test_streaming_gives_the_same_rows(photographs):
     assert isinstance(stored, Dataset) and isinstance(streamed, IterableDataset)
     for a, b in zip(stored, streamed, strict=True):
         assert a.keys() == b.keys()
-        assert [image.tobytes() for image in a["images"]] == [image.tobytes() for image in b["images"]]
+        assert [image.tobytes() for image in pictures(a)] == [image.tobytes() for image in pictures(b)]
         assert {**a, "images": None} == {**b, "images": None}
 
 
@@ -371,15 +376,15 @@ def test_blank_pictures_are_gray_and_of_the_same_size(photographs):
         blanked = list(blank(rows))
         assert len(blanked) == len(FLAT)
         for old, new in zip(rows, blanked, strict=True):
-            assert [image.size for image in new["images"]] == [image.size for image in old["images"]]
-            assert all(image.getcolors() == [(image.width * image.height, BLANK_GRAY)] for image in new["images"])
+            assert [image.size for image in pictures(new)] == [image.size for image in pictures(old)]
+            assert all(image.getcolors() == [(image.width * image.height, BLANK_GRAY)] for image in pictures(new))
             assert {**new, "images": None} == {**old, "images": None}
 
 
 def test_blanking_leaves_the_rows_it_was_given(photographs):
     rows = load(photographs, answer_column="captions")
     blank(rows)[0]
-    assert rows[0]["images"][0].getcolors() != [(20 * 16, BLANK_GRAY)]
+    assert pictures(rows[0])[0].getcolors() != [(20 * 16, BLANK_GRAY)]
 
 
 def test_blank_rows_can_be_read_in_batches(photographs):
@@ -398,8 +403,8 @@ def test_pictures_given_by_their_paths_can_be_blanked(tmp_path):
     picture(3).save(tmp_path / "a.png")
     row = {"images": [str(tmp_path / "a.png")], "messages": conversation("What?", "That.", has_picture=True)}
     (blanked,) = blank(load(write_lines(tmp_path / "lines" / "train.jsonl", [row])))
-    assert [image.size for image in blanked["images"]] == [(23, 16)]
-    assert blanked["images"][0].getpixel((5, 5)) == BLANK_GRAY
+    assert [image.size for image in pictures(blanked)] == [(23, 16)]
+    assert pictures(blanked)[0].getpixel((5, 5)) == BLANK_GRAY
 
 
 def test_numbers_count_rows_in_their_order():

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 
 from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
+from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts import data, evaluate, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
 from duostream.scripts.data import load_mixture, load_rows, read_classes
@@ -41,6 +42,10 @@ def workplace(tmp_path_factory):
         folder = tmp_path_factory.mktemp("workplace")
         patch.chdir(folder)
         yield folder
+
+
+def pictures(row):
+    return load_pictures(row["images"], "A row")
 
 
 def write(path, rows):
@@ -137,13 +142,13 @@ def test_a_caption_is_a_row_in_training_and_a_reference_in_evaluation(photograph
 def test_pictures_may_be_paths_that_start_from_a_folder(photographs, workplace):
     path = write(workplace / "paths.jsonl", [{"image": f"{i}.jpg", "question": "?", "answer": "!"} for i in range(4)])
     rows = load(path, task="vqa", image_dir=str(photographs / "train"))
-    assert [row["images"][0].size for row in rows] == [(30 + i, 24) for i in range(4)]
+    assert [pictures(row)[0].size for row in rows] == [(30 + i, 24) for i in range(4)]
 
 
 def test_a_row_may_have_several_paths_of_pictures(photographs, workplace):
     rows = [{"image": ["0.jpg", "2.jpg"], "question": "?", "answer": "!"}]
     rows = load(write(workplace / "lists.jsonl", rows), task="vqa", image_dir=str(photographs / "train"))
-    assert [image.size for image in rows[0]["images"]] == [(30, 24), (32, 24)]
+    assert [image.size for image in pictures(rows[0])] == [(30, 24), (32, 24)]
 
 
 def test_what_fills_a_prompt_can_be_cut_and_that_is_said(texts, monkeypatch):
