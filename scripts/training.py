@@ -148,7 +148,7 @@ def bad_rows_of(data_args: DataArguments, training_args: DuoStreamTrainingArgume
     """
     if data_args.on_bad_rows not in ("raise", "skip"):
         raise ValueError(f"`on_bad_rows` is {data_args.on_bad_rows!r}; there are 'raise' and 'skip'")
-    return BadRows(Path(training_args.output_dir) / "bad_rows.jsonl") if data_args.on_bad_rows == "skip" else None
+    return BadRows(Path(str(training_args.output_dir)) / "bad_rows.jsonl") if data_args.on_bad_rows == "skip" else None
 
 
 def train(
