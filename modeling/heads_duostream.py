@@ -387,9 +387,6 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         # By this `Trainer` knows that `labels` are shifted, and which of them count
         self.loss_type = "ForCausalLM"
         self.image_text_head = DuoStreamImageTextHead(config)
-        # What no objective trains has no gradient for ranks to wait for
-        self.image_text_head.requires_grad_(config.itc_weight > 0)
-        self.image_text_head.matching.requires_grad_(config.itm_weight > 0)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

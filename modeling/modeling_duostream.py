@@ -72,7 +72,8 @@ class DuoStreamCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
             Language-modelling loss (next-token prediction).
         logits (`torch.FloatTensor` of shape `(batch, seq_len, vocab_size)`):
-            Scores of the next token at each position that `logits_to_keep` keeps.
+            Scores of the next token at each position that `logits_to_keep` keeps; in training with `labels_per_row`,
+            of shape `(batch, labels_per_row, vocab_size)`, at those that have a label.
         past_key_values (`Cache`, *optional*): Keys and values of the fusion layers, then of the text layers.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
         attentions (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
@@ -771,6 +772,7 @@ def gather_labelled(
     Raises:
         ValueError: A row has more labels.
     """
+    labels = labels.to(hidden_states.device)
     has_label = labels != -100
     check(
         (has_label.sum(dim=1) <= labels_per_row).all(),

@@ -7,6 +7,7 @@ Example:
     duostream-benchmark quality --task classification --dataset path/to/sst2 --prompt "{sentence}" --image_column ""
 """
 
+import copy
 import json
 import sys
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
@@ -70,9 +73,15 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 @dataclass
 class QualityArguments:
-    """How large, how long, how often."""
+    """
+    How large, how long, how often.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
 
     minutes: float = field(default=5.0, metadata={"help": "Of training, for each side and seed."})
+    max_steps: int | None = field(default=None, metadata={"help": "Of training, instead of minutes."})
     hidden_size: int = field(default=256, metadata={"help": "Of both sides' transformers."})
     num_layers: int = field(default=4, metadata={"help": "Of each side; half of an encoder-decoder's decode."})
     num_text_layers: int = field(
@@ -98,24 +107,42 @@ class QualityArguments:
         default_factory=lambda: ["duostream", "peer"],
         metadata={"help": "duostream; peer; blind: DuoStream on the same rows without their pictures."},
     )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "In training, where layers have it: Llama's, which are DuoStream's, in attention alone."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each trains all sides once more."})
     output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
 
+    def __post_init__(self) -> None:
+        unknown = set(self.sides) - {"duostream", "peer", "blind"}
+        if unknown:
+            raise ValueError(f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer' and 'blind'")
+        if not 0 < self.num_text_layers < self.num_layers:
+            raise ValueError(
+                f"`num_text_layers` is {self.num_text_layers}; expected at least 1 and fewer than `num_layers`, "
+                f"which is {self.num_layers}"
+            )
+
 
 class Clock(TrainerCallback):
-    """Training time: how much of it is over, and an end to it."""
+    """How much of the training is over, and an end to it: by time, or by steps where there is a number of them."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self.started = seconds, time.perf_counter()
+    def __init__(self, seconds: float, max_steps: int | None):
+        self.seconds, self.max_steps = seconds, max_steps
+        self.started, self.steps = time.perf_counter(), 0
 
     @property
     def share(self) -> float:
+        if self.max_steps is not None:
+            return self.steps / self.max_steps
         return (time.perf_counter() - self.started) / self.seconds
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps = state.global_step
         control.should_training_stop = self.share >= 1
 
 
@@ -144,23 +171,30 @@ class Side:
 
 
 class FrozenVision(PreTrainedModel):
-    """A pretrained convolutional model that gives tokens as a ViT does, for peers that read no feature maps."""
+    """
+    A pretrained convolutional model, frozen, whose feature map is read as tokens with a norm and positions of their
+    own: for peers that read no feature maps. DuoStream's projector has both, too.
+    """
 
     main_input_name = "pixel_values"
 
     def __init__(self, vision: str):
         _, config = load_vision(vision)
-        config.hidden_size = image_token_shape(config)[1]  # the peers ask the config for it
+        num_tokens, config.hidden_size = image_token_shape(config)  # the peers ask the config for it
         super().__init__(config)
         self.backbone = AutoModel.from_pretrained(vision, config=config).requires_grad_(False)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.position_embeddings = nn.Parameter(0.02 * torch.randn(num_tokens, config.hidden_size))
 
     def train(self, mode: bool = True) -> "FrozenVision":
         # As in DuoStream, batch norms stay as they are
         return super().train(False)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        # GPT-2 takes no other memory layout
-        states = image_tokens(self.backbone(pixel_values=pixel_values)).contiguous()  # (batch, num_tokens, channels)
+        # As in DuoStream, the memory layout in which convolutions are fastest
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        states = image_tokens(self.backbone(pixel_values=pixel_values))  # (batch, num_tokens, channels)
+        states = self.norm(states.contiguous()) + self.position_embeddings
         return BaseModelOutputWithPooling(states, pooler_output=states.mean(dim=1), hidden_states=(states,))
 
 
@@ -177,6 +211,7 @@ def duostream_side(
         "intermediate_size": args.hidden_size * 8 // 3,
         "num_attention_heads": num_heads(args),
         "initializer_range": 0.02,  # as the peers
+        "attention_dropout": args.dropout,
         **json.loads(args.stack),
     }
     vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
@@ -191,6 +226,7 @@ def duostream_side(
         initializer_range=stack["initializer_range"],
         image_token_id=processor.image_token_id,
         contrastive_loss="softmax",
+        classifier_dropout=args.dropout,
         **options,
     )
     processor.image_seq_length = config.image_seq_length
@@ -202,13 +238,21 @@ def duostream_side(
     if args.vision is not None:
         take_vision(model, args.vision)
         model.freeze("vision")
-    # Only a model that writes has anything to generate with
-    generation = {} if data_args.task in heads else {"max_new_tokens": args.max_new_tokens}
+    generation = {}
+    if data_args.task not in heads:
+        generation = {"max_new_tokens": args.max_new_tokens}
+        stop_at_the_end(model, processor.tokenizer)
     return Side(
         model,
         collator_of(data_args, processor, model),
         lambda rows: evaluate(model, processor, rows, data_args.task, **generation)[0],
     )
+
+
+def stop_at_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tells a model how an answer ends, which `Trainer` does only where it has the processor."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def only_what_is_read(collator: Collator, model: PreTrainedModel) -> Collator:
@@ -232,14 +276,17 @@ def peer_side(
     Raises:
         ValueError: The task has no peer here.
     """
-    size = {
+    size: dict[str, Any] = {
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_layers,
         "num_attention_heads": num_heads(args),
         "intermediate_size": 4 * args.hidden_size,
     }
+    size |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     tokenizer = processor.tokenizer
-    bert = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **size, **options)
+    if data_args.task in ("classification", "retrieval"):
+        processor = with_first_token(processor)
+    bert = BertConfig(vocab_size=len(processor.tokenizer), pad_token_id=tokenizer.pad_token_id, **size, **options)
     vit = ViTConfig(**size, image_size=args.image_size, patch_size=args.image_size // 6, **options)
     model: PreTrainedModel
     if data_args.task == "classification":
@@ -262,6 +309,15 @@ def peer_side(
     raise ValueError(f"`task` {data_args.task!r} has no peer here")
 
 
+def with_first_token(processor: DuoStreamProcessor) -> DuoStreamProcessor:
+    """A processor whose tokenizer puts BERT's [CLS], whose state is all that its heads read, in front of each text."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+    special = [("[CLS]", tokenizer.cls_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=special)
+    return DuoStreamProcessor(processor.image_processor, tokenizer, image_seq_length=processor.image_seq_length)
+
+
 def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Marian for translation, BART for summaries: an encoder and a decoder that share the layers between them."""
     config_class = MarianConfig if task == "translation" else BartConfig
@@ -280,6 +336,10 @@ def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedToke
         decoder_start_token_id=tokenizer.pad_token_id,
         forced_eos_token_id=None,
         max_position_embeddings=1024,
+        dropout=args.dropout,
+        attention_dropout=args.dropout,
+        # Marian's words would drown in its positions, as it has no norm between them and the layers
+        scale_embedding=task == "translation",
     )
     return (MarianMTModel if task == "translation" else BartForConditionalGeneration)(config)
 
@@ -296,13 +356,17 @@ def captioner(
         n_head=num_heads(args),
         n_positions=256,
         bos_token_id=tokenizer.pad_token_id,
+        embd_pdrop=args.dropout,
+        attn_pdrop=args.dropout,
+        resid_pdrop=args.dropout,
         is_decoder=True,
         add_cross_attention=True,
         **special,
     )
     model = VisionEncoderDecoderModel(encoder=vision, decoder=GPT2LMHeadModel(decoder))
-    for config in (model.config, model.generation_config):
-        config.update({"decoder_start_token_id": tokenizer.pad_token_id, **special})
+    model.config.update({"decoder_start_token_id": tokenizer.pad_token_id, **special})
+    model.generation_config.decoder_start_token_id = tokenizer.pad_token_id
+    stop_at_the_end(model, tokenizer)
     return model
 
 
@@ -317,6 +381,7 @@ def llava_side(
         intermediate_size=args.hidden_size * 8 // 3,
         num_attention_heads=num_heads(args),
         num_hidden_layers=args.num_layers,
+        attention_dropout=args.dropout,
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
     )
@@ -333,9 +398,7 @@ def llava_side(
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = vision
-    model.generation_config.update(
-        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
-    )
+    stop_at_the_end(model, processor.tokenizer)
     own = DuoStreamProcessor(
         processor.image_processor, processor.tokenizer, image_seq_length=num_tokens if is_map else num_tokens - 1
     )
@@ -405,22 +468,24 @@ def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArgu
         disable_tqdm=True,
         dataloader_num_workers=1,
     )
-    clock = Clock(60 * args.minutes)
+    clock = Clock(60 * args.minutes, args.max_steps)
     trainer = TimedTrainer(
         model=side.model, args=training_args, data_collator=side.collator, train_dataset=rows, clock=clock
     )
+    cpu_seconds = time.process_time()
     trainer.train()
+    # Far below minutes times threads, if other processes were in the way
+    cpu_seconds = time.process_time() - cpu_seconds
+    trained = sum(weight.numel() for weight in trainer.optimizer.state)  # what never had a gradient has no state
     figures = side.measure(eval_rows)
-    return {"parameters": side.model.num_parameters(), "steps": trainer.state.global_step, **figures}
+    counts = {"parameters": side.model.num_parameters(), "trained_parameters": trained}
+    return {**counts, "steps": trainer.state.global_step, "cpu_seconds": cpu_seconds, **figures}
 
 
 def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
-    unknown = set(quality_args.sides) - {"duostream", "peer", "blind"}
-    if unknown:
-        raise ValueError(f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer' and 'blind'")
     classes = read_classes(data_args) if data_args.task == "classification" else []
 
     def load(data_args: DataArguments) -> tuple[Rows, Rows]:
@@ -434,6 +499,8 @@ def main(args: list[str] | None = None) -> None:
         name: load(replace(data_args, image_column="")) if name == "blind" else seeing for name in quality_args.sides
     }
     rows = seeing[0]
+    if "blind" in rows_of and any("images" in (each.column_names or []) for each in rows_of["blind"]):
+        raise ValueError("`sides` has 'blind', but these rows keep their pictures without an image column, too")
     is_classification = data_args.task == "classification"
     options = class_options(classes, rows[0]["label"]) if is_classification else {}
     reads_text = any(text.strip() for text, _ in zip(texts_of(rows), range(100), strict=False))

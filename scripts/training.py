@@ -55,6 +55,10 @@ class DuoStreamTrainer(Trainer):
         if self.has_objectives:
             # Batches without masked tokens have labels, too
             self.label_names: list[str] = ["labels"]
+            # What no objective trains has no gradient, for which ranks would wait
+            weights, head = self.model.config, self.model.image_text_head
+            head.requires_grad_(weights.itc_weight > 0)
+            head.matching.requires_grad_(weights.itm_weight > 0)
         self.task, self.metric_rows = task, metric_rows
         config = self.model.config
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
