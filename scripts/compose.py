@@ -8,6 +8,7 @@ Example:
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,18 +43,24 @@ class ComposeArguments:
     seed: int = field(default=42, metadata={"help": "Of the new weights."})
 
 
-def load_vision(vision: str) -> tuple[BaseImageProcessor, PreTrainedConfig]:
+def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImageProcessor, PreTrainedConfig]:
     """
-    A vision model's image processor, and its config with the `image_size` of what the image processor makes.
+    A vision model's image processor, and its config with the `image_size` of what the image processor makes: its own,
+    or of a convolutional model another, to which whole pictures are resized.
 
     Raises:
         ValueError: The model is for pictures of another size.
     """
-    image_processor = AutoImageProcessor.from_pretrained(vision)
+    options: dict[str, Any] = {}
+    if image_size is not None:
+        options = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
+    image_processor = AutoImageProcessor.from_pretrained(vision, **options)
     gray = Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8))
     height, width = image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
     config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
+    if image_size is not None and not hasattr(config, "patch_size"):
+        config.image_size = image_size  # convolutions take any
     own_size = getattr(config, "image_size", None)
     if height != width or own_size not in (None, height, [height, width]):
         raise ValueError(

@@ -93,6 +93,9 @@ class QualityArguments:
         default=None,
         metadata={"help": "Local folder or Hub id of a convolutional vision model that serves both sides, frozen."},
     )
+    vision_size: int | None = field(
+        default=None, metadata={"help": "Side of that model's pictures in pixels, if not the one it was trained with."}
+    )
     stack: str = field(
         default="{}",
         metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Llama."},
@@ -178,8 +181,8 @@ class FrozenVision(PreTrainedModel):
 
     main_input_name = "pixel_values"
 
-    def __init__(self, vision: str):
-        _, config = load_vision(vision)
+    def __init__(self, vision: str, image_size: int | None = None):
+        _, config = load_vision(vision, image_size)
         num_tokens, config.hidden_size = image_token_shape(config)  # the peers ask the config for it
         super().__init__(config)
         self.backbone = AutoModel.from_pretrained(vision, config=config).requires_grad_(False)
@@ -216,7 +219,7 @@ def duostream_side(
     }
     vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
     if args.vision is not None:
-        _, vision_config = load_vision(args.vision)
+        _, vision_config = load_vision(args.vision, args.vision_size)
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
@@ -297,7 +300,7 @@ def peer_side(
         )
     if data_args.task in ("translation", "summarization"):
         return seq2seq_side(args, data_args, processor, encoder_decoder(args, data_args.task, tokenizer))
-    vision = ViTModel(vit) if args.vision is None else FrozenVision(args.vision)
+    vision = ViTModel(vit) if args.vision is None else FrozenVision(args.vision, args.vision_size)
     if data_args.task == "caption":
         return seq2seq_side(args, data_args, processor, captioner(args, vision, tokenizer))
     if data_args.task == "retrieval":
@@ -512,7 +515,7 @@ def main(args: list[str] | None = None) -> None:
         )
     image_processor = SiglipImageProcessorPil(size=size)
     if quality_args.vision is not None:
-        image_processor, _ = load_vision(quality_args.vision)
+        image_processor, _ = load_vision(quality_args.vision, quality_args.vision_size)
     processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=1, bidirectional_prefix=True)
 
     def make(name: str) -> Side:

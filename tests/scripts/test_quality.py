@@ -57,7 +57,7 @@ def test_both_sides_are_trained_and_measured(dataset, tmp_path, name):
     options = {"task": name, "dataset": dataset, "output": tmp_path / "out.json", **SIZE, **options}
     writes = "exact" in figure
     if writes:
-        options |= {"max_steps": 200, "learning_rate": 2e-3, "batch_size": 8, "max_new_tokens": 40}
+        options |= {"max_steps": 300, "learning_rate": 2e-3, "batch_size": 8, "max_new_tokens": 40}
     compare(options)
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [run["side"] for run in runs] == ["duostream", "peer"]
