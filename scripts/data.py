@@ -62,7 +62,8 @@ def load_rows(
 
     Returns:
         `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
-        errors name them. Pictures are as they are stored: the collator opens them.
+        errors name them, and, where the rows had plain columns, `length` in characters. Pictures are as they are
+        stored: the collator opens them.
 
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
@@ -110,15 +111,18 @@ def load_mixture(
 
 
 def _same_columns(rows: Rows) -> Rows:
-    """Rows as those of other data sets: `images`, which may be empty, `prompt` and `completion`."""
+    """Rows as those of other data sets: `images`, which may be empty, `prompt`, `completion` and `length`."""
     columns = set(rows.column_names or next(iter(rows.take(1))))
     if not {"prompt", "completion"} <= columns:
         raise ValueError("A mixture takes rows with `prompt` and `completion`, or with an answer column")
     if "images" not in columns:
         rows = rows.map(lambda row: {"images": []}, features=Features({**rows.features, "images": List(UNDECODED)}))
-    rows = rows.select_columns(["images", "prompt", "completion"])
+    if "length" not in columns:
+        rows = rows.map(lambda row: {"length": _num_chars(row)})
+    rows = rows.select_columns(["images", "prompt", "completion", "length"])
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    return rows.cast(Features({"images": List(UNDECODED), "prompt": messages, "completion": messages}))
+    features = {"images": List(UNDECODED), "prompt": messages, "completion": messages, "length": Value("int64")}
+    return rows.cast(Features(features))
 
 
 def read_classes(args: DataArguments) -> list[str]:
@@ -258,7 +262,7 @@ def _make_rows(
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
     if has_images and args.image_dir is not None:
         rows = _join_image_dir(rows, args.image_column, args.image_dir)
-    features: dict[str, Any] = {"source": Value("int64")}
+    features: dict[str, Any] = {"source": Value("int64"), "length": Value("int64")}
     if has_images:
         is_list = isinstance(rows.features[args.image_column], List) if rows.features else False
         rows = rows.cast_column(args.image_column, List(UNDECODED) if is_list else UNDECODED)
@@ -287,7 +291,7 @@ def _make_rows(
                 bad_rows.add(index, error)
                 continue
             for made in all_made:
-                for name, value in {**made, "images": images, "source": index}.items():
+                for name, value in {**made, "images": images, "source": index, "length": _num_chars(made)}.items():
                     if name in features:
                         out[name].append(value)
         return out
@@ -297,6 +301,12 @@ def _make_rows(
     return rows.map(
         expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features), **caching
     )
+
+
+def _num_chars(row: dict[str, Any]) -> int:
+    """Length of a row's texts in characters, by which `--train_sampling_strategy group_by_length` saves padding."""
+    messages = [*row.get("prompt", ()), *row.get("completion", ())]
+    return len(row.get("text", "")) + sum(len(part["text"] or "") for each in messages for part in each["content"])
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:

@@ -470,6 +470,8 @@ def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArgu
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=1,
+        # As much padding for all sides: little
+        train_sampling_strategy="group_by_length" if "length" in rows.column_names else "random",
     )
     clock = Clock(60 * args.minutes, args.max_steps)
     trainer = TimedTrainer(

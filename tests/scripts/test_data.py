@@ -95,6 +95,11 @@ def test_each_caption_of_a_photograph_is_a_row_of_its_own(photographs):
     assert [[image.size for image in pictures(row)] for row in rows] == [[(20 + i, 16)] for i, _ in FLAT]
 
 
+def test_rows_tell_how_long_their_texts_are(photographs):
+    rows = load_rows(DataArguments(dataset=str(photographs), answer_column="captions", prompt="Say it."), "train")
+    assert rows["length"] == [len("Say it.") + len(caption) for _, caption in FLAT]
+
+
 def test_splits_are_the_folders(photographs):
     rows = load(photographs, "validation", answer_column="captions")
     assert [said(row)[2] for row in rows] == CAPTIONS[0]
