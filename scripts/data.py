@@ -87,8 +87,9 @@ def load_mixture(
     parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
     if any(part.streaming for part in parts):
         raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
-    if any(part.blank_images for part in parts[1:]):
-        raise ValueError("`blank_images` is for the whole mixture: set it beside `mixture`, not in a file of it")
+    for option in ("blank_images", "on_bad_rows"):
+        if any(getattr(part, option) != getattr(DataArguments, option) for part in parts[1:]):
+            raise ValueError(f"`{option}` is for the whole mixture: set it beside `mixture`, not in a file of it")
     for part in parts:
         if task_of(part).auto_class is not WRITER:
             raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")

@@ -249,9 +249,10 @@ def test_a_mixture_can_hide_its_pictures(photographs, texts, workplace):
     args = DataArguments(task="caption", dataset=str(photographs), mixture=[str(recipe)], blank_images=True)
     pictures = [picture for row in load_mixture(args) for picture in row["images"]]
     assert pictures and all(picture.getextrema() == ((128, 128),) * 3 for picture in pictures)
-    recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts), "blank_images": True}))
-    with pytest.raises(ValueError, match="for the whole mixture"):
-        load_mixture(args)
+    for option, value in (("blank_images", True), ("on_bad_rows", "skip")):
+        recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts), option: value}))
+        with pytest.raises(ValueError, match=f"`{option}` is for the whole mixture"):
+            load_mixture(args)
 
 
 def test_pretraining_without_masks_measures_a_loss(photographs, tmp_path):
