@@ -470,6 +470,8 @@ def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArgu
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=1,
+        # A worker for each pass over few rows would take longer than the pass
+        dataloader_persistent_workers=True,
         # As much padding for all sides: little
         train_sampling_strategy="group_by_length" if "length" in rows.column_names else "random",
     )

@@ -127,7 +127,8 @@ def test_a_task_without_a_peer_is_refused(dataset, tmp_path):
 
 def test_rows_that_keep_their_pictures_make_nobody_blind(tmp_path):
     with pytest.raises(ValueError, match="`sides` has 'blind', but these rows keep their pictures"):
-        compare({"task": "vqa", "output": tmp_path / "out.json", **SIZE}, "--sides", "blind")
+        few = {"max_train_rows": 2, "max_eval_rows": 2}
+        compare({"task": "vqa", "output": tmp_path / "out.json", **few, **SIZE}, "--sides", "blind")
 
 
 def test_some_layers_are_left_for_the_fusion_stack():
