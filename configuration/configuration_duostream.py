@@ -15,22 +15,27 @@ from .image_tokens_duostream import image_size_of, image_token_shape
 CHOICES = {"projector_type": ("mlp", "linear", "none"), "contrastive_loss": ("sigmoid", "softmax")}
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
 
+# Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
+SMALL_STACK: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.09,
+}
+SMALL_TEXT_STACK = {**SMALL_STACK, "num_hidden_layers": 1, "tie_word_embeddings": True}
+SMALL_FUSION_STACK = {**SMALL_STACK, "num_hidden_layers": 3}
+# Whose own defaults are those of a large model; None is as many as there are heads
+SMALL_QWEN3 = {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": None}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Over a million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
-    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps.
-    # Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
+    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps. Qwen3
+    # is Llama with normed queries and keys (Henry et al. 2020), by which words find the image tokens that they are
+    # about after half as many steps: a token's length no longer weighs in on how well it matches.
     "tiny": {
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": 2048,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.09,
-            "tie_word_embeddings": True,
-        },
+        "text_config": {**SMALL_QWEN3, **SMALL_TEXT_STACK},
         "vision_config": {
             "model_type": "regnet",
             "image_size": 48,
@@ -40,16 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "groups_width": 64,
             "layer_type": "x",
         },
-        "fusion_stack_config": {
-            "model_type": "llama",
-            "vocab_size": 2048,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.09,
-        },
+        "fusion_stack_config": {**SMALL_QWEN3, **SMALL_FUSION_STACK},
         "projector_position_embeddings": True,
         "initializer_range": 0.09,
     },
@@ -114,6 +110,10 @@ class DuoStreamConfig(PreTrainedConfig):
             The inner width of the `"mlp"` projector. Defaults to that of the fusion stack.
         projector_position_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to add a learned position to each image token, for vision streams that don't mark positions.
+        restart_positions (`bool`, *optional*, defaults to `False`):
+            Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
+            those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
+            effect.
         vision_feature_layer (`int`, *optional*, defaults to -1):
             Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
@@ -147,9 +147,7 @@ class DuoStreamConfig(PreTrainedConfig):
 
     model_type = "duostream"
     sub_configs_defaults = {
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="llama", init_kwargs=PRESETS["tiny"]["text_config"]
-        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs=SMALL_TEXT_STACK),
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
             model_type="siglip_vision_model",
@@ -164,7 +162,7 @@ class DuoStreamConfig(PreTrainedConfig):
             },
         ),
         "fusion_stack_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="llama", init_kwargs=PRESETS["tiny"]["fusion_stack_config"]
+            config_class=AutoConfig, model_type="llama", init_kwargs=SMALL_FUSION_STACK
         ),
     }
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -180,6 +178,7 @@ class DuoStreamConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_position_embeddings: bool = False
     vision_feature_layer: int = -1
+    restart_positions: bool = False
     projection_dim: int = 256
     contrastive_loss: Literal["sigmoid", "softmax"] = "sigmoid"
     lm_weight: float = 1.0

@@ -37,6 +37,10 @@ from .stream_layout_duostream import (
     check,
     count_text,
     lay_out,
+    prefix_length_of,
+    restart_positions,
+    see_own_segment,
+    segment_positions,
     text_padding_mask,
 )
 
@@ -489,6 +493,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         text_position_ids: torch.Tensor | None = None,
         images_per_row: int | None = None,
+        prefix_length: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamModelOutputWithPast:
         r"""
@@ -516,6 +522,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             images_per_row (`int`, *optional*):
                 The number of pictures in every row, where all rows have the same number (and, for several rows with a
                 cache, where they stand in front of the text). The forward pass then never waits for the device.
+            prefix_length (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                How many tokens of each row are prefix, padding apart. With `config.restart_positions`, needed to
+                continue from a cache without `token_type_ids` of the whole sequence; else it has no effect.
+            segment_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+                For rows that hold several continuations of one beginning, as questions about one picture: 0 in the
+                beginning, with all pictures and all of a prefix, then 1, 2, ... in one continuation after the other.
+                Each sees the beginning and itself, and counts its positions on from the beginning's end, so that its
+                states are those of a row of its own. Goes without a cache.
 
         Raises:
             ValueError: placeholders and pictures don't match, or the arguments contradict each other.
@@ -527,7 +541,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if use_cache is None:
             # The library's models fill a cache in training, too. Without one the text is packed closer.
             use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
-        use_cache = use_cache and self.config.is_text_causal
+        use_cache = use_cache and self.config.is_text_causal and segment_ids is None
+        if segment_ids is not None and (past_key_values is not None or not self.config.is_text_causal):
+            raise ValueError("`segment_ids` are for a text stream that is a decoder, and go without `past_key_values`")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         elif past_key_values is not None and not self.config.is_text_causal:
@@ -556,8 +572,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             is_image = self.locate_images(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_len, past_text_len, has_new_images
             )
+            if segment_ids is not None and position_ids is None:
+                position_ids = segment_positions(segment_ids, attention_mask)
+            if segment_ids is not None:
+                is_prefix = None if token_type_ids is None else token_type_ids == 0
+                for name, is_shared in (("Pictures", is_image), ("A prefix", is_prefix)):
+                    if is_shared is not None:
+                        check(~(is_shared & (segment_ids != 0)).any(), f"{name} must stand where `segment_ids` are 0")
             given_position_ids = position_ids
-            if position_ids is None and (attention_mask is not None or is_image is not None):
+            needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
+            if position_ids is None and needs_positions:
                 position_ids = self._count_tokens(attention_mask, past_len, batch_size, seq_len)
             # Without a cache text is packed to the left: its positions are the default ones
             packed = has_new_images and text_cache is None
@@ -570,6 +594,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                     is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=self.device)
                 block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len)
 
+        if self.config.restart_positions:
+            if prefix_length is None:
+                prefix_length = self._count_prefix(token_type_ids, attention_mask, past_len, seq_len)
+            position_ids = restart_positions(position_ids, prefix_length)
+
+        text_attention_mask = layout.text_attention_mask
+        if segment_ids is not None:
+            text_attention_mask = self._text_segment_mask(segment_ids, layout)
         if layout.text_index is not None:
             if inputs_embeds is None:
                 input_ids = input_ids.gather(1, layout.text_index)  # (batch, text_len)
@@ -582,7 +614,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             hidden_states = self.text_model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
-                attention_mask=layout.text_attention_mask,
+                attention_mask=text_attention_mask,
                 position_ids=self._as_the_text_stream_counts(layout.text_position_ids),
                 past_key_values=text_cache,
                 use_cache=text_cache is not None,
@@ -593,12 +625,13 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             image_features = image_features.to(hidden_states.device, hidden_states.dtype)
             states = torch.cat([hidden_states.flatten(0, 1), image_features.flatten(0, -2)])  # (all tokens, hidden)
             hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
-        if block_ids is not None:
+        if block_ids is not None or segment_ids is not None:
             fusion_attention_mask = create_masks_for_generate(
                 config=self.config.fusion_stack_config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
                 past_key_values=fusion_cache,
+                and_mask_function=None if segment_ids is None else see_own_segment(segment_ids),
                 block_sequence_ids=block_ids,
             )
 
@@ -616,6 +649,19 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+        )
+
+    def _text_segment_mask(self, segment_ids: torch.Tensor, layout: StreamLayout) -> Any:
+        """Masks by which the text stream, too, reads each continuation apart from the others."""
+        if layout.text_index is not None:
+            segment_ids = segment_ids.gather(1, layout.text_index)  # (batch, text_len)
+        return create_masks_for_generate(
+            config=self.config.text_config,
+            # Only the shape, dtype and device count
+            inputs_embeds=torch.empty((*segment_ids.shape, 0), dtype=self.dtype, device=segment_ids.device),
+            attention_mask=layout.text_attention_mask,
+            past_key_values=None,
+            and_mask_function=see_own_segment(segment_ids),
         )
 
     def read_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -683,6 +729,24 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -seq_len:]
         positions = torch.arange(seq_len, device=self.device) + past_len
         return positions.expand(batch_size, -1)
+
+    def _count_prefix(
+        self,
+        token_type_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, Any] | None,
+        past_len: int | torch.Tensor,
+        seq_len: int,
+    ) -> torch.Tensor:
+        if isinstance(past_len, torch.Tensor) or isinstance(attention_mask, dict):
+            raise ValueError("With a static cache, `config.restart_positions` needs `prefix_length`")
+        if past_len and (token_type_ids is None or token_type_ids.shape[1] != past_len + seq_len):
+            raise ValueError(
+                "To continue from a cache, `config.restart_positions` needs `prefix_length`, or `token_type_ids` of "
+                f"the whole sequence of {past_len + seq_len} tokens, cached ones included"
+            )
+        if token_type_ids is None:
+            return torch.zeros(1, dtype=torch.long, device=self.device)
+        return prefix_length_of(token_type_ids, attention_mask)
 
     def _block_sequence_ids(
         self,
@@ -810,6 +874,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         text_position_ids: torch.Tensor | None = None,
         images_per_row: int | None = None,
+        prefix_length: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
         labels_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamCausalLMOutputWithPast:
@@ -859,6 +925,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             text_position_ids=text_position_ids,
             images_per_row=images_per_row,
+            prefix_length=prefix_length,
+            segment_ids=segment_ids,
             return_dict=True,
             **kwargs,
         )
@@ -888,12 +956,18 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        # `generate` calls this once, before the first step. From here on it carries `mm_token_type_ids` along, which
-        # tell the text stream at every step which of the cached tokens are text.
+        # `generate` calls this once, before the first step. From here on it carries along what every step needs:
+        # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text, and the length of
+        # the prefix, behind which positions may start anew.
         if model_kwargs.get("mm_token_type_ids") is None and model_kwargs.get("mm_encoder_outputs"):
             inputs_embeds = model_kwargs.get("inputs_embeds")
             ids = input_ids if inputs_embeds is None else None
             model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
+        if self.config.restart_positions and model_kwargs.get("prefix_length") is None:
+            token_type_ids, attention_mask = model_kwargs.get("token_type_ids"), model_kwargs["attention_mask"]
+            # Without types there is no prefix
+            types = torch.ones_like(attention_mask) if token_type_ids is None else token_type_ids
+            model_kwargs["prefix_length"] = prefix_length_of(types, attention_mask)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

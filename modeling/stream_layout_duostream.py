@@ -1,5 +1,6 @@
 """Where each token goes: which positions the text stream reads, how the two streams are joined, who sees whom."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -182,3 +183,63 @@ def count_text(position_ids: torch.Tensor, is_image: torch.Tensor) -> torch.Tens
     """Positions of shape `(batch, seq_len)` that count text alone, from those that count all tokens."""
     images_so_far = is_image.cumsum(dim=1)[:, -position_ids.shape[1] :]
     return (position_ids - images_so_far).clamp(min=0)
+
+
+def prefix_length_of(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    How many tokens of each row are prefix (`token_type_ids` 0), padding apart: of shape `(batch,)`.
+
+    Raises:
+        ValueError: The two, both of shape `(batch, total_len)`, differ in shape.
+    """
+    is_prefix = token_type_ids == 0  # (batch, total_len)
+    if attention_mask is not None:
+        if attention_mask.shape != token_type_ids.shape:
+            raise ValueError(
+                f"`token_type_ids` are of shape {tuple(token_type_ids.shape)}, `attention_mask` is of shape "
+                f"{tuple(attention_mask.shape)}: to count the prefix, both must tell of the whole sequence"
+            )
+        is_prefix = is_prefix & attention_mask.to(torch.bool)
+    return is_prefix.sum(dim=1)  # (batch,)
+
+
+def restart_positions(position_ids: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tensor:
+    """
+    Positions that start at 0 again behind the prefix, so that a word of an answer is as far from the words that it
+    answers to whatever the length of the prompt (Lample and Conneau 2019, section 3.4, of translated pairs).
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `(batch, seq_len)`): Positions that count all tokens.
+        prefix_length (`torch.LongTensor` of shape `(batch,)`): Tokens of each row's prefix.
+    """
+    prefix_length = prefix_length[:, None]
+    return torch.where(position_ids < prefix_length, position_ids, position_ids - prefix_length)
+
+
+def segment_positions(segment_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Positions of shape `(batch, seq_len)` in rows that hold several continuations of one beginning: each continuation
+    counts on from the end of the beginning, as if it stood there alone.
+
+    Args:
+        segment_ids (`torch.LongTensor` of shape `(batch, seq_len)`):
+            0 in the beginning, which comes first, then 1, 2, ... in one continuation after the other.
+        attention_mask (`torch.Tensor` of shape `(batch, seq_len)`, *optional*): 0 = padding.
+    """
+    is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask.long()
+    offset = (is_valid.cumsum(dim=1) - 1).clamp(min=0)  # (batch, seq_len)
+    shared_len = ((segment_ids == 0) * is_valid).sum(dim=1, keepdim=True)  # (batch, 1)
+    is_start = torch.zeros_like(segment_ids, dtype=torch.bool)
+    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    start = torch.where(is_start, offset, 0).cummax(dim=1).values  # (batch, seq_len)
+    return torch.where(segment_ids == 0, offset, shared_len + offset - start)
+
+
+def see_own_segment(segment_ids: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A mask function, as the library combines them: a token sees the shared beginning and its own continuation."""
+
+    def mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
+        kv_segment = segment_ids[batch_idx, kv_idx]
+        return (kv_segment == 0) | (kv_segment == segment_ids[batch_idx, q_idx])
+
+    return mask

@@ -53,7 +53,8 @@ class DuoStreamDataCollator:
     Makes a batch of rows in the conversational form: `images` (a list of pictures) and `messages`, or `images`,
     `prompt` and `completion` (lists of messages). Only what the assistant says, in `completion` if there is one, is
     left in the labels. Or of rows with `images` and a `text` that stands behind them without any chat; all of it is
-    left in the labels.
+    left in the labels. Or of rows with `images` and `conversations`, a list of any of these that begin alike, such as
+    all captions of a picture: their beginning is read once, and the loss is that of a row for each.
 
     Args:
         processor (`DuoStreamProcessor`): Gives the chat template, the tokenizer and the image processor.
@@ -62,8 +63,8 @@ class DuoStreamDataCollator:
 
     Returns (when called):
         `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
-        with a bidirectional prefix `token_type_ids`, all of shape `(batch, seq_len)` and padded on the right;
-        `labels_per_row`, the largest number of labels in a row, by which the model makes no other logits in training;
+        with a bidirectional prefix `token_type_ids`, with several conversations in a row `segment_ids`, all of shape
+        `(batch, seq_len)` and padded on the right; `labels_per_row`, the largest number of labels in a row, by which the model makes no other logits in training;
         `pixel_values` of shape `(num_images, channels, height, width)`; and `images_per_row` where all rows have the
         same number of pictures.
 
@@ -77,37 +78,37 @@ class DuoStreamDataCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
-        segments: list[tuple[int, str, bool]] = []
-        for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-            if is_plain_text(row):
+        # A row may hold several conversations; `owners` are their rows
+        owned = [(i, each) for i, row in enumerate(rows) for each in row.get("conversations") or (row,)]
+        owners, conversations = [i for i, _ in owned], [each for _, each in owned]
+        pieces: list[tuple[int, str, bool]] = []
+        for n, (i, conversation) in enumerate(owned):
+            if is_plain_text(conversation):
                 continue
             try:
-                segments += [(i, text, is_answer) for text, is_answer in self.render(row)]
+                pieces += [(n, text, is_answer) for text, is_answer in self.render(conversation)]
             except Exception as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise ValueError(f"{names[i]}: {error}") from error
 
-        input_ids: list[list[int]] = [[] for _ in rows]
-        labels: list[list[int]] = [[] for _ in rows]
-        owners = [i for i, _, _ in segments]
-        continues = [n > 0 and owners[n - 1] == i for n, i in enumerate(owners)]
-        encoded = self.tokenize([text for _, text, _ in segments], continues) if segments else []
-        for (i, _, is_answer), ids in zip(segments, encoded, strict=True):
-            input_ids[i] += ids
-            labels[i] += ids if is_answer else [IGNORE_INDEX] * len(ids)
-        for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-            if is_plain_text(row):
-                num_images, ids = len(row.get("images") or []), self.encode_text(row["text"], name)
-                input_ids[i] = [self.processor.image_token_id] * num_images + ids
-                labels[i] = [IGNORE_INDEX] * num_images + ids
-
+        input_ids: list[list[int]] = [[] for _ in conversations]
+        labels: list[list[int]] = [[] for _ in conversations]
+        continues = [k > 0 and pieces[k - 1][0] == n for k, (n, _, _) in enumerate(pieces)]
+        encoded = self.tokenize([text for _, text, _ in pieces], continues) if pieces else []
+        for (n, _, is_answer), ids in zip(pieces, encoded, strict=True):
+            input_ids[n] += ids
+            labels[n] += ids if is_answer else [IGNORE_INDEX] * len(ids)
         images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
-        for i, name in enumerate(names):
-            num_markers = input_ids[i].count(self.processor.image_token_id)
+        for n, (i, conversation) in enumerate(owned):
+            if is_plain_text(conversation):
+                ids = self.encode_text(conversation["text"], names[i])
+                input_ids[n] = [self.processor.image_token_id] * len(images[i]) + ids
+                labels[n] = [IGNORE_INDEX] * len(images[i]) + ids
+            num_markers = input_ids[n].count(self.processor.image_token_id)
             if num_markers != len(images[i]):
-                raise ValueError(f"{name} has {num_markers} picture markers but {len(images[i])} pictures")
-            input_ids[i], labels[i] = self.expand_and_cut(input_ids[i], labels[i], name)
+                raise ValueError(f"{names[i]} has {num_markers} picture markers but {len(images[i])} pictures")
+            input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i])
 
-        batch = self.pad(input_ids, labels)
+        batch = self.pad(*self.pack(input_ids, labels, owners, names))
         batch["labels_per_row"] = labels_per_row(batch["labels"][:, 1:])
         if any(images):
             flat = [picture for pictures in images for picture in pictures]
@@ -115,6 +116,58 @@ class DuoStreamDataCollator:
             if len({len(pictures) for pictures in images}) == 1:
                 batch["images_per_row"] = len(images[0])
         return batch
+
+    def pack(
+        self, input_ids: list[list[int]], labels: list[list[int]], owners: list[int], names: list[str]
+    ) -> tuple[list[list[int]], list[list[int]], list[list[int]] | None]:
+        """
+        Joins the conversations of a row to their common beginning and what follows it in each, one after the other.
+
+        Returns:
+            Token ids and labels of each row, and `segment_ids`, if a row has several conversations: 0 in what is
+            shared, then the number of the conversation.
+        """
+        if len(owners) == len(names):
+            return input_ids, labels, None
+        packed_ids: list[list[int]] = []
+        packed_labels: list[list[int]] = []
+        segment_ids: list[list[int]] = []
+        for i, name in enumerate(names):
+            own = [n for n, owner in enumerate(owners) if owner == i]
+            shared = self.shared_length([input_ids[n] for n in own], [labels[n] for n in own], name)
+            packed_ids.append(input_ids[own[0]][:shared])
+            packed_labels.append([IGNORE_INDEX] * shared)
+            segment_ids.append([0] * shared)
+            for number, n in enumerate(own, start=1):
+                packed_ids[i] += input_ids[n][shared:]
+                # Nothing predicts the first token of a text without a beginning
+                packed_labels[i] += [IGNORE_INDEX, *labels[n][shared + 1 :]]
+                segment_ids[i] += [number] * (len(input_ids[n]) - shared)
+        return packed_ids, packed_labels, segment_ids
+
+    def shared_length(self, input_ids: list[list[int]], labels: list[list[int]], name: str) -> int:
+        """
+        How many tokens a row's conversations have in common at their beginning.
+
+        Raises:
+            ValueError: They differ before their last picture, or within a prefix that is read both ways.
+        """
+        differ = (position for position, tokens in enumerate(zip(*input_ids, strict=False)) if len(set(tokens)) > 1)
+        shared = next(differ, min(map(len, input_ids)))
+        for row in labels:
+            # Behind the beginning stands one more token, so that each first label is predicted in its own part
+            first_label = next((position for position, label in enumerate(row) if label != IGNORE_INDEX), len(row))
+            shared = min(shared, max(first_label - 1, 0))
+        if any(self.processor.image_token_id in ids[shared:] for ids in input_ids):
+            raise ValueError(f"{name}: its `conversations` differ before their last picture, which they are to share")
+        if self.processor.bidirectional_prefix and len(input_ids) > 1:
+            marker = self.processor.generation_prompt_ids
+            if any(0 in self.processor.prefix_types(ids, marker)[shared:] for ids in input_ids):
+                raise ValueError(
+                    f"{name}: its `conversations` ask different things, which a prefix that is read both ways can't "
+                    "share: use a processor with `bidirectional_prefix=False`"
+                )
+        return shared
 
     def names(self, rows: list[dict[str, Any]]) -> list[str]:
         """What errors call the rows."""
@@ -228,7 +281,9 @@ class DuoStreamDataCollator:
         follows_image = [False, *(token == self.processor.image_token_id for token in input_ids)]
         return [IGNORE_INDEX if follows else label for follows, label in zip(follows_image, labels, strict=False)]
 
-    def pad(self, input_ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+    def pad(
+        self, input_ids: list[list[int]], labels: list[list[int]], segment_ids: list[list[int]] | None = None
+    ) -> dict[str, Any]:
         processor, multiple = self.processor, self.pad_to_multiple_of or 1
         length = -(-max(map(len, input_ids)) // multiple) * multiple
 
@@ -242,6 +297,8 @@ class DuoStreamDataCollator:
             "mm_token_type_ids": padded(processor.create_mm_token_type_ids(input_ids), 0),
             "labels": padded(labels, IGNORE_INDEX),
         }
+        if segment_ids is not None:
+            batch["segment_ids"] = padded(segment_ids, 0)
         if processor.bidirectional_prefix:
             marker = processor.generation_prompt_ids
             batch["token_type_ids"] = padded([processor.prefix_types(row, marker) for row in input_ids], 1)

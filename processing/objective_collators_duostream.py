@@ -43,9 +43,14 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
+        self.check_unpacked(batch)
         batch["input_ids"], batch["labels"] = self.mask(batch["input_ids"], batch["labels"])
         batch["labels_per_row"] = labels_per_row(batch["labels"])
         return batch
+
+    def check_unpacked(self, batch: dict[str, Any]) -> None:
+        if "segment_ids" in batch:
+            raise ValueError("What is read both ways can't share its beginning: give one conversation a row")
 
     def mask(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids` with some of the tokens in `labels` masked, and what they were; both `(batch, seq_len)`."""
@@ -149,6 +154,7 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = DuoStreamDataCollator.__call__(self, rows)
         if self.mlm:
+            self.check_unpacked(batch)
             batch["masked_input_ids"], batch["masked_labels"] = self.mask(batch["input_ids"], batch["labels"])
             batch["masked_per_row"] = labels_per_row(batch["masked_labels"])
         numbers = [len(row.get("images") or []) for row in rows]

@@ -78,6 +78,13 @@ class DataArguments:
             "help": "Cut what fills a `{name}` of the prompt to so many characters, in training and evaluation."
         },
     )
+    conversations_per_row: int = field(
+        default=1,
+        metadata={
+            "help": "Train on up to so many captions of the same picture, or questions about it, in one row: the "
+            "picture is read once for all of them, and each is learnt as in a row of its own."
+        },
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     on_bad_rows: str = field(

@@ -1,8 +1,9 @@
 """Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias
@@ -16,7 +17,6 @@ from datasets import (
     IterableDataset,
     List,
     Value,
-    concatenate_datasets,
     interleave_datasets,
     load_dataset,
 )
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..processing.data_collator_duostream import is_plain_text, load_picture
 from .arguments import DataArguments, parse_file
 from .bad_rows import BAD_ROW_ERRORS, BadRows
-from .scenes import MESSAGES_FEATURE, PROMPT_FEATURES, build_scenes, caption_rows, question_rows
+from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, training_rows
 from .tasks import WRITER, task_of, with_defaults
 
 logger = logging.get_logger(__name__)
@@ -80,11 +80,23 @@ def load_mixture(
     row of every data set has been drawn.
 
     Raises:
-        ValueError: As `load_rows`; or a task in a mixture is not one that writes, or a weight is not positive.
+        ValueError: As `load_rows`; or a task in a mixture is not one that writes, or a weight is not positive; or
+            `conversations_per_row` is out of range, or not for this task.
     """
-    if not args.mixture:
-        return load_rows(args, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
     parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
+    for part in parts:
+        if part.conversations_per_row < 1:
+            raise ValueError(f"`conversations_per_row` is {part.conversations_per_row}; expected 1 or more")
+        if part.conversations_per_row > 1 and task_of(part).auto_class is not WRITER:
+            raise ValueError(f"`conversations_per_row` is for tasks that write, not for {part.task!r}")
+    is_packed = any(part.conversations_per_row > 1 for part in parts)
+    if not args.mixture:
+        unpacked = replace(args, blank_images=False) if is_packed else args
+        rows = load_rows(unpacked, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
+        if not is_packed:
+            return rows
+        rows = number_rows(pack_rows(rows, args.conversations_per_row))
+        return blank(rows) if args.blank_images else rows
     if any(part.streaming for part in parts):
         raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
     for option in ("blank_images", "on_bad_rows"):
@@ -96,13 +108,16 @@ def load_mixture(
         if part.weight <= 0:
             raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")
     total = sum(part.weight for part in parts)
+    loaded = [
+        _same_columns(
+            load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows, bad_rows=bad_rows)
+        )
+        for part in parts
+    ]
+    if is_packed:
+        loaded = [pack_rows(rows, part.conversations_per_row) for rows, part in zip(loaded, parts, strict=True)]
     rows = interleave_datasets(
-        [
-            _same_columns(
-                load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows, bad_rows=bad_rows)
-            )
-            for part in parts
-        ],
+        loaded,
         probabilities=[part.weight / total for part in parts],
         seed=seed,
         stopping_strategy="all_exhausted",
@@ -124,6 +139,53 @@ def _same_columns(rows: Rows) -> Rows:
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
     features = {"images": List(UNDECODED), "prompt": messages, "completion": messages, "length": Value("int64")}
     return rows.cast(Features(features))
+
+
+def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
+    """
+    Puts rows about the same pictures together, in the order of the first of each: `images`, and `conversations` with
+    `prompt` and `completion` of each. Pictures are the same if their files or bytes are.
+
+    Raises:
+        ValueError: The rows are a stream, or hold no `prompt` and `completion`.
+    """
+    if not isinstance(rows, Dataset):
+        raise ValueError("`conversations_per_row` puts rows together from anywhere: not with `streaming`")
+    if not {"prompt", "completion"} <= set(rows.column_names):
+        raise ValueError(
+            "`conversations_per_row` takes rows with `prompt` and `completion`, or with an answer column; the columns "
+            f"are {rows.column_names}"
+        )
+    if "images" in rows.column_names:
+        rows = rows.cast_column("images", List(UNDECODED))
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, images in enumerate(rows["images"] if "images" in rows.column_names else [[]] * len(rows)):
+        key = tuple(image["path"] if image["bytes"] is None else sha256(image["bytes"]).digest() for image in images)
+        groups[key or index].append(index)
+    members = [
+        group[start : start + conversations_per_row]
+        for group in groups.values()
+        for start in range(0, len(group), conversations_per_row)
+    ]
+    kept = {name: rows.features[name] for name in ("images", "source") if name in rows.features}
+    conversation = {name: rows.features[name] for name in ("prompt", "completion")}
+    features = Features({**kept, "conversations": List(conversation), "length": Value("int64")})
+
+    def join(batch: dict[str, list]) -> dict[str, list]:
+        out: dict[str, list] = {name: [] for name in features}
+        for indices in batch["members"]:
+            chosen = rows[indices]
+            for name in kept:
+                out[name].append(chosen[name][0])
+            pairs = zip(chosen["prompt"], chosen["completion"], strict=True)
+            conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+            out["conversations"].append(conversations)
+            out["length"].append(sum(_num_chars(each) for each in conversations))
+        return out
+
+    return Dataset.from_dict({"members": members}).map(
+        join, batched=True, remove_columns=["members"], features=features, desc="putting rows together"
+    )
 
 
 def read_classes(args: DataArguments) -> list[str]:
@@ -192,23 +254,6 @@ def _rows_of_scenes(scenes: Dataset, args: DataArguments, split: str) -> Dataset
     if args.task not in ("chat", "vqa"):
         raise ValueError(f"`task` {args.task!r} needs a data set of its own: `scenes` has captions and questions")
     return training_rows(scenes) if args.task == "chat" and split == "train" else question_rows(scenes)
-
-
-def training_rows(scenes: Dataset) -> Dataset:
-    """
-    Every question and every caption of the scenes in a row of its own.
-
-    With several to a row it takes many times as long to learn to pick out the object that is asked for, as an answer
-    then has the other questions before it, too, and a batch has fewer pictures. `length` is 1 for captions, the longer
-    rows, and 0 for questions of all kinds: with `--train_sampling_strategy group_by_length` neither pads the other.
-    """
-    kinds = [question_rows(scenes), caption_rows(scenes)]
-    rows = [
-        rows.select_columns(list(PROMPT_FEATURES)).add_column("length", [length] * len(rows))
-        for length, rows in enumerate(kinds)
-    ]
-    # A scene's rows stay together, so that the first rows are a sample of all kinds
-    return concatenate_datasets(rows).sort("scene")
 
 
 def _load(args: DataArguments, split: str) -> Rows:
@@ -418,11 +463,14 @@ def blank(rows: Rows) -> Rows:
 
 def texts_of(rows: Rows) -> Iterator[str]:
     """Everything that is said in the rows, message by message, for training a tokenizer."""
-    columns = [name for name in ("text", "messages", "prompt", "completion") if name in (rows.column_names or [])]
+    known = ("text", "messages", "prompt", "completion", "conversations")
+    columns = [name for name in known if name in (rows.column_names or [])]
     for row in rows.select_columns(columns) if columns else rows:
-        if is_plain_text(row):
-            yield row["text"]
-            continue
-        for message in row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]:
-            content = message["content"]
-            yield from [content] if isinstance(content, str) else (part["text"] for part in content if part["text"])
+        for each in row.get("conversations") or [row]:
+            if is_plain_text(each):
+                yield each["text"]
+                continue
+            for message in each["messages"] if "messages" in each else [*each["prompt"], *each["completion"]]:
+                content = message["content"]
+                texts = (part["text"] for part in content if part["text"])
+                yield from [content] if isinstance(content, str) else texts

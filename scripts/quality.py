@@ -63,7 +63,7 @@ from ..configuration.image_tokens_duostream import image_token_shape, image_toke
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .compose import load_vision, take_vision
-from .data import Rows, load_rows, read_classes, texts_of
+from .data import Rows, load_mixture, load_rows, read_classes, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
 from .training import DuoStreamTrainer, collator_of
@@ -98,13 +98,26 @@ class QualityArguments:
     )
     stack: str = field(
         default="{}",
-        metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Llama."},
+        metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Qwen3."},
     )
+    text_stack: str = field(
+        default="{}", metadata={"help": "Fields of DuoStream's text stack that are not those of its fusion stack."}
+    )
+    config_overrides: str = field(
+        default="{}", metadata={"help": "Other fields of DuoStream's configuration, as JSON."}
+    )
+    bidirectional_prefix: bool = field(default=True, metadata={"help": "Whether DuoStream reads prompts both ways."})
     vision_config: str = field(
         default="{}", metadata={"help": "Fields of DuoStream's vision stream, where no `vision` is given, as JSON."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Highest; it rises for 5%% of the time, then falls."})
-    batch_size: int = field(default=32, metadata={"help": "Rows a step."})
+    peer_learning_rate: float | None = field(
+        default=None, metadata={"help": "The peer's, where another suits it better: the same by default."}
+    )
+    batch_size: int = field(
+        default=32,
+        metadata={"help": "Rows a step; answers a step, where `conversations_per_row` puts several in DuoStream's."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     sides: list[str] = field(
         default_factory=lambda: ["duostream", "peer"],
@@ -220,17 +233,18 @@ def duostream_side(
     vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
     if args.vision is not None:
         _, vision_config = load_vision(args.vision, args.vision_size)
+    text_stack = {**stack, "num_hidden_layers": args.num_text_layers, **json.loads(args.text_stack)}
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
-        text_config={**stack, "num_hidden_layers": args.num_text_layers},
+        text_config=text_stack,
         fusion_stack_config={**stack, "num_hidden_layers": args.num_layers - args.num_text_layers},
         vision_config=vision_config,
         initializer_range=stack["initializer_range"],
         image_token_id=processor.image_token_id,
         contrastive_loss="softmax",
         classifier_dropout=args.dropout,
-        **options,
+        **{**options, **json.loads(args.config_overrides)},
     )
     processor.image_seq_length = config.image_seq_length
     heads: dict[str, type[DuoStreamPreTrainedModel]] = {
@@ -456,11 +470,17 @@ def seq2seq_side(
     return Side(model, collate, measure)
 
 
-def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArguments, seed: int) -> dict[str, Any]:
+def train_and_measure(
+    side: Side, rows: Rows, eval_rows: Rows, args: QualityArguments, learning_rate: float, seed: int
+) -> dict[str, Any]:
+    # As many answers a step for all sides, however many of them a row holds
+    answers_per_row = 1.0
+    if "conversations" in rows.column_names:
+        answers_per_row = sum(map(len, rows["conversations"])) / len(rows)
     training_args = DuoStreamTrainingArguments(
         output_dir=str(Path(args.output).parent / "quality"),
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        per_device_train_batch_size=max(1, round(args.batch_size / answers_per_row)),
+        learning_rate=learning_rate,
         weight_decay=0.1,
         adam_beta2=0.98,
         max_steps=10**9,
@@ -486,7 +506,8 @@ def train_and_measure(side: Side, rows: Rows, eval_rows: Rows, args: QualityArgu
     trained = sum(weight.numel() for weight in trainer.optimizer.state)  # what never had a gradient has no state
     figures = side.measure(eval_rows)
     counts = {"parameters": side.model.num_parameters(), "trained_parameters": trained}
-    return {**counts, "steps": trainer.state.global_step, "cpu_seconds": cpu_seconds, **figures}
+    passes = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
+    return {**counts, "learning_rate": learning_rate, **passes, "cpu_seconds": cpu_seconds, **figures}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -506,6 +527,8 @@ def main(args: list[str] | None = None) -> None:
         name: load(replace(data_args, image_column="")) if name == "blind" else seeing for name in quality_args.sides
     }
     rows = seeing[0]
+    if data_args.conversations_per_row > 1 and "duostream" in rows_of:
+        rows_of["duostream"] = load_mixture(data_args), seeing[1]
     if "blind" in rows_of and any("images" in (each.column_names or []) for each in rows_of["blind"]):
         raise ValueError("`sides` has 'blind', but these rows keep their pictures without an image column, too")
     is_classification = data_args.task == "classification"
@@ -520,7 +543,9 @@ def main(args: list[str] | None = None) -> None:
     image_processor = SiglipImageProcessorPil(size=size)
     if quality_args.vision is not None:
         image_processor, _ = load_vision(quality_args.vision, quality_args.vision_size)
-    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=1, bidirectional_prefix=True)
+    processor = DuoStreamProcessor(
+        image_processor, tokenizer, image_seq_length=1, bidirectional_prefix=quality_args.bidirectional_prefix
+    )
 
     def make(name: str) -> Side:
         if name == "peer":
@@ -543,7 +568,10 @@ def main(args: list[str] | None = None) -> None:
         for name in quality_args.sides:
             set_seed(seed)
             side = make(name)
-            figures = train_and_measure(side, *rows_of[name], quality_args, seed)
+            learning_rate = quality_args.learning_rate
+            if name == "peer" and quality_args.peer_learning_rate is not None:
+                learning_rate = quality_args.peer_learning_rate
+            figures = train_and_measure(side, *rows_of[name], quality_args, learning_rate, seed)
             runs.append({"side": name, "model": type(side.model).__name__, "seed": seed, **figures})
             print(json.dumps(runs[-1], indent=2), flush=True)
             # After each, so that what was measured is never lost

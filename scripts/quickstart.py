@@ -25,12 +25,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .. import DuoStreamProcessor, __version__
 from .arguments import DuoStreamTrainingArguments, parse
-from .data import blank, number_rows, training_rows
+from .data import blank, number_rows
 from .evaluate import exact_match, generate_answers, text_of
 from .generate import answer
 from .pretrain import PretrainArguments, new_model
 from .report import NUM_SHOWN, attended_tokens, pick, write_report
-from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows
+from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows, training_rows
 from .training import train
 
 

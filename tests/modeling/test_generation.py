@@ -579,3 +579,57 @@ def test_a_streamer_gets_the_tokens_as_they_come(gpt2: Any) -> None:
     row, streamer = Row(gpt2, PICTURE, 4), Collect()
     new = write(gpt2, row.inputs, streamer=streamer)
     assert streamer.tokens == [*row.ids.tolist(), *new[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=str,
+)
+def test_positions_that_restart_behind_the_prefix_do_so_at_every_step(kwargs: dict[str, Any]) -> None:
+    model = small_model("llama", restart_positions=True)
+    rows = ragged_rows(model)
+    inputs = batch(rows)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    uncached = {key: value for key, value in kwargs.items() if key.startswith("num")}
+    expected = write(model, inputs, use_cache=False, **uncached)
+    assert torch.equal(write(model, inputs, **kwargs), expected)
+    going_on = small_model("llama")
+    assert not torch.equal(write(going_on, inputs, use_cache=False, **uncached), expected)
+    causal = batch(rows)
+    assert torch.equal(write(model, causal, **kwargs), write(going_on, causal, **kwargs)), "without a prefix"
+
+
+@pytest.mark.parametrize("restart_positions", [False, True])
+@pytest.mark.parametrize("parts", [(8,), (PICTURE, 6), (3, PICTURE, 5)], ids=str)
+def test_looking_candidates_up_in_a_prefix_changes_nothing(parts: tuple, restart_positions: bool) -> None:
+    model = small_model("llama", restart_positions=restart_positions)
+    row = Row(model, *parts)
+    types = {"token_type_ids": torch.zeros(1, len(row), dtype=torch.long)}
+    expected = write(model, row.inputs, max_new_tokens=20, **types)
+    assert torch.equal(write(model, row.inputs, max_new_tokens=20, prompt_lookup_num_tokens=3, **types), expected)
+
+
+@torch.no_grad()
+def test_going_on_behind_a_prefix_of_unknown_length_is_refused() -> None:
+    model = small_model("llama", restart_positions=True)
+    row = Row(model, 5)
+    types = torch.zeros(1, 5, dtype=torch.long)
+    cache = model(**row.inputs, token_type_ids=types, use_cache=True).past_key_values
+    word = torch.tensor([[7]])
+    for unknown in ({}, {"token_type_ids": torch.ones(1, 1, dtype=torch.long)}):
+        with pytest.raises(ValueError, match="prefix_length"):
+            model(input_ids=word, past_key_values=cache, **unknown)
+    whole = torch.cat([row.inputs["input_ids"], word], dim=1)
+    types = torch.nn.functional.pad(types, (0, 1), value=1)
+    expected = model(input_ids=whole, token_type_ids=types, use_cache=False).logits[:, -1]
+    told = model(input_ids=word, past_key_values=copy.deepcopy(cache), token_type_ids=types).logits[:, -1]
+    length = torch.tensor([5])
+    counted = model(input_ids=word, past_key_values=cache, prefix_length=length).logits[:, -1]
+    torch.testing.assert_close(told, expected)
+    torch.testing.assert_close(counted, expected)

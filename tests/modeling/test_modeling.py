@@ -44,7 +44,12 @@ from transformers import (
     StaticCache,
 )
 
-from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamModel
+from duostream import (
+    DuoStreamConfig,
+    DuoStreamForConditionalGeneration,
+    DuoStreamForSequenceClassification,
+    DuoStreamModel,
+)
 from duostream.modeling.modeling_duostream import gather_labelled
 
 # float32, with logits of up to ten; an error of layout is of the order of one
@@ -1036,3 +1041,100 @@ def test_saved_configs_name_the_model_that_wrote_them(llama: Any, tmp_path: Path
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == "duostream"
     assert saved["architectures"] == ["DuoStreamForConditionalGeneration"]
+
+
+def packed(rows: list[Row], num_shared: int) -> dict[str, Tensor]:
+    """Rows that begin alike as one: the beginning once, then what follows it in each."""
+    beginning, rests = rows[0].ids[:num_shared], [row.ids[num_shared:] for row in rows]
+    numbers = [torch.full_like(rest, number) for number, rest in enumerate(rests, start=1)]
+    pictures = {"pixel_values": rows[0].pictures} if len(rows[0].pictures) else {}
+    return {
+        "input_ids": torch.cat([beginning, *rests])[None],
+        "segment_ids": torch.cat([torch.zeros_like(beginning), *numbers])[None],
+        **pictures,
+    }
+
+
+@pytest.mark.parametrize("has_prefix", [False, True])
+@pytest.mark.parametrize("parts", [(PICTURE, 3), (2, PICTURE, 3, PICTURE), (5,)], ids=str)
+@pytest.mark.parametrize("restart_positions", [False, True])
+@torch.no_grad()
+def test_continuations_of_one_beginning_get_the_logits_of_rows_of_their_own(
+    model: Any, parts: tuple, has_prefix: bool, restart_positions: bool
+) -> None:
+    model = copy.deepcopy(model)
+    model.config.restart_positions = restart_positions
+    beginning = Row(model, *parts)
+    rows = []
+    for length in (4, 1, 6):
+        row = Row(model, length)
+        row.ids, row.pictures = torch.cat([beginning.ids, row.ids]), beginning.pictures
+        rows.append(row)
+    together = packed(rows, len(beginning))
+    padding = {
+        name: torch.nn.functional.pad(value, (0, 3), value=0)
+        for name, value in together.items()
+        if name != "pixel_values"
+    }
+    padding["attention_mask"] = torch.nn.functional.pad(torch.ones_like(together["input_ids"]), (0, 3))
+    for inputs in (together, {**together, **padding}):
+        if has_prefix:
+            inputs = {**inputs, "token_type_ids": (inputs["segment_ids"] > 0).long()}
+            if "attention_mask" in inputs:
+                inputs["token_type_ids"][inputs["attention_mask"] == 0] = 1
+        logits = model(**inputs, use_cache=False).logits[0]
+        for number, row in enumerate(rows, start=1):
+            types = {}
+            if has_prefix:
+                types["token_type_ids"] = (torch.arange(len(row)) >= len(beginning)).long()[None]
+            alone = model(**row.inputs, **types, use_cache=False).logits[0]
+            segments = inputs["segment_ids"][0]
+            is_own = (segments == 0) | (segments == number)
+            if "attention_mask" in inputs:
+                is_own &= inputs["attention_mask"][0] == 1
+            torch.testing.assert_close(logits[is_own], alone, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_continuations_give_the_loss_and_gradients_of_rows_of_their_own(attn_implementation: str) -> None:
+    model = small_model("llama")
+    model.set_attn_implementation(attn_implementation)
+    model.train()
+    beginning = Row(model, PICTURE, 3)
+    rows = []
+    for length in (4, 2, 6):
+        row = Row(model, length)
+        row.ids, row.pictures = torch.cat([beginning.ids, row.ids]), beginning.pictures
+        rows.append(row)
+    alone = batch(rows, side="right")
+    together = packed(rows, len(beginning))
+    losses, gradients = [], []
+    for inputs in (alone, together):
+        model.zero_grad()
+        labels = inputs["input_ids"].clone()
+        # What is predicted: all but the first token of each continuation
+        labels[:, : len(beginning) + 1] = -100
+        labels[inputs.get("attention_mask", torch.ones_like(labels)) == 0] = -100
+        if "segment_ids" in inputs:
+            segments = inputs["segment_ids"]
+            labels[:, 1:][segments[:, 1:] != segments[:, :-1]] = -100
+        loss = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(9)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_what_continuations_cannot_share_is_refused(llama: Any) -> None:
+    inputs = packed([Row(llama, PICTURE, 3)], 0)
+    with pytest.raises(ValueError, match="Pictures must stand where"):
+        llama(**inputs, use_cache=False)
+    inputs = packed([Row(llama, 5)], 2)
+    with pytest.raises(ValueError, match="A prefix must stand where"):
+        llama(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]))
+    with pytest.raises(ValueError, match="without `past_key_values`"):
+        llama(**inputs, past_key_values=DynamicCache(config=llama.config))
+    with pytest.raises(ValueError, match="decoder"):
+        small_model("bert", DuoStreamForSequenceClassification)(**inputs)

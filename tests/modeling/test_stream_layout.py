@@ -14,6 +14,8 @@ from duostream.modeling.stream_layout_duostream import (
     count_text,
     kept_columns,
     lay_out,
+    prefix_length_of,
+    restart_positions,
     text_padding_mask,
 )
 
@@ -230,3 +232,14 @@ def test_a_sliding_window_over_slots_is_right_or_refused(kinds: list[str], fits:
 
 def test_one_row_without_padding_needs_no_mask() -> None:
     assert text_padding_mask(torch.tensor([[False, True, False]]), None) is None
+
+
+def test_positions_start_anew_behind_each_rows_own_prefix() -> None:
+    attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    token_type_ids = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    length = prefix_length_of(token_type_ids, attention_mask)
+    assert length.tolist() == [2, 0]
+    position_ids = torch.tensor([[0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]])
+    assert restart_positions(position_ids, length).tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    with pytest.raises(ValueError, match="whole sequence"):
+        prefix_length_of(token_type_ids[:, 1:], attention_mask)

@@ -506,3 +506,92 @@ def test_a_user_marker_does_not_make_up_for_a_missing_picture(processor):
     row = {"row": 3, "images": [picture()], "messages": [user("What is <|image|>?"), assistant("A marker.")]}
     with pytest.raises(ValueError, match="Row 3 has 0 picture markers but 1 pictures"):
         DuoStreamDataCollator(processor)([row])
+
+
+def packed_and_alone(processor, row):
+    """A row of several conversations, and the same as rows of their own."""
+    return [row], [{"images": row["images"], **each} for each in row["conversations"]]
+
+
+def turn(question, reply, num_images=0):
+    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+    return {
+        "prompt": [{"role": "user", "content": parts}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": reply}]}],
+    }
+
+
+CAPTIONS = {"images": [Image.new("RGB", (9, 9))], "conversations": [turn("What?", text, 1) for text in TEXTS]}
+QUESTIONS = {
+    "images": [Image.new("RGB", (9, 9), "red")],
+    "conversations": [turn(text, "yes" * n, 1) for n, text in enumerate(TEXTS)],
+}
+PASSAGE = {"images": [], "conversations": [turn("A long text. " + text, "no") for text in TEXTS]}
+PLAIN = {"images": [], "conversations": [{"text": text} for text in TEXTS]}
+
+
+@pytest.mark.parametrize(
+    ("row", "bidirectional_prefix"),
+    [(CAPTIONS, False), (CAPTIONS, True), (QUESTIONS, False), (PASSAGE, False), (PLAIN, False)],
+)
+@pytest.mark.parametrize("kind", ["own", "chatml"])
+def test_a_row_of_several_conversations_holds_each_and_their_beginning_once(kind, row, bidirectional_prefix):
+    processor = make_processor(kind, bidirectional_prefix=bidirectional_prefix)
+    collate = DuoStreamDataCollator(processor)
+    packed, alone = (collate(rows) for rows in packed_and_alone(processor, row))
+    ids, segments, labels = packed["input_ids"][0], packed["segment_ids"][0], packed["labels"][0]
+    num_shared = int((segments == 0).sum())
+    assert num_shared > 0 or row is PLAIN
+    for number, (own, own_labels, mask) in enumerate(
+        zip(alone["input_ids"], alone["labels"], alone["attention_mask"], strict=True), start=1
+    ):
+        is_own = (segments == 0) | (segments == number)
+        length = int(mask.sum())
+        assert ids[is_own].tolist() == own[:length].tolist()
+        # The first token of all is never predicted
+        assert labels[is_own][1:].tolist() == own_labels[1:length].tolist()
+    assert len(ids) < int(alone["attention_mask"].sum()) or row is PLAIN
+    if row["images"]:
+        assert len(packed["pixel_values"]) == 1 and packed["images_per_row"] == 1
+    if bidirectional_prefix:
+        is_last = (segments == 0) | (segments == len(row["conversations"]))
+        assert packed["token_type_ids"][0][is_last].tolist() == alone["token_type_ids"][-1][:length].tolist()
+        assert 0 in packed["token_type_ids"]
+
+
+def test_rows_of_one_conversation_and_of_several_go_together(processor):
+    collate = DuoStreamDataCollator(processor)
+    single = {"images": [], **turn("What?", "That.")}
+    batch = collate([CAPTIONS, single])
+    alone = collate([single])["input_ids"][0].tolist()
+    segments = batch["segment_ids"][1][: len(alone)]
+    assert batch["input_ids"][1][: len(alone)].tolist() == alone
+    assert sorted(set(segments.tolist())) == [0, 1]
+    assert "segment_ids" not in collate([single])
+
+
+@pytest.mark.parametrize(
+    ("row", "bidirectional_prefix", "message"),
+    [
+        (QUESTIONS, True, "Row 7: its `conversations` ask different things"),
+        (
+            {
+                "images": [Image.new("RGB", (9, 9))],
+                "conversations": [
+                    {
+                        **turn("", "yes"),
+                        "prompt": [{"role": "user", "content": [{"type": "text", "text": text}, image]}],
+                    }
+                    for text, image in (("One", {"type": "image"}), ("Two", {"type": "image"}))
+                ],
+            },
+            False,
+            "Row 7: its `conversations` differ before their last picture",
+        ),
+        ({**CAPTIONS, "images": []}, False, "Row 7 has 1 picture markers but 0 pictures"),
+    ],
+)
+def test_conversations_that_cannot_share_their_beginning_name_their_row(row, bidirectional_prefix, message):
+    collate = DuoStreamDataCollator(make_processor(bidirectional_prefix=bidirectional_prefix))
+    with pytest.raises(ValueError, match=message):
+        collate([{**row, "row": 7}])

@@ -10,7 +10,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts.arguments import DataArguments
-from duostream.scripts.data import BLANK_GRAY, blank, load_rows, number_rows, texts_of
+from duostream.scripts.data import BLANK_GRAY, blank, load_mixture, load_rows, number_rows, texts_of
 
 CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
 FLAT = [(i, caption) for i, captions in enumerate(CAPTIONS) for caption in captions]
@@ -432,3 +432,55 @@ def test_reading_again_gives_the_same_rows(photographs):
     args = DataArguments(dataset=str(photographs), answer_column="captions")
     first, second = load_rows(args, "train"), load_rows(replace(args), "train")
     assert first.remove_columns("images").to_list() == second.remove_columns("images").to_list()
+
+
+def conversations(row):
+    return [said(each) for each in row["conversations"]]
+
+
+def test_captions_of_a_photograph_can_share_a_row(photographs, collator):
+    args = DataArguments(task="caption", dataset=str(photographs), conversations_per_row=2)
+    rows = load_mixture(args)
+    # Two to a row, in their order; of three captions the last has a row of its own
+    expected = [
+        [(1, "Describe the picture.", caption) for caption in captions[start : start + 2]]
+        for captions in CAPTIONS
+        for start in range(0, len(captions), 2)
+    ]
+    assert [conversations(row) for row in rows] == expected
+    widths = [20 + i for i, captions in enumerate(CAPTIONS) for _ in range(0, len(captions), 2)]
+    assert [[image.size for image in pictures(row)] for row in rows] == [[(width, 16)] for width in widths]
+    assert rows["row"][:] == list(range(len(rows)))
+    assert rows["length"][0] == sum(len("Describe the picture.") + len(text) for *_, text in expected[0])
+    assert list(texts_of(rows)) == list(texts_of(load_mixture(replace(args, conversations_per_row=1))))
+    batch = collator(list(rows))
+    assert len(batch["pixel_values"]) == len(rows) and batch["segment_ids"].max() == 2
+    blanked = load_mixture(replace(args, blank_images=True))
+    assert [conversations(row) for row in blanked] == expected
+    assert {image.getcolors()[0][1] for row in blanked for image in row["images"]} == {(128, 128, 128)}
+
+
+def test_questions_about_the_same_picture_find_each_other(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    files = ["a.png", "b.png", "a.png", None, "a.png", None]
+    rows = [{"image": name, "question": f"{i}?", "answer": str(i)} for i, name in enumerate(files)]
+    path = write_lines(tmp_path / "questions.jsonl", rows)
+    args = DataArguments(task="vqa", dataset=str(path), image_dir=str(tmp_path), conversations_per_row=8)
+    rows = load_mixture(args)
+    # Rows without a picture have nothing to share
+    assert [[answer for *_, answer in conversations(row)] for row in rows] == [["0", "2", "4"], ["1"], ["3"], ["5"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conversations_per_row": 0}, "is 0; expected 1 or more"),
+        ({"task": "retrieval"}, "for tasks that write, not for 'retrieval'"),
+        ({"streaming": True}, "not with `streaming`"),
+    ],
+)
+def test_rows_that_cannot_be_shared_are_refused(photographs, options, message):
+    options = {"task": "caption", "dataset": str(photographs), "conversations_per_row": 2, **options}
+    with pytest.raises(ValueError, match=message):
+        load_mixture(DataArguments(**options))
