@@ -64,9 +64,9 @@ class DuoStreamDataCollator:
     Returns (when called):
         `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
         with a bidirectional prefix `token_type_ids`, with several conversations in a row `segment_ids`, all of shape
-        `(batch, seq_len)` and padded on the right; `labels_per_row`, the largest number of labels in a row, by which the model makes no other logits in training;
-        `pixel_values` of shape `(num_images, channels, height, width)`; and `images_per_row` where all rows have the
-        same number of pictures.
+        `(batch, seq_len)` and padded on the right; `labels_per_row`, the largest number of labels in a row, by which
+        the model makes no other logits in training; `pixel_values` of shape `(num_images, channels, height, width)`;
+        and `images_per_row` where all rows have the same number of pictures.
 
     Raises:
         ValueError: a row is broken. The message names it (by its `row` column, or its place in the batch).

@@ -284,8 +284,8 @@ def caption_rows(dataset: Dataset, language: str = "en") -> Dataset:
 def training_rows(dataset: Dataset) -> Dataset:
     """Turn every scene into a row for each question and one for the English caption.
 
-    With one to a row, a model learns to pick out the object that is asked for many times sooner than with several turns,
-    where an answer has the other questions before it, too.
+    A model learns to pick out the object that is asked for many times sooner than with several turns to a row, where
+    an answer has the other questions before it, too.
 
     Args:
         dataset: A data set of `build_scenes`.
