@@ -26,16 +26,22 @@ SMALL_STACK: dict[str, Any] = {
 }
 SMALL_TEXT_STACK = {**SMALL_STACK, "num_hidden_layers": 1, "tie_word_embeddings": True}
 SMALL_FUSION_STACK = {**SMALL_STACK, "num_hidden_layers": 3}
-# Whose own defaults are those of a large model; None is as many as there are heads
-SMALL_QWEN3 = {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": None}
+# Whose norms and activation are one kernel each on a CPU, and whose attention and MLP share a norm
+SMALL_PHI = {
+    "model_type": "phi",
+    "intermediate_size": 512,
+    "hidden_act": "gelu",
+    "qk_layernorm": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Over a million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
-    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps. Qwen3
-    # is Llama with normed queries and keys (Henry et al. 2020), by which words find the image tokens that they are
-    # about after half as many steps: a token's length no longer weighs in on how well it matches.
+    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps. With
+    # normed queries and keys (Henry et al. 2020) words find the image tokens that they are about in fewer steps: a
+    # token's length no longer weighs in on how well it matches.
     "tiny": {
-        "text_config": {**SMALL_QWEN3, **SMALL_TEXT_STACK},
+        "text_config": {**SMALL_TEXT_STACK, **SMALL_PHI},
         "vision_config": {
             "model_type": "regnet",
             "image_size": 48,
@@ -45,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "groups_width": 64,
             "layer_type": "x",
         },
-        "fusion_stack_config": {**SMALL_QWEN3, **SMALL_FUSION_STACK},
+        "fusion_stack_config": {**SMALL_FUSION_STACK, **SMALL_PHI},
         "projector_position_embeddings": True,
         "initializer_range": 0.09,
     },

@@ -42,6 +42,13 @@ def is_plain_text(row: dict[str, Any]) -> bool:
     return "text" in row and "messages" not in row and "prompt" not in row
 
 
+def conversations_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is said in a row: its `conversations`, which begin alike, or the row itself."""
+    if "messages" in row or "prompt" in row:
+        return [row]
+    return row.get("conversations") or [row]
+
+
 def labels_per_row(labels: torch.Tensor) -> int:
     """The largest number of labels in a row of `labels`, of shape `(batch, seq_len)`."""
     return int((labels != IGNORE_INDEX).sum(dim=1).max())
@@ -79,7 +86,7 @@ class DuoStreamDataCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
         # A row may hold several conversations; `owners` are their rows
-        owned = [(i, each) for i, row in enumerate(rows) for each in row.get("conversations") or (row,)]
+        owned = [(i, each) for i, row in enumerate(rows) for each in conversations_of(row)]
         owners, conversations = [i for i, _ in owned], [each for _, each in owned]
         pieces: list[tuple[int, str, bool]] = []
         for n, (i, conversation) in enumerate(owned):

@@ -98,7 +98,7 @@ class QualityArguments:
     )
     stack: str = field(
         default="{}",
-        metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Qwen3."},
+        metadata={"help": "Fields of DuoStream's text and fusion stacks, as JSON; a `model_type` replaces Phi."},
     )
     text_stack: str = field(
         default="{}", metadata={"help": "Fields of DuoStream's text stack that are not those of its fusion stack."}
@@ -125,7 +125,7 @@ class QualityArguments:
     )
     dropout: float = field(
         default=0.0,
-        metadata={"help": "In training, where layers have it: Llama's, which are DuoStream's, in attention alone."},
+        metadata={"help": "In training, of both sides' layers, where they have it."},
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each trains all sides once more."})
     output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
@@ -223,11 +223,11 @@ def duostream_side(
 ) -> Side:
     stack = {
         "hidden_size": args.hidden_size,
-        # Three matrices of this size weigh as much as the peers' two of four times the width
-        "intermediate_size": args.hidden_size * 8 // 3,
+        "intermediate_size": 4 * args.hidden_size,
         "num_attention_heads": num_heads(args),
         "initializer_range": 0.02,  # as the peers
         "attention_dropout": args.dropout,
+        "resid_pdrop": args.dropout,
         **json.loads(args.stack),
     }
     vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
@@ -237,7 +237,7 @@ def duostream_side(
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
-        text_config=text_stack,
+        text_config={**text_stack, "embd_pdrop": args.dropout},
         fusion_stack_config={**stack, "num_hidden_layers": args.num_layers - args.num_text_layers},
         vision_config=vision_config,
         initializer_range=stack["initializer_range"],
@@ -390,11 +390,12 @@ def captioner(
 def llava_side(
     args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, vision: PreTrainedModel
 ) -> Side:
-    """LLaVA of the same kind of layers: image tokens go through all of them."""
+    """LLaVA: image tokens go through all layers."""
     num_tokens, _ = image_token_shape(vision.config)
     text_config = LlamaConfig(
         vocab_size=len(processor.tokenizer),
         hidden_size=args.hidden_size,
+        # Three matrices of this size weigh as much as two of four times the width
         intermediate_size=args.hidden_size * 8 // 3,
         num_attention_heads=num_heads(args),
         num_hidden_layers=args.num_layers,

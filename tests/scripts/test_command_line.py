@@ -636,7 +636,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def quick_folder(workplace):
     """What the quickstart writes, with next to no training."""
-    numbers = {"train_scenes": 64, "eval_scenes": 8, "pretrain_steps": 2, "finetune_steps": 2}
+    numbers = {"train_scenes": 64, "eval_scenes": 8, "pretrain_steps": 2, "question_steps": 2, "finetune_steps": 2}
     quickstart.main(arguments(output_dir="quickstart", **numbers))
     return workplace / "quickstart"
 

@@ -22,7 +22,7 @@ TASKS = {
     "picture classes": ({"task": "classification", "prompt": ""}, "accuracy", "ViTForImageClassification"),
     "retrieval": ({}, "text_to_image_recall@1", "VisionTextDualEncoderModel"),
     "translation": ({"image_column": ""}, "exact_match", "MarianMTModel"),
-    "caption": ({}, "exact_match", "VisionEncoderDecoderModel"),
+    "caption": ({"conversations_per_row": 2}, "exact_match", "VisionEncoderDecoderModel"),
     "vqa": ({"prompt_column": "source", "answer_column": "target"}, "exact_match", "LlavaForConditionalGeneration"),
     "summarization": ({"image_column": ""}, "exact_match", "BartForConditionalGeneration"),
 }
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory):
             for i in range(8):
                 Image.new("RGB", (30, 30), (30 * i, 90, 20)).save(folder / split / f"{i}.jpg")
                 row = {"file_name": f"{i}.jpg", "text": f"film {i}", "label": ["bad", "good"][i % 2]}
-                row |= {"captions": [f"picture {i}"], "source": f"one {i}", "target": f"two {i}"}
+                row |= {"captions": [f"picture {i}"] * 2, "source": f"one {i}", "target": f"two {i}"}
                 row |= {"document": f"long text {i}", "summary": f"text {i}"}
                 lines.append(json.dumps(row) + "\n")
             (folder / split / "metadata.jsonl").write_text("".join(lines))
