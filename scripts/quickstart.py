@@ -41,9 +41,9 @@ class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Checkpoints, metrics and report go here."})
     train_scenes: int = field(default=12_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
-    pretrain_steps: int = field(default=260, metadata={"help": "Steps of 64 captions."})
-    question_steps: int = field(default=880, metadata={"help": "Steps of up to four questions about 28 pictures."})
-    finetune_steps: int = field(default=540, metadata={"help": "Steps of the same, or of 28 captions, half and half."})
+    pretrain_steps: int = field(default=250, metadata={"help": "Steps of 64 captions."})
+    question_steps: int = field(default=780, metadata={"help": "Steps of up to four questions about 28 pictures."})
+    finetune_steps: int = field(default=720, metadata={"help": "Steps of the same, or of 28 captions, half and half."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
 
@@ -78,9 +78,11 @@ class Stopwatch:
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
 
-def questions_and_captions(questions: Dataset, captions: Dataset) -> Dataset:
-    """Both, with a `length` by which `group_by_length` keeps them apart, so that neither pads the other."""
-    parts = [questions, pack_rows(captions, conversations_per_row=1)]
+def questions_and_captions(questions: Dataset, captions: Dataset, seed: int) -> Dataset:
+    """
+    As many rows of either; by `length`, `group_by_length` keeps them apart, so that neither pads the other.
+    """
+    parts = [questions.shuffle(seed).take(len(captions)), pack_rows(captions, conversations_per_row=1)]
     numbered = [part.remove_columns("length").add_column("length", [i] * len(part)) for i, part in enumerate(parts)]
     return number_rows(concatenate_datasets(numbered))
 
@@ -134,7 +136,7 @@ def main(args: list[str] | None = None) -> None:
         captions = number_rows(caption_rows(scenes))
         # Pictures are read once for four questions: how fast a model learns to look goes by the number of its steps
         questions = pack_rows(question_rows(scenes), conversations_per_row=4)
-        rows = questions_and_captions(questions, captions)
+        rows = questions_and_captions(questions, captions, seed)
 
     with watch.stage("pretrain"):
         steps = quickstart_args.pretrain_steps
