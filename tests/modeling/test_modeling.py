@@ -947,7 +947,8 @@ def test_every_projector_gives_tokens_of_the_fusion_stacks_width(projector_type:
         projector_hidden_size=20,
         projector_position_embeddings=positions,
     )
-    picture = torch.randn(1, 3, 16, 16)
+    # In the layout the model gives its pictures: in another one a convolution may round differently
+    picture = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         outputs = model.get_image_features(picture)
         assert outputs.pooler_output.shape == (1, 4, 32)
@@ -970,7 +971,8 @@ def test_new_positions_are_as_large_as_the_tokens_they_are_added_to() -> None:
 @pytest.mark.parametrize("layer", [-1, -2, 0, 1])
 def test_any_layer_of_the_vision_stream_may_be_read(layer: int) -> None:
     model = small_model("llama", vision_feature_layer=layer)
-    picture = torch.randn(2, 3, 16, 16)
+    # In the layout the model gives its pictures: in another one a convolution may round differently
+    picture = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         outputs = model.model.vision_model(pixel_values=picture, output_hidden_states=True)
         got = model.get_image_features(picture).last_hidden_state
