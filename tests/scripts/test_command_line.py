@@ -30,8 +30,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor
 from duostream.scripts import compose, evaluate, finetune, generate, pretrain, quickstart
 from duostream.scripts.arguments import DataArguments
-from duostream.scripts.data import load_rows
+from duostream.scripts.data import load_rows, pack_rows
 from duostream.scripts.report import attended_tokens
+from duostream.scripts.scenes import build_scenes, caption_rows, question_rows
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 COMMANDS = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["scripts"]
@@ -583,6 +584,16 @@ def test_composing_refuses_a_split_that_cannot_be(language_model, vision_model, 
     with pytest.raises(ValueError, match="num_fusion_layers"):
         compose.main(arguments(text=language_model, vision=vision_model, output_dir=tmp_path / "out", **more))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_quickstart_ends_on_as_many_captions_as_rows_of_questions(workplace):
+    scenes = build_scenes("train", 6)
+    questions, captions = pack_rows(question_rows(scenes), 4), caption_rows(scenes)
+    rows = quickstart.questions_and_captions(questions, captions, seed=0)
+    assert rows["length"][:] == [0] * 6 + [1] * 6
+    assert all(1 <= len(row["conversations"]) <= 4 for row in rows.select(range(6)))
+    said = [row["conversations"][0]["prompt"][0]["content"][-1]["text"] for row in rows.select(range(6, 12))]
+    assert said == ["Describe the picture."] * 6
 
 
 def test_a_caption_is_right_if_it_names_what_is_there_and_nothing_else():
