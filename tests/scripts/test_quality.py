@@ -139,3 +139,30 @@ def test_some_layers_are_left_for_the_fusion_stack():
 def test_unknown_sides_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`sides` has \['theirs'\]; there are 'duostream', 'peer' and 'blind'"):
         compare({"output": tmp_path / "out.json"}, "--sides", "theirs")
+
+
+@pytest.mark.slow
+def test_each_side_may_have_its_own_learning_rate_and_duostream_its_own_configuration(dataset, tmp_path, monkeypatch):
+    sides = []
+    train_and_measure = quality.train_and_measure
+    monkeypatch.setattr(
+        quality, "train_and_measure", lambda side, *args: (sides.append(side.model), train_and_measure(side, *args))[1]
+    )
+    options = {"task": "translation", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "max_steps": 2}
+    options |= {"learning_rate": 2e-3, "peer_learning_rate": 1e-3, "max_new_tokens": 2, "image_column": ""}
+    options |= {"config_overrides": '{"restart_positions": true}', "text_stack": '{"intermediate_size": 32}'}
+    compare(options)
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [run["learning_rate"] for run in runs] == [2e-3, 1e-3]
+    config = sides[0].config
+    assert config.restart_positions
+    assert (config.text_config.intermediate_size, config.fusion_stack_config.intermediate_size) == (32, 256)
+
+
+def test_a_step_has_as_many_answers_however_many_share_a_row(dataset, tmp_path):
+    options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "batch_size": 16}
+    options |= {"max_steps": 2, "conversations_per_row": 2, "max_new_tokens": 2}
+    compare(options)
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    # All 16 captions in a step of either, of 8 rows or of 16
+    assert [(run["steps"], run["epochs"]) for run in runs] == [(2, 2.0), (2, 2.0)]
