@@ -54,7 +54,10 @@ class BadRows:
             try:
                 check(row)
             except BAD_ROW_ERRORS as error:
-                self.add(row.get("source", row.get("row", index)), error)
+                sources = row.get("source", row.get("row", index))
+                # A row may hold several of the source that share a picture
+                for source in dict.fromkeys(sources if isinstance(sources, list) else [sources]):
+                    self.add(source, error)
                 return False
             return True
 

@@ -168,9 +168,11 @@ def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
         for group in groups.values()
         for start in range(0, len(group), conversations_per_row)
     ]
-    kept = {name: rows.features[name] for name in ("images", "source") if name in rows.features}
+    source = next((name for name in ("source", "row") if name in rows.features), None)
+    kept = {name: rows.features[name] for name in ("images",) if name in rows.features}
+    sources = {} if source is None else {"source": List(Value("int64"))}
     conversation = {name: rows.features[name] for name in ("prompt", "completion")}
-    features = Features({**kept, "conversations": List(conversation), "length": Value("int64")})
+    features = Features({**kept, **sources, "conversations": List(conversation), "length": Value("int64")})
 
     def join(batch: dict[str, list]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
@@ -181,6 +183,9 @@ def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
         for indices in batch["members"]:
             for name in kept:
                 out[name].append(chosen[name][end])
+            if source is not None:
+                # Of all: if the picture can't be read, all are lost, and are to be counted
+                out["source"].append(chosen[source][end : end + len(indices)])
             end += len(indices)
             pairs = islice(turns, len(indices))
             conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]

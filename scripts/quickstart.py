@@ -83,8 +83,11 @@ def questions_and_captions(questions: Dataset, captions: Dataset, seed: int) -> 
     As many rows of either; by `length`, `group_by_length` keeps them apart, so that neither pads the other.
     """
     parts = [questions.shuffle(seed).take(len(captions)), pack_rows(captions, conversations_per_row=1)]
-    numbered = [part.remove_columns("length").add_column("length", [i] * len(part)) for i, part in enumerate(parts)]
-    return number_rows(concatenate_datasets(numbered))
+    parts = [
+        part.select_columns(["images", "conversations"]).add_column("length", [i] * len(part))
+        for i, part in enumerate(parts)
+    ]
+    return number_rows(concatenate_datasets(parts))
 
 
 def caption_names_objects(prediction: str, objects: list[dict]) -> bool:

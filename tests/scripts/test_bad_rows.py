@@ -99,3 +99,19 @@ def test_evaluation_never_leaves_rows_out(folder):
 def test_anything_else_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="`on_bad_rows` is 'hide'; there are 'raise' and 'skip'"):
         train(folder, tmp_path / "out", "--on_bad_rows", "hide")
+
+
+def test_all_rows_that_share_a_picture_that_cannot_be_read_are_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name in ("good.png", "bad.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    break_file(tmp_path / "bad.png", "truncated")
+    names = ["good.png", "bad.png", "good.png", "bad.png", "bad.png"]
+    rows = [{"image": name, "question": f"{i}?", "answer": str(i)} for i, name in enumerate(names)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "vqa", "--image_dir", str(tmp_path), "--conversations_per_row", "2", "--max_steps", "1"]
+    train(questions, tmp_path / "out", "--on_bad_rows", "skip", *options)
+    written = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [each["row"] for each in written] == [1, 3, 4]
+    assert all("a picture can't be read" in each["reason"] for each in written)
