@@ -42,7 +42,7 @@ class QuickstartArguments:
     train_scenes: int = field(default=12_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
     pretrain_steps: int = field(default=250, metadata={"help": "Steps of 64 captions."})
-    question_steps: int = field(default=780, metadata={"help": "Steps of up to four questions about 28 pictures."})
+    question_steps: int = field(default=780, metadata={"help": "Steps of up to five questions about 28 pictures."})
     finetune_steps: int = field(default=720, metadata={"help": "Steps of the same, or of 28 captions, half and half."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
@@ -78,11 +78,13 @@ class Stopwatch:
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
 
-def questions_and_captions(questions: Dataset, captions: Dataset, seed: int) -> Dataset:
+def questions_and_captions(questions: Dataset, captions: Dataset) -> Dataset:
     """
-    As many rows of either; by `length`, `group_by_length` keeps them apart, so that neither pads the other.
+    About as many rows of either: captions as often as needed. By `length`, `group_by_length` keeps them apart, so that
+    neither pads the other.
     """
-    parts = [questions.shuffle(seed).take(len(captions)), pack_rows(captions, conversations_per_row=1)]
+    repeats = max(1, round(len(questions) / len(captions)))
+    parts = [questions, pack_rows(captions, conversations_per_row=1).repeat(repeats)]
     parts = [
         part.select_columns(["images", "conversations"]).add_column("length", [i] * len(part))
         for i, part in enumerate(parts)
@@ -137,9 +139,9 @@ def main(args: list[str] | None = None) -> None:
     with watch.stage("draw scenes"):
         scenes = build_scenes("train", quickstart_args.train_scenes, seed=seed)
         captions = number_rows(caption_rows(scenes))
-        # Pictures are read once for four questions: how fast a model learns to look goes by the number of its steps
-        questions = pack_rows(question_rows(scenes), conversations_per_row=4)
-        rows = questions_and_captions(questions, captions, seed)
+        # Pictures are read once for five questions: how fast a model learns to look goes by the number of its steps
+        questions = pack_rows(question_rows(scenes), conversations_per_row=5)
+        rows = questions_and_captions(questions, captions)
 
     with watch.stage("pretrain"):
         steps = quickstart_args.pretrain_steps
@@ -148,7 +150,7 @@ def main(args: list[str] | None = None) -> None:
             output_dir / "pretrained",
             max_steps=steps,
             per_device_train_batch_size=64,
-            learning_rate=2e-3,
+            learning_rate=4e-3,
             lr_scheduler_type="warmup_stable_decay",
             lr_scheduler_kwargs={"num_decay_steps": steps // 2, "decay_type": "linear"},
             # Features of colour and shape that are no larger than need be combine to pairs that were never seen

@@ -385,25 +385,28 @@ def _encode(picture: PIL.Image.Image) -> bytes:
 
 
 def _sample_questions(rng: random.Random, objects: list[SceneObject], split: str) -> list[Question]:
-    questions = [_sample_count_question(rng, objects), _sample_existence_question(rng, objects, split)]
+    questions = [*_sample_count_questions(rng, objects), _sample_existence_question(rng, objects, split)]
     for ask_all, number in QUESTIONS_PER_KIND.items():
         candidates = ask_all(objects)
         questions += rng.sample(candidates, min(len(candidates), number))
     return questions
 
 
-def _sample_count_question(rng: random.Random, objects: list[SceneObject]) -> Question:
+def _sample_count_questions(rng: random.Random, objects: list[SceneObject]) -> list[Question]:
     numbers = {"How many objects are there?": len(objects)}
     for shape in SHAPES:
         plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
         numbers[f"How many {plural} are there?"] = sum(item.shape == shape for item in objects)
     for colour in COLOURS:
         numbers[f"How many {colour} objects are there?"] = sum(item.colour == colour for item in objects)
-    # The answer comes first because most questions have the answer 0, the weights because few scenes have a high one.
-    answers = sorted(set(numbers.values()))
-    answer = rng.choices(answers, [number + 1 for number in answers])[0]
-    question = rng.choice([question for question, number in numbers.items() if number == answer])
-    return Question(question, str(answer), "count")
+    questions = []
+    for _ in range(COUNT_QUESTIONS):
+        # The answer comes first because most questions have the answer 0, the weights because few scenes have a high one
+        answers = sorted(set(numbers.values()))
+        answer = rng.choices(answers, [number + 1 for number in answers])[0]
+        question = rng.choice([question for question, number in numbers.items() if number == answer])
+        questions.append(Question(question, str(numbers.pop(question)), "count"))
+    return questions
 
 
 def _sample_existence_question(rng: random.Random, objects: list[SceneObject], split: str) -> Question:
@@ -472,7 +475,8 @@ def _relations(first: SceneObject, second: SceneObject) -> list[str]:
     return relations
 
 
-# Where something is, and how it lies to another thing, takes longest to learn.
+# How many there are, where something is, and how it lies to another thing, takes longest to learn.
+COUNT_QUESTIONS = 2
 QUESTIONS_PER_KIND: dict[Callable[[list[SceneObject]], list[Question]], int] = {
     _colour_questions: 1,
     _shape_questions: 1,
