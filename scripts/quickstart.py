@@ -41,9 +41,9 @@ class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Checkpoints, metrics and report go here."})
     train_scenes: int = field(default=12_000, metadata={"help": "Scenes to train on."})
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
-    pretrain_steps: int = field(default=250, metadata={"help": "Steps of 64 captions."})
-    question_steps: int = field(default=780, metadata={"help": "Steps of up to five questions about 28 pictures."})
-    finetune_steps: int = field(default=720, metadata={"help": "Steps of the same, or of 28 captions, half and half."})
+    pretrain_steps: int = field(default=230, metadata={"help": "Steps of 64 captions."})
+    question_steps: int = field(default=820, metadata={"help": "Steps of up to five questions about 28 pictures."})
+    finetune_steps: int = field(default=780, metadata={"help": "Steps of the same, or of 28 captions every third."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
 
 
@@ -53,7 +53,7 @@ def training_arguments(output_dir: Path, **kwargs: Any) -> DuoStreamTrainingArgu
     defaults = {
         "output_dir": str(output_dir),
         "learning_rate": 1e-3,
-        "weight_decay": 0.1,
+        "weight_decay": 0.3,
         "adam_beta2": 0.98,
         "warmup_steps": min(50, steps // 4),
         "logging_steps": max(1, min(25, steps // 10)),
@@ -79,15 +79,10 @@ class Stopwatch:
 
 
 def questions_and_captions(questions: Dataset, captions: Dataset) -> Dataset:
-    """
-    About as many rows of either: captions as often as needed. By `length`, `group_by_length` keeps them apart, so that
-    neither pads the other.
-    """
-    repeats = max(1, round(len(questions) / len(captions)))
-    parts = [questions, pack_rows(captions, conversations_per_row=1).repeat(repeats)]
+    """All rows of both; by `length`, `group_by_length` keeps them apart, so that neither pads the other."""
     parts = [
         part.select_columns(["images", "conversations"]).add_column("length", [i] * len(part))
-        for i, part in enumerate(parts)
+        for i, part in enumerate((questions, pack_rows(captions, conversations_per_row=1)))
     ]
     return number_rows(concatenate_datasets(parts))
 
