@@ -401,7 +401,7 @@ def _sample_count_questions(rng: random.Random, objects: list[SceneObject]) -> l
         numbers[f"How many {colour} objects are there?"] = sum(item.colour == colour for item in objects)
     questions = []
     for _ in range(COUNT_QUESTIONS):
-        # The answer comes first because most questions have the answer 0, the weights because few scenes have a high one
+        # The answer first, as most questions have the answer 0; the weights, as few scenes have a high one
         answers = sorted(set(numbers.values()))
         answer = rng.choices(answers, [number + 1 for number in answers])[0]
         question = rng.choice([question for question, number in numbers.items() if number == answer])
