@@ -36,11 +36,11 @@ SMALL_PHI = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Over a million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
-    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps. Smaller
-    # groups and GELU tell shapes apart sooner than wider, deeper stages (and cost less). With
-    # normed queries and keys (Henry et al. 2020) words find the image tokens that they are about in fewer steps: a
-    # token's length no longer weighs in on how well it matches.
+    # About a million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
+    # learns to see in minutes, where a small vision transformer first rests on a plateau for hundreds of steps. Small
+    # groups and GELU tell shapes apart sooner than wider groups or deeper stages. With normed queries and keys (Henry
+    # et al. 2020) words find the image tokens that they are about in fewer steps: a token's length no longer weighs in
+    # on how well it matches.
     "tiny": {
         "text_config": {**SMALL_TEXT_STACK, **SMALL_PHI},
         "vision_config": {
@@ -255,7 +255,7 @@ class DuoStreamConfig(PreTrainedConfig):
         A configuration for training from scratch.
 
         Args:
-            preset (`str`): `"tiny"` (about one and a half million parameters) or `"base"` (about 200 million).
+            preset (`str`): `"tiny"` (about a million parameters) or `"base"` (about 200 million).
             vocab_size (`int`, *optional*): Size of the tokenizer. Defaults to the preset's.
             kwargs: Any field of the configuration. A sub-config given as a `dict` without `model_type` updates the
                 preset's; one with a `model_type` replaces it.
