@@ -193,7 +193,7 @@ def test_scenes_carry_the_kinds_they_admit(rows):
     for row in rows:
         kinds = Counter(item["kind"] for item in row["questions"])
         assert set(kinds) == (KINDS if len(row["objects"]) > 1 else KINDS - {"relation"})
-        assert max(kinds.values()) <= 2
+        assert max(kinds.values()) == kinds["count"] == 2
         assert len({item["question"] for item in row["questions"]}) == len(row["questions"])
 
 
