@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint benchmark clean
+.PHONY: help setup quickstart test test-fast conformance lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,6 +31,10 @@ test: setup ## Run all tests
 
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+conformance: setup ## Fetch the tests that transformers has for its own models and run them
+	$(BIN)/python tests/conformance/library_tests.py
+	$(BIN)/python -m pytest tests/conformance -q -r fE
 
 # The links are made each time, for modules that came or went. They lay the folders out as the installed package
 # does, which mypy has no setting for (see pyproject.toml).

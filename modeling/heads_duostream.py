@@ -268,7 +268,10 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Reads texts.
@@ -281,9 +284,13 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
             `BaseModelOutputWithPooling`: `pooler_output` is of shape `(batch, projection_dim)` and of unit length;
             `last_hidden_state` is what the text stream gave.
         """
-        hidden_states = self.model.read_text(input_ids, attention_mask)
-        embeds = self.image_text_head.embed_text(hidden_states, attention_mask)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=embeds)
+        outputs = self.model.read_text(input_ids, attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.image_text_head.embed_text(outputs.last_hidden_state, attention_mask),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     @can_return_tuple
     def get_image_features(
@@ -299,9 +306,13 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
             `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, projection_dim)` and of unit
             length; `last_hidden_state` is what the vision stream gave.
         """
-        features = self.model.get_image_features(pixel_values, return_dict=True).last_hidden_state
-        embeds = self.image_text_head.embed_images(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
+        outputs = self.model.get_image_features(pixel_values, **{**kwargs, "return_dict": True})
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.image_text_head.embed_images(outputs.last_hidden_state),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def match(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -313,7 +324,7 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
             `torch.FloatTensor` of shape `(batch, 2)`: logits of no and yes.
         """
         image_states = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        text_states = self.model.read_text(input_ids, attention_mask)
+        text_states = self.model.read_text(input_ids, attention_mask).last_hidden_state
         return matching_logits(self.model, self.image_text_head, image_states, text_states, attention_mask)
 
     @can_return_tuple
@@ -478,7 +489,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             chosen = slice(None) if paired_images is None else paired_images
             features, image_states = images.last_hidden_state[chosen], images.pooler_output[chosen]
             check_pairs(len(paired_input_ids), len(features))
-            text_states = self.model.read_text(paired_input_ids, paired_attention_mask)
+            text_states = self.model.read_text(paired_input_ids, paired_attention_mask).last_hidden_state
             head = self.image_text_head
             text_embeds = head.embed_text(text_states, paired_attention_mask)
             image_embeds = head.embed_images(features)
@@ -519,8 +530,11 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         """Each pair, each text with a wrong picture and each picture with a wrong text (Li et al. 2021, 3.2)."""
         count = len(text_states)
         own = torch.arange(count, device=text_states.device)
-        texts = torch.cat([own, own, hard_negatives(scores.T)])  # (3 * num_pairs,)
-        images = torch.cat([own, hard_negatives(scores), own])  # (3 * num_pairs,)
+        # An evaluation gives the same loss each time
+        wrong_texts = hard_negatives(scores.T, sample=self.training)
+        wrong_images = hard_negatives(scores, sample=self.training)
+        texts = torch.cat([own, own, wrong_texts])  # (3 * num_pairs,)
+        images = torch.cat([own, wrong_images, own])  # (3 * num_pairs,)
         mask = None if text_attention_mask is None else text_attention_mask[texts]
         logits = matching_logits(self.model, self.image_text_head, image_states[images], text_states[texts], mask)
         is_right = (torch.arange(3 * count, device=own.device) < count).long()

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.processing_utils import Unpack
@@ -136,6 +136,11 @@ def remove_final_norm(model: PreTrainedModel) -> None:
 
 def remove_embeddings(model: PreTrainedModel) -> None:
     """Takes token and position embeddings off a decoder, in place: it starts from the states of the two streams."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    if model._tp_plan:
+        # The library checks that each entry of the plan is there
+        model._tp_plan.pop(name, None)
     model.set_input_embeddings(None)
     stack = stack_of(model)
     for name in POSITION_EMBEDDINGS:
@@ -308,7 +313,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, image_seq_length, hidden_size)`,
-            the tokens that enter the fusion stack; `last_hidden_state` is what the vision stream gave.
+            the tokens that enter the fusion stack; `last_hidden_state` is what the vision stream gave, as are
+            `hidden_states` and `attentions`, where they are asked for.
         """
         layer = self.config.vision_feature_layer
         dtype = next(self.vision_model.parameters()).dtype
@@ -316,14 +322,22 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if pixel_values.ndim == 4:
             # Convolutions are up to twice as fast on pixels whose channels lie side by side
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=layer != -1)
+        if layer != -1:
+            kwargs["output_hidden_states"] = True
+        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
         features = image_tokens(outputs, layer)  # (num_images, image_seq_length, image_hidden_size)
         if features.shape[1] != self.config.image_seq_length:
             raise ValueError(
                 f"`pixel_values` of shape {tuple(pixel_values.shape)} give {features.shape[1]} tokens a picture, but "
                 f"`config.image_seq_length` is {self.config.image_seq_length}"
             )
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=self.projector(features),
+            hidden_states=outputs.hidden_states,
+            # Convolutional models have none
+            attentions=getattr(outputs, "attentions", None),
+        )
 
     @property
     def _text_window(self) -> int | None:
@@ -664,16 +678,21 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             and_mask_function=see_own_segment(segment_ids),
         )
 
-    def read_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The text stream's states of text on its own, of shape `(batch, text_len, hidden)`; padded on either side."""
+    def read_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """What the text stream makes of text on its own, padded on either side: states `(batch, text_len, hidden)`."""
         position_ids = None if attention_mask is None else self._count_tokens(attention_mask, 0, *input_ids.shape)
-        outputs = self.text_model(
+        return self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=self._as_the_text_stream_counts(position_ids),
             use_cache=False,
+            **kwargs,
         )
-        return outputs.last_hidden_state
 
     def _as_the_text_stream_counts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
         """RoBERTa and its kin count from behind the number of the padding token, whose row in the table is zero."""
@@ -770,6 +789,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
 class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
     """What the models with a language-model head have in common."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__(config)

@@ -69,18 +69,20 @@ def contrastive_loss(
     return loss / (len(text_embeds) if num_pairs is None else num_pairs)
 
 
-def hard_negatives(scores: torch.Tensor) -> torch.Tensor:
+def hard_negatives(scores: torch.Tensor, sample: bool = True) -> torch.Tensor:
     """
     For each row another column than its own, drawn the likelier the higher it scores (Li et al. 2021, section 3.2).
 
     Args:
         scores (`torch.FloatTensor` of shape `(num_pairs, num_pairs)`): At least two pairs; the diagonal is right.
+        sample (`bool`, *optional*, defaults to `True`): Whether to draw, or to take the one that scores highest.
 
     Returns:
         `torch.LongTensor` of shape `(num_pairs,)`.
     """
     is_own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    return scores.float().masked_fill(is_own, -torch.inf).softmax(dim=1).multinomial(1).squeeze(1)
+    others = scores.float().masked_fill(is_own, -torch.inf)
+    return others.softmax(dim=1).multinomial(1).squeeze(1) if sample else others.argmax(dim=1)
 
 
 __all__ = ["contrastive_loss", "gather_rows", "hard_negatives", "num_ranks"]

@@ -177,7 +177,10 @@ class DuoStreamProcessor(ProcessorMixin):
             is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
             if is_nested:
                 if len(images) != len(texts):
-                    raise ValueError(f"`images` has pictures for {len(images)} rows, but `text` has {len(texts)} rows")
+                    raise ValueError(
+                        f"{self.image_token!r} tokens in the prompts should be the same as the number of pictures: "
+                        f"`images` has pictures for {len(images)} rows, but `text` has {len(texts)} rows"
+                    )
                 for row, (num_markers, pictures) in enumerate(zip(markers, images, strict=True)):
                     if num_markers != len(pictures):
                         raise ValueError(

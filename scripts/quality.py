@@ -87,6 +87,13 @@ class QualityArguments:
     num_text_layers: int = field(
         default=1, metadata={"help": "How many of DuoStream's are the text stream's; the others are fusion layers."}
     )
+    initializer_range: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of both sides' first weights: by default the inverse root of `hidden_size`, "
+            "with which small models of either side learn in far fewer steps than with the usual 0.02."
+        },
+    )
     image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
     vision: str | None = field(
@@ -214,6 +221,10 @@ class FrozenVision(PreTrainedModel):
         return BaseModelOutputWithPooling(states, pooler_output=states.mean(dim=1), hidden_states=(states,))
 
 
+def initializer_range(args: QualityArguments) -> float:
+    return args.hidden_size**-0.5 if args.initializer_range is None else args.initializer_range
+
+
 def num_heads(args: QualityArguments) -> int:
     return max(1, args.hidden_size // 32)
 
@@ -225,7 +236,7 @@ def duostream_side(
         "hidden_size": args.hidden_size,
         "intermediate_size": 4 * args.hidden_size,
         "num_attention_heads": num_heads(args),
-        "initializer_range": 0.02,  # as the peers
+        "initializer_range": initializer_range(args),
         "attention_dropout": args.dropout,
         "resid_pdrop": args.dropout,
         **json.loads(args.stack),
@@ -300,6 +311,7 @@ def peer_side(
         "intermediate_size": 4 * args.hidden_size,
     }
     size |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    size["initializer_range"] = initializer_range(args)
     tokenizer = processor.tokenizer
     if data_args.task in ("classification", "retrieval"):
         processor = with_first_token(processor)
@@ -353,6 +365,7 @@ def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedToke
         decoder_start_token_id=tokenizer.pad_token_id,
         forced_eos_token_id=None,
         max_position_embeddings=1024,
+        init_std=initializer_range(args),
         dropout=args.dropout,
         attention_dropout=args.dropout,
         # Marian's words would drown in its positions, as it has no norm between them and the layers
@@ -372,6 +385,7 @@ def captioner(
         n_layer=args.num_layers,
         n_head=num_heads(args),
         n_positions=256,
+        initializer_range=initializer_range(args),
         bos_token_id=tokenizer.pad_token_id,
         embd_pdrop=args.dropout,
         attn_pdrop=args.dropout,
@@ -399,6 +413,7 @@ def llava_side(
         intermediate_size=args.hidden_size * 8 // 3,
         num_attention_heads=num_heads(args),
         num_hidden_layers=args.num_layers,
+        initializer_range=initializer_range(args),
         attention_dropout=args.dropout,
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,

@@ -218,6 +218,7 @@ def test_a_hard_negative_is_never_the_right_one_and_mostly_the_closest():
     drawn = torch.stack([hard_negatives(scores) for _ in range(200)])
     assert not (drawn == torch.arange(5)).any()
     assert (drawn[:, :3] == 3).float().mean() > 0.9
+    assert hard_negatives(scores, sample=False)[:3].tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("kind", ENCODER_KINDS)
@@ -230,7 +231,7 @@ def test_reading_ready_states_together_is_reading_the_row(kind):
     with torch.no_grad():
         whole = model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"])).last_hidden_state
         image_states = model.get_image_features(inputs["pixel_values"]).pooler_output
-        text_states = model.read_text(inputs["input_ids"][:, first:], text_mask)
+        text_states = model.read_text(inputs["input_ids"][:, first:], text_mask).last_hidden_state
         fused = model.fuse(image_states, text_states, text_mask)
     for i, place in places(rows, "right"):
         assert difference(fused[i, place], whole[i, place]) < 2e-4
@@ -255,6 +256,43 @@ def test_pretraining_sums_its_objectives_by_weight_and_reports_each():
     outputs = model(**pretraining_inputs(model))
     total = sum(weight * outputs[f"{name}_loss"] for name, weight in chosen.items())
     assert torch.isclose(outputs.loss, total)
+
+
+def test_gradient_checkpointing_gives_the_gradients_of_all_objectives():
+    model = small_model(cls=DuoStreamForPreTraining).train()
+    inputs = pretraining_inputs(model)
+
+    def gradients():
+        torch.manual_seed(0)  # of the negatives that are drawn
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    expected = gradients()
+    model.activation_checkpointing_enable()
+    for name, gradient in gradients().items():
+        assert difference(gradient, expected[name]) < 1e-4, name
+
+
+def test_an_evaluation_gives_the_same_matching_loss_each_time():
+    model = small_model(cls=DuoStreamForPreTraining, **weights(itm=1.0))
+    inputs = pretraining_inputs(model, num_rows=8)
+    with torch.no_grad():
+        first, *others = [model(**inputs).loss for _ in range(8)]
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_stream_tells_its_hidden_states_and_attentions_where_they_are_asked_for(kind):
+    model = small_model(cls=DuoStreamForImageTextRetrieval)
+    inputs = {"text": batch([Row(model, 5)]), "image": {"pixel_values": Row(model, PICTURE).pictures}}[kind]
+    read = {"text": model.get_text_features, "image": model.get_image_features}[kind]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain, full = read(**inputs), read(**inputs, output_hidden_states=True, output_attentions=True)
+    assert plain.hidden_states is None and plain.attentions is None
+    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
+    assert torch.equal(plain.pooler_output, full.pooler_output)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
