@@ -93,7 +93,7 @@ class DuoStreamModelTester:
         return config
 
     def text_ids(self, length: int) -> torch.Tensor:
-        first = self.image_token_id + 1
+        first = DuoStreamModelTester.image_token_id + 1
         return ids_tensor([self.batch_size, length], TEXT["vocab_size"] - first) + first
 
     def prepare_config_and_inputs_for_common(self) -> tuple[DuoStreamConfig, dict[str, torch.Tensor]]:

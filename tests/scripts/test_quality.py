@@ -142,7 +142,9 @@ def test_unknown_sides_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_side_may_have_its_own_learning_rate_and_duostream_its_own_configuration(dataset, tmp_path, monkeypatch):
+def test_each_side_may_have_its_own_rate_and_first_weights_and_duostream_its_own_configuration(
+    dataset, tmp_path, monkeypatch
+):
     sides = []
     train_and_measure = quality.train_and_measure
     monkeypatch.setattr(
@@ -150,12 +152,14 @@ def test_each_side_may_have_its_own_learning_rate_and_duostream_its_own_configur
     )
     options = {"task": "translation", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "max_steps": 2}
     options |= {"learning_rate": 2e-3, "peer_learning_rate": 1e-3, "max_new_tokens": 2, "image_column": ""}
+    options |= {"initializer_range": 0.05, "peer_initializer_range": 0.01}
     options |= {"config_overrides": '{"restart_positions": true}', "text_stack": '{"intermediate_size": 32}'}
     compare(options)
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [run["learning_rate"] for run in runs] == [2e-3, 1e-3]
     config = sides[0].config
     assert config.restart_positions
+    assert (config.fusion_stack_config.initializer_range, sides[1].config.init_std) == (0.05, 0.01)
     assert (config.text_config.intermediate_size, config.fusion_stack_config.intermediate_size) == (32, 256)
 
 
