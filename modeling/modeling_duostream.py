@@ -1,11 +1,12 @@
 """DuoStream: text and image tokens, each from a transformer of its own, go through one fusion stack together."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, no_grad
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -116,6 +117,17 @@ class DuoStreamProjector(nn.Module):
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.position_embeddings.weight
         return hidden_states
+
+
+def without_graph(part: nn.Module, *inputs: torch.Tensor | None) -> AbstractContextManager:
+    """
+    For a part in which nothing is trained, and nothing before it: it keeps no graph, even where the library asks its
+    embeddings for one (`enable_input_require_grads`, for adapters behind them).
+    """
+    is_trained = any(weight.requires_grad for weight in part.parameters())
+    return (
+        nullcontext() if is_trained or any(each is not None and each.requires_grad for each in inputs) else no_grad()
+    )
 
 
 class NoPositions(nn.Module):
@@ -324,7 +336,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         if layer != -1:
             kwargs["output_hidden_states"] = True
-        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
+        with without_graph(self.vision_model, pixel_values):
+            outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
         features = image_tokens(outputs, layer)  # (num_images, image_seq_length, image_hidden_size)
         if features.shape[1] != self.config.image_seq_length:
             raise ValueError(
@@ -625,14 +638,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 index = layout.text_index.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
                 inputs_embeds = inputs_embeds.gather(1, index)  # (batch, text_len, hidden)
         if layout.text_index is None or layout.text_index.shape[1] > 0:
-            hidden_states = self.text_model(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=text_attention_mask,
-                position_ids=self._as_the_text_stream_counts(layout.text_position_ids),
-                past_key_values=text_cache,
-                use_cache=text_cache is not None,
-            ).last_hidden_state  # (batch, text_len, hidden)
+            with without_graph(self.text_model, inputs_embeds):
+                hidden_states = self.text_model(
+                    input_ids=input_ids,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=text_attention_mask,
+                    position_ids=self._as_the_text_stream_counts(layout.text_position_ids),
+                    past_key_values=text_cache,
+                    use_cache=text_cache is not None,
+                ).last_hidden_state  # (batch, text_len, hidden)
         else:
             hidden_states = image_features.new_empty(batch_size, 0, image_features.shape[-1])
         if layout.join_index is not None:
@@ -649,6 +663,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 block_sequence_ids=block_ids,
             )
 
+        if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
+            # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
+            hidden_states.requires_grad_()
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
@@ -686,13 +703,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     ) -> BaseModelOutput:
         """What the text stream makes of text on its own, padded on either side: states `(batch, text_len, hidden)`."""
         position_ids = None if attention_mask is None else self._count_tokens(attention_mask, 0, *input_ids.shape)
-        return self.text_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=self._as_the_text_stream_counts(position_ids),
-            use_cache=False,
-            **kwargs,
-        )
+        with without_graph(self.text_model):
+            return self.text_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=self._as_the_text_stream_counts(position_ids),
+                use_cache=False,
+                **kwargs,
+            )
 
     def _as_the_text_stream_counts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
         """RoBERTa and its kin count from behind the number of the padding token, whose row in the table is zero."""

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..modeling.modeling_duostream import STREAMS
+
 
 @dataclass
 class DataArguments:
@@ -110,6 +112,13 @@ class DuoStreamTrainingArguments(TrainingArguments):
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parts not to train: any of text, vision, projector, fusion."}
     )
+    learning_rates: str = field(
+        default="{}",
+        metadata={
+            "help": 'Rates of parts that have one of their own, as JSON: {"text": 1e-5, "vision": 1e-5, "projector": '
+            '1e-3, "fusion": 1e-4}. `learning_rate` is that of all others, and all follow the one schedule.'
+        },
+    )
     metric_rows: int = field(
         default=0, metadata={"help": "At each evaluation, measure the task on so many rows, too (0: the loss alone)."}
     )
@@ -120,6 +129,11 @@ class DuoStreamTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, rate in json.loads(self.learning_rates).items():
+            if name not in STREAMS or not isinstance(rate, int | float) or rate < 0:
+                raise ValueError(
+                    f"`learning_rates` has {name!r}: {rate!r}; expected rates of {', '.join(map(repr, STREAMS))}"
+                )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator needs `images` and `messages`")
 

@@ -1,5 +1,7 @@
 """What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..modeling.modeling_duostream import STREAMS
 from ..processing import (
     DuoStreamClassificationCollator,
     DuoStreamDataCollator,
@@ -71,6 +74,23 @@ class DuoStreamTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             sampler.lengths = list(sampler.lengths)
         return sampler
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        # The library has one learning rate for all: each of its groups, with weight decay and without, is parted
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            rates, model = json.loads(self.args.learning_rates), self.model.base_model
+            rate_of = {
+                weight: rate for name, rate in rates.items() for weight in getattr(model, STREAMS[name]).parameters()
+            }
+            parted: list[dict[str, Any]] = []
+            for group in optimizer.param_groups:
+                by_rate: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
+                for weight in group["params"]:
+                    by_rate[rate_of.get(weight, group["lr"])].append(weight)
+                parted += [{**group, "params": weights, "lr": rate} for rate, weights in by_rate.items()] or [group]
+            optimizer.param_groups = parted
+        return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         self.steps_since_log += 1

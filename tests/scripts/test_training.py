@@ -269,3 +269,27 @@ def test_a_broken_row_ends_training_by_its_name(new_parts, rows, tmp_path):
 def test_the_same_seed_gives_the_same_run(new_parts, rows, tmp_path):
     first, second = (train(*new_parts(), options(tmp_path / name, max_steps=3), rows) for name in "ab")
     assert losses(first) == losses(second)
+
+
+def test_a_part_may_have_a_learning_rate_of_its_own(new_parts, rows, tmp_path):
+    model, processor = new_parts()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    rates = '{"text": 0, "vision": 0.0, "projector": 1e-3}'
+    args = options(tmp_path, max_steps=3, lr_scheduler_type="constant", learning_rates=rates, weight_decay=0.1)
+    trainer = train(model, processor, args, rows)
+    # The head is the text stream's embedding
+    changed = {
+        name.split(".")[1] for name, weight in model.named_parameters() if not torch.equal(weight, before[name])
+    }
+    assert changed == {"projector", "fusion_model"}
+    groups = trainer.optimizer.param_groups
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {
+        (rate, decay) for rate in (0, 1e-3, 1e-2) for decay in (0.0, 0.1)
+    }
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("rates", ['{"eyes": 1e-3}', '{"text": "fast"}', '{"text": -1}'])
+def test_learning_rates_of_unknown_parts_are_refused(tmp_path, rates):
+    with pytest.raises(ValueError, match=r"`learning_rates` has .*; expected rates of 'text', 'vision'"):
+        options(tmp_path, learning_rates=rates)

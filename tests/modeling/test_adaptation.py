@@ -1,0 +1,184 @@
+"""Ways to train less than all weights, or with less: adapters, frozen streams, noise, low precision, compiling."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import KINDS, PICTURE, Row, batch, difference, needs_compiler, ragged_rows, small_model
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+
+STREAMS = {"text": "text_model", "vision": "vision_model", "fusion": "fusion_model"}
+PROJECTIONS = r"(q_proj|v_proj|query|value|c_attn)"
+
+
+def with_labels(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return {**inputs, "labels": labels.masked_fill(labels == model.config.image_token_id, -100)}
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model.eval()(**inputs).logits
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lora_adapts_one_stream_and_is_saved_loaded_and_merged(kind: str, stream: str, tmp_path: Path) -> None:
+    model = small_model(kind)
+    inputs = batch(ragged_rows(model))
+    before = logits(model, inputs)
+    # A regular expression names the stream; the projector between the streams is small enough to be trained whole
+    config = LoraConfig(
+        r=4, target_modules=rf".*\.{STREAMS[stream]}\..*{PROJECTIONS}", modules_to_save=["projector"], task_type=None
+    )
+    adapted = get_peft_model(model, config)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert all(f".{STREAMS[stream]}." in name or ".projector." in name for name in trained)
+    assert any(f".{STREAMS[stream]}." in name for name in trained) and any(".projector." in name for name in trained)
+
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):  # half of an adapter starts at zero
+        optimizer.zero_grad()
+        adapted.train()(**with_labels(model, inputs)).loss.backward()
+        optimizer.step()
+    after = logits(adapted, inputs)
+    assert difference(after, before) > 1e-3
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert [path.name for path in (tmp_path / "adapter").glob("*.bin")] == []
+    loaded = PeftModel.from_pretrained(small_model(kind), tmp_path / "adapter")
+    assert difference(logits(loaded, inputs), after) < 1e-5
+    merged = loaded.merge_and_unload()
+    assert difference(logits(merged, inputs), after) < 1e-4
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again, inputs), logits(merged, inputs))
+    assert torch.equal(again.generate(**inputs, max_new_tokens=3), merged.generate(**inputs, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_streams_keep_no_graph(kind: str, checkpointing: bool) -> None:
+    model = small_model(kind).train()
+    model.freeze("text", "vision")
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    states: dict[str, Tensor] = {}
+    for name in STREAMS.values():
+        getattr(model.model, name).register_forward_hook(
+            lambda module, args, outputs, name=name: states.update({name: outputs.last_hidden_state})
+        )
+    model(**with_labels(model, batch(ragged_rows(model)))).loss.backward()
+    assert not states["text_model"].requires_grad and not states["vision_model"].requires_grad
+    assert states["fusion_model"].requires_grad
+    with_gradient = {name.split(".")[1] for name, weight in model.named_parameters() if weight.grad is not None}
+    assert with_gradient == {"projector", "fusion_model"}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_adapters_of_the_fusion_stack_learn_with_checkpointing_where_all_before_it_is_frozen(
+    use_reentrant: bool,
+) -> None:
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = small_model()
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=rf".*\.fusion_model\..*{PROJECTIONS}"))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)  # zero at first, it would let no gradient through
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        adapted.train()(**with_labels(model, batch(ragged_rows(model)))).loss.backward()
+        return {name: weight.grad for name, weight in adapted.named_parameters() if weight.grad is not None}
+
+    expected, got = gradients(False), gradients(True)
+    assert expected and expected.keys() == got.keys()
+    assert all(difference(expected[name], got[name]) < 1e-5 for name in expected)
+
+
+def test_a_frozen_stream_passes_gradients_on_to_its_inputs() -> None:
+    model = small_model().train()
+    model.freeze("text", "vision")
+    inputs = with_labels(model, batch([Row(model, PICTURE, 4), Row(model, PICTURE, 4)]))
+    ids = inputs.pop("input_ids")
+    words = model.get_input_embeddings()(ids).detach().requires_grad_()
+    pictures = inputs.pop("pixel_values").requires_grad_()
+    types = (ids == model.config.image_token_id).long()
+    model(**inputs, inputs_embeds=words, pixel_values=pictures, mm_token_type_ids=types).loss.backward()
+    assert words.grad.abs().sum() > 0 and pictures.grad.abs().sum() > 0
+
+
+def test_neftune_puts_noise_on_the_words_in_training_alone(tmp_path: Path) -> None:
+    def losses(alpha: float | None) -> tuple[float, float]:
+        model = small_model()
+        inputs = with_labels(model, batch([Row(model, PICTURE, 6) for _ in range(4)]))
+        rows = [{name: value[i] for name, value in inputs.items()} for i in range(4)]
+        options: dict[str, Any] = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "report_to": "none"}
+        args = TrainingArguments(
+            str(tmp_path), **options, save_strategy="no", neftune_noise_alpha=alpha, remove_unused_columns=False
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        with torch.no_grad():
+            after = model.eval()(**inputs).loss
+        return trainer.state.log_history[0]["loss"], float(after)
+
+    plain, noisy = losses(None), losses(50.0)
+    assert abs(plain[0] - noisy[0]) > 1e-3
+    assert plain[1] == noisy[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_reads_trains_and_writes(kind: str, dtype: torch.dtype) -> None:
+    model = small_model(kind)
+    inputs = batch(ragged_rows(model))
+    expected = logits(model, inputs)
+    model = model.to(dtype)
+    got = logits(model, inputs)
+    assert got.dtype == dtype
+    valid = inputs["attention_mask"].bool()
+    correlation = torch.corrcoef(torch.stack([got[valid].float().flatten(), expected[valid].flatten()]))[0, 1]
+    assert correlation > 0.99
+    loss = model.train()(**with_labels(model, inputs)).loss
+    loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+    assert model.eval().generate(**inputs, max_new_tokens=3).shape == (len(valid), valid.shape[1] + 3)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_training_step_has_the_same_gradients_and_is_compiled_once() -> None:
+    model = small_model().train()
+    first = model.config.image_seq_length
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(3):
+        inputs = with_labels(model, batch([Row(model, PICTURE, 6), Row(model, PICTURE, 6)]))
+        inputs = {**inputs, "images_per_row": 1, "labels_per_row": inputs["input_ids"].shape[1] - first}
+        gradients = []
+        for each in (model, compiled):
+            model.zero_grad()
+            each(**inputs).loss.backward()
+            gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            assert difference(gradient, gradients[1][name]) < 1e-3, name
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_linear_layers_in_eight_bits_on_a_cpu_say_nearly_the_same() -> None:
+    model = small_model()
+    inputs = batch(ragged_rows(model))
+    expected = logits(model, inputs)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    got = logits(quantized, inputs)
+    assert difference(got, expected) > 0
+    valid = inputs["attention_mask"].bool()
+    correlation = torch.corrcoef(torch.stack([got[valid].flatten(), expected[valid].flatten()]))[0, 1]
+    assert correlation > 0.98
+    assert quantized.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
