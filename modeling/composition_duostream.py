@@ -45,8 +45,11 @@ def config_of(backbone: Backbone) -> PreTrainedConfig:
     return backbone.config if isinstance(backbone, PreTrainedModel) else AutoConfig.from_pretrained(backbone)
 
 
-def check_decoder(config: PreTrainedConfig, field: str) -> None:
-    """Raises `ValueError` if `config` is not a decoder that can start or stop between any two of its layers."""
+def check_decoder(config: PreTrainedConfig, field: str, is_split: bool) -> None:
+    """
+    Raises `ValueError` if `config` is not a decoder that can start or stop between any two of its layers, or, where it
+    is split and so its head is taken over, if it has one of another kind than the model's.
+    """
     kind = f"`{field}` of type {config.model_type!r}"
     if not is_causal(config):
         raise ValueError(f"{kind} is no decoder, so it can't be split: give a `fusion_config` instead")
@@ -67,7 +70,7 @@ def check_decoder(config: PreTrainedConfig, field: str) -> None:
         raise ValueError(f"{kind} takes no {', '.join(f'`{name}`' for name in sorted(missing))}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+    if is_split and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(f"{kind} has a language-model head with a bias")
     if not any(hasattr(stack_of(model.base_model), name) for name in FINAL_NORMS):
         raise ValueError(f"{kind} has no final norm by any of the names {', '.join(FINAL_NORMS)}")
@@ -84,7 +87,7 @@ def split_config(config: PreTrainedConfig, num_fusion_layers: int) -> tuple[PreT
     Raises:
         ValueError: The decoder can't be split, or not there.
     """
-    check_decoder(config, "text")
+    check_decoder(config, "text", is_split=True)
     num_layers = config.num_hidden_layers
     if not 1 <= num_fusion_layers < num_layers:
         raise ValueError(
@@ -153,7 +156,7 @@ def compose_config(
             )
         text_config.is_decoder = True
     if isinstance(fusion_config, PreTrainedConfig) and num_fusion_layers is None:
-        check_decoder(fusion_config, "fusion_config")
+        check_decoder(fusion_config, "fusion_config", is_split=False)
     kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", True)))
     kwargs.setdefault("image_token_id", text_config.vocab_size)
     return DuoStreamConfig(

@@ -22,8 +22,9 @@ from transformers import (
     set_seed,
 )
 
-from .. import DuoStreamForConditionalGeneration, DuoStreamPreTrainedModel, DuoStreamProcessor
+from .. import DuoStreamConfig, DuoStreamPreTrainedModel, DuoStreamProcessor
 from .arguments import parse
+from .tasks import task_of
 
 
 @dataclass
@@ -38,6 +39,13 @@ class ComposeArguments:
     )
     fusion_config: str | None = field(
         default=None, metadata={"help": "Local folder or Hub id of a config for a new fusion stack instead."}
+    )
+    task: str = field(
+        default="chat",
+        metadata={"help": "What it is for. A text encoder keeps reading both ways, unless the model is to write."},
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "New weights everywhere: beside it shows what pretraining bought."}
     )
     dtype: str | None = field(default=None, metadata={"help": "Of the weights: by default, the language model's."})
     seed: int = field(default=42, metadata={"help": "Of the new weights."})
@@ -77,19 +85,20 @@ def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:
     model.base_model.vision_model = AutoModel.from_pretrained(vision, config=config, dtype=model.dtype)
 
 
-def compose(args: ComposeArguments) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
+def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStreamProcessor]:
     """
     The model and its processor.
 
     Raises:
-        ValueError: The parts can't work together.
+        ValueError: The parts can't work together, or there is no such task.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.text)
     image_processor, vision_config = load_vision(args.vision)
     processor = DuoStreamProcessor(image_processor, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = DuoStreamForConditionalGeneration.from_backbones(
+    model_class = task_of(args.task).auto_class._model_mapping[DuoStreamConfig]
+    model = model_class.from_backbones(
         args.text,
         args.vision,
         num_fusion_layers=args.num_fusion_layers,
@@ -98,6 +107,8 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamForConditionalGeneration, 
         image_token_id=processor.image_token_id,
         dtype=args.dtype,
     )
+    if args.from_scratch:
+        model = model_class(model.config)
     processor.image_seq_length = model.config.image_seq_length
     return model, processor
 

@@ -88,7 +88,7 @@ def load_mixture(
     for part in parts:
         if part.conversations_per_row < 1:
             raise ValueError(f"`conversations_per_row` is {part.conversations_per_row}; expected 1 or more")
-        if part.conversations_per_row > 1 and task_of(part).auto_class is not WRITER:
+        if part.conversations_per_row > 1 and task_of(part.task).auto_class is not WRITER:
             raise ValueError(f"`conversations_per_row` is for tasks that write, not for {part.task!r}")
     is_packed = any(part.conversations_per_row > 1 for part in parts)
     if not args.mixture:
@@ -104,7 +104,7 @@ def load_mixture(
         if any(getattr(part, option) != getattr(DataArguments, option) for part in parts[1:]):
             raise ValueError(f"`{option}` is for the whole mixture: set it beside `mixture`, not in a file of it")
     for part in parts:
-        if task_of(part).auto_class is not WRITER:
+        if task_of(part.task).auto_class is not WRITER:
             raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")
         if part.weight <= 0:
             raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")

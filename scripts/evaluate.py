@@ -142,7 +142,7 @@ def score_answers(results: list[dict[str, Any]], task: str) -> dict[str, Any]:
     if not results:
         raise ValueError("There are no answers to score")
     scores: dict[str, Any] = exact_match(results)
-    for scorer in task_of(DataArguments(task=task)).scorers:
+    for scorer in task_of(task).scorers:
         scores |= scorer([result["prediction"] for result in results], [references_of(result) for result in results])
     return scores
 
@@ -271,7 +271,7 @@ def evaluate(
     model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, task: str, batch_size: int = 64, **kwargs: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of a task, and what the model said to each row. `kwargs` go to `generate`, or what measures."""
-    if task_of(DataArguments(task=task)).auto_class is WRITER:
+    if task_of(task).auto_class is WRITER:
         results = generate_answers(model, processor, rows, batch_size, **kwargs)
         figures = score_answers(results, task)
         for result in results:
@@ -289,7 +289,7 @@ def main(args: list[str] | None = None) -> None:
         )
     started = time.time()
     set_seed(evaluate_args.seed)
-    task, batch_size = task_of(data_args), evaluate_args.batch_size
+    task, batch_size = task_of(data_args.task), evaluate_args.batch_size
     model = task.auto_class.from_pretrained(evaluate_args.checkpoint)
     processor = AutoProcessor.from_pretrained(evaluate_args.checkpoint)
     classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []

@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
     if is_classification:
         # A head for other classes is made anew, which the loading reports
         options["ignore_mismatched_sizes"] = True
-    model = task_of(data_args).auto_class.from_pretrained(finetune_args.checkpoint, **options)
+    model = task_of(data_args.task).auto_class.from_pretrained(finetune_args.checkpoint, **options)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)

@@ -55,18 +55,18 @@ TASKS = {
 }
 
 
-def task_of(args: DataArguments) -> Task:
+def task_of(name: str) -> Task:
     """
     Raises:
         ValueError: There is no such task.
     """
-    if args.task not in TASKS:
-        raise ValueError(f"`task` is {args.task!r}; there are {', '.join(map(repr, TASKS))}")
-    return TASKS[args.task]
+    if name not in TASKS:
+        raise ValueError(f"`task` is {name!r}; there are {', '.join(map(repr, TASKS))}")
+    return TASKS[name]
 
 
 def with_defaults(args: DataArguments) -> DataArguments:
     """The options with the task's prompt and column where none are given."""
-    task = task_of(args)
+    task = task_of(args.task)
     prompt = task.prompt if args.prompt is None else args.prompt
     return dataclasses.replace(args, prompt=prompt, answer_column=args.answer_column or task.answer_column)

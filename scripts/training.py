@@ -150,7 +150,7 @@ class DuoStreamTrainer(Trainer):
         """The figures of the task, the same on all ranks."""
         was_training = self.model.training
         batch_size = self.args.per_device_eval_batch_size
-        if task_of(DataArguments(task=self.task)).auto_class is WRITER:
+        if task_of(self.task).auto_class is WRITER:
             own = range(self.args.process_index, len(rows), self.args.world_size)
             options = {"max_new_tokens": self.args.max_new_tokens}
             results = generate_answers(self.model, self.processing_class, rows.select(own), batch_size, **options)

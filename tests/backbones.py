@@ -43,7 +43,6 @@ FULL: dict[str, Callable[[], PreTrainedConfig]] = {
     "smollm3": lambda: transformers.SmolLM3Config(**COMMON, num_key_value_heads=2, no_rope_layers=[1, 0, 1, 0]),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "gemma": lambda: transformers.GemmaConfig(**GROUPED),
-    "phi": lambda: transformers.PhiConfig(**COMMON),
     "phi3": lambda: transformers.Phi3Config(**COMMON, num_key_value_heads=2),
     "opt": lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**COMMON),
@@ -78,9 +77,6 @@ VISIONS: dict[str, Callable[[], PreTrainedConfig]] = {
     "dinov2 with registers": lambda: transformers.Dinov2WithRegistersConfig(
         **{key: value for key, value in SMALL_VISION.items() if key != "intermediate_size"}, mlp_ratio=2
     ),
-    "siglip2": lambda: transformers.Siglip2VisionConfig(
-        **{key: value for key, value in SMALL_VISION.items() if key != "image_size"}, num_patches=4
-    ),
     "mobilenet": lambda: transformers.MobileNetV1Config(depth_multiplier=0.25, min_depth=8, image_size=64),
     "mobilenet v2": lambda: transformers.MobileNetV2Config(depth_multiplier=0.25, min_depth=8, image_size=64),
     "convnextv2": lambda: transformers.ConvNextV2Config(
@@ -106,5 +102,11 @@ VISIONS: dict[str, Callable[[], PreTrainedConfig]] = {
     "a whole clip": lambda: transformers.CLIPConfig(
         text_config={**SMALL_VISION, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
         vision_config=SMALL_VISION,
+    ),
+}
+# Takes more than pixels: patches of pictures of any shape
+REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "siglip2": lambda: transformers.Siglip2VisionConfig(
+        **{key: value for key, value in SMALL_VISION.items() if key != "image_size"}, num_patches=4
     ),
 }

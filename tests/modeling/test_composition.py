@@ -201,7 +201,12 @@ def test_a_window_that_the_text_outgrows_while_it_is_written_is_refused_then(fol
         model.generate(**batch(rows), **settings, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("fusion", [LLAMA, transformers.LlamaConfig(**GROUPED)], ids=["a dict", "a config"])
+@pytest.mark.parametrize(
+    "fusion",
+    # Phi's head, which has a bias, is not taken over
+    [LLAMA, transformers.LlamaConfig(**GROUPED), transformers.PhiConfig(**COMMON)],
+    ids=["a dict", "a config", "phi"],
+)
 def test_an_encoder_takes_a_fusion_stack_of_its_own(fusion: Any, folder: Callable[[str], Path]) -> None:
     model = compose(folder, "bert", num_fusion_layers=None, fusion_config=fusion)
     assert model.config.text_config.is_decoder  # it would see the text it is to write
