@@ -923,8 +923,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
-                Tokens to predict, in their own positions: the loss shifts them. -100 is ignored. The token after a
-                picture is predicted from an image token; the collator leaves it out.
+                Tokens to predict, in their own positions: the loss shifts them. -100 is ignored, and so are
+                placeholders, which are never written: TRL has them in its labels. The token after a picture is
+                predicted from an image token; the collator leaves it out.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
             labels_per_row (`int`, *optional*):
@@ -949,8 +950,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         'red'
         ```
         """
-        if labels is not None and use_cache is None:
-            use_cache = False
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -1,0 +1,113 @@
+"""What people do with a model of transformers beside `Trainer` and `generate`, done with the real thing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from tiny_models import LLAMA, batch, difference, ragged_rows, small_config, small_model
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+
+QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many objects are there?"}]}
+PICTURE = Image.new("RGB", (48, 48), "red")
+
+
+def reply(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+@pytest.fixture(params=[False, True], ids=["causal", "bidirectional prefix"])
+def parts(request: pytest.FixtureRequest) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
+    """A small model and its processor."""
+    tokenizer = train_tokenizer(["How many objects are there? one two three red"] * 4, 320)
+    stack = {**LLAMA, "vocab_size": len(tokenizer)}
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        bidirectional_prefix=request.param,
+    )
+    return DuoStreamForConditionalGeneration(config), processor
+
+
+OPTIONS: dict[str, Any] = {
+    "report_to": "none",
+    "max_length": None,  # a cut may go through a picture
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+ROWS = {
+    "messages": {"images": [PICTURE], "messages": [QUESTION, reply("two red")]},
+    "prompt and completion": {"images": [PICTURE], "prompt": [QUESTION], "completion": [reply("two red")]},
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_trl_fine_tunes_on_our_rows_with_the_processor(parts: tuple, form: str, tmp_path: Path) -> None:
+    model, processor = parts
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(str(tmp_path), max_steps=30, learning_rate=1e-2, **OPTIONS),
+        train_dataset=Dataset.from_list([ROWS[form]] * 8),
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_trl_learns_preferences_about_a_picture(parts: tuple, tmp_path: Path) -> None:
+    model, processor = parts
+    model.save_pretrained(tmp_path / "reference")
+    row = {"images": [PICTURE], "prompt": [QUESTION], "chosen": [reply("two")], "rejected": [reply("one")]}
+    trainer = DPOTrainer(
+        model=model,
+        # Told, as TRL looks for classes of other models in `transformers` alone
+        ref_model=DuoStreamForConditionalGeneration.from_pretrained(tmp_path / "reference"),
+        args=DPOConfig(str(tmp_path), max_steps=16, learning_rate=1e-2, **OPTIONS),
+        train_dataset=Dataset.from_list([row] * 8),
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.693, abs=1e-3) and losses[-1] < 0.5 * losses[0]
+
+
+def test_parts_that_memory_has_no_room_for_are_read_from_disk(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path / "model")
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    offloaded = DuoStreamForConditionalGeneration.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": num_bytes // 2},
+        offload_folder=tmp_path / "offload",
+    )
+    assert {"cpu", "disk"} == set(offloaded.hf_device_map.values())
+    inputs = batch(ragged_rows(model))
+    with torch.no_grad():
+        assert difference(offloaded(**inputs).logits, model(**inputs).logits) == 0
+    settings: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(offloaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+def test_placeholders_in_labels_are_ignored() -> None:
+    # One number behind the vocabulary, where the loss would have no logit for it
+    model = small_model(image_token_id=LLAMA["vocab_size"])
+    inputs = batch(ragged_rows(model))
+    labels = inputs["input_ids"]
+    without = labels.masked_fill(labels == model.config.image_token_id, -100)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, labels=labels).loss, model(**inputs, labels=without).loss)
