@@ -37,6 +37,7 @@ from .stream_layout_duostream import (
     block_sequence_ids,
     check,
     count_text,
+    first_where,
     lay_out,
     prefix_length_of,
     restart_positions,
@@ -881,8 +882,7 @@ def gather_labelled(
         (has_label.sum(dim=1) <= labels_per_row).all(),
         f"A row has more labels than `labels_per_row`, which is {labels_per_row}",
     )
-    # Of equal values a stable sort keeps the order
-    index = (~has_label).long().argsort(dim=1, stable=True)[:, :labels_per_row]  # (batch, labels_per_row)
+    index = first_where(has_label)[:, :labels_per_row]  # (batch, labels_per_row)
     labels = labels.gather(1, index)  # (batch, labels_per_row)
     index = index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
     return hidden_states.gather(1, index), labels  # (batch, labels_per_row, hidden)

@@ -36,6 +36,16 @@ def check(condition: torch.Tensor, message: str) -> None:
         torch._assert_async(condition, message)
 
 
+def first_where(mask: torch.Tensor) -> torch.Tensor:
+    """
+    The order of positions, of the shape of `mask`, in which those where it holds come first, each group as it stands:
+    a stable sort of two values along the last dimension, which ONNX has no translation for.
+    """
+    place = torch.where(mask, mask.cumsum(dim=-1), mask.sum(dim=-1, keepdim=True) + (~mask).cumsum(dim=-1)) - 1
+    positions = torch.arange(mask.shape[-1], device=mask.device).expand_as(place)
+    return torch.zeros_like(place).scatter(-1, place, positions)
+
+
 def block_sequence_ids(
     is_image: torch.Tensor, image_seq_length: int, token_type_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -116,7 +126,7 @@ def lay_out(
             text_len = int(text.sum(dim=1).max())
         else:
             check((text.sum(dim=1) <= text_len).all(), f"`images_per_row={images_per_row}` does not hold of all rows")
-        text_index = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, :text_len]  # (batch, text_len)
+        text_index = first_where(text)[:, :text_len]  # (batch, text_len)
         slot = text.cumsum(dim=1) - 1  # (batch, seq_len)
         if not text_is_causal:
             text_attention_mask = text.gather(1, text_index)
@@ -130,7 +140,7 @@ def lay_out(
                 chunk_kept.sum() == text_len,
                 f"`images_per_row={images_per_row}` does not hold: in a cache, columns of pictures must hold no text",
             )
-        text_index = (~chunk_kept).to(torch.uint8).argsort(stable=True)[:text_len].expand(batch_size, -1)
+        text_index = first_where(chunk_kept)[:text_len].expand(batch_size, -1)
         slot = (chunk_kept.cumsum(dim=0) - 1).expand(batch_size, -1)  # (batch, seq_len)
         text_attention_mask = text_padding_mask(is_image, attention_mask, sliding_window)
     if cached or position_ids is not None:
@@ -175,7 +185,7 @@ def text_padding_mask(
             f"The text is longer than its sliding window of {sliding_window} tokens, and pictures stand at different "
             "places in different rows: generate these rows one by one, or without a cache",
         )
-    order = (~kept).to(torch.uint8).argsort(stable=True)
+    order = first_where(kept)
     return is_text[:, order] & kept[order]
 
 

@@ -87,6 +87,9 @@ class QualityArguments:
     num_text_layers: int = field(
         default=1, metadata={"help": "How many of DuoStream's are the text stream's; the others are fusion layers."}
     )
+    num_fusion_layers: int | None = field(
+        default=None, metadata={"help": "Fewer fusion layers than those others: each step costs less, and more fit in."}
+    )
     initializer_range: float | None = field(
         default=None,
         metadata={
@@ -149,6 +152,9 @@ class QualityArguments:
                 f"`num_text_layers` is {self.num_text_layers}; expected at least 1 and fewer than `num_layers`, "
                 f"which is {self.num_layers}"
             )
+        most = self.num_layers - self.num_text_layers
+        if self.num_fusion_layers is not None and not 0 < self.num_fusion_layers <= most:
+            raise ValueError(f"`num_fusion_layers` is {self.num_fusion_layers}; expected 1 to {most}")
 
 
 class Clock(TrainerCallback):
@@ -250,11 +256,12 @@ def duostream_side(
     if args.vision is not None:
         _, vision_config = load_vision(args.vision, args.vision_size)
     text_stack = {**stack, "num_hidden_layers": args.num_text_layers, **json.loads(args.text_stack)}
+    num_fusion_layers = args.num_fusion_layers or args.num_layers - args.num_text_layers
     config = DuoStreamConfig.from_preset(
         "tiny",
         vocab_size=len(processor.tokenizer),
         text_config={**text_stack, "embd_pdrop": args.dropout},
-        fusion_stack_config={**stack, "num_hidden_layers": args.num_layers - args.num_text_layers},
+        fusion_stack_config={**stack, "num_hidden_layers": num_fusion_layers},
         vision_config=vision_config,
         initializer_range=stack["initializer_range"],
         image_token_id=processor.image_token_id,

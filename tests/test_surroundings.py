@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny_models import LLAMA, batch, difference, ragged_rows, small_config, small_model
+from tiny_models import LLAMA, Row, batch, difference, ragged_rows, small_config, small_model
+from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -111,3 +113,24 @@ def test_placeholders_in_labels_are_ignored() -> None:
     without = labels.masked_fill(labels == model.config.image_token_id, -100)
     with torch.no_grad():
         assert torch.equal(model(**inputs, labels=labels).loss, model(**inputs, labels=without).loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_an_exported_graph_says_what_the_model_says(backend: str, tmp_path: Path) -> None:
+    model = small_model()
+    rows = [Row(model, "picture", 6) for _ in range(4)]
+    first, second = batch(rows[:2]), batch(rows[2:])
+    # A graph can't wait to see how long the text is
+    hint = {"images_per_row": 1}
+    if backend == "torch":
+        program, _ = DynamoExporter().export_program(model, {**first, **hint}, DynamoConfig())
+        exported = program.module()(**second, **hint).logits
+    else:
+        program, _ = OnnxExporter().export_program(model, {**first, **hint}, OnnxConfig())
+        OnnxExporter.save_program(program, str(tmp_path / "model.onnx"))
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        (logits,) = session.run(["logits"], {name: value.numpy() for name, value in second.items()})
+        exported = torch.from_numpy(logits)
+    with torch.no_grad():
+        assert difference(exported, model(**second).logits) < 1e-4

@@ -12,6 +12,7 @@ from duostream.modeling.stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
     count_text,
+    first_where,
     kept_columns,
     lay_out,
     prefix_length_of,
@@ -243,3 +244,12 @@ def test_positions_start_anew_behind_each_rows_own_prefix() -> None:
     assert restart_positions(position_ids, length).tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
     with pytest.raises(ValueError, match="whole sequence"):
         prefix_length_of(token_type_ids[:, 1:], attention_mask)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_positions_where_a_mask_holds_come_first_and_all_others_behind_them_in_order(rows: list[list[bool]]) -> None:
+    expected = [
+        [i for i, holds in enumerate(row) if holds] + [i for i, holds in enumerate(row) if not holds] for row in rows
+    ]
+    assert first_where(torch.tensor(rows)).tolist() == expected
+    assert first_where(torch.tensor(rows[0])).tolist() == expected[0]
