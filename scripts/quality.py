@@ -93,12 +93,12 @@ class QualityArguments:
     initializer_range: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation of the first weights: by default the inverse root of `hidden_size`, "
-            "with which small models learn in far fewer steps than with the usual 0.02."
+            "help": "Standard deviation of DuoStream's first weights: by default the inverse root of `hidden_size`."
         },
     )
-    peer_initializer_range: float | None = field(
-        default=None, metadata={"help": "The peer's, where another suits it better: the same by default."}
+    peer_initializer_range: float = field(
+        default=0.02,
+        metadata={"help": "The peer's: by default that of its own config. Norms behind the layers (BERT) need it."},
     )
     image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
@@ -230,9 +230,7 @@ class FrozenVision(PreTrainedModel):
         return BaseModelOutputWithPooling(states, pooler_output=states.mean(dim=1), hidden_states=(states,))
 
 
-def initializer_range(args: QualityArguments, is_peer: bool = False) -> float:
-    if is_peer and args.peer_initializer_range is not None:
-        return args.peer_initializer_range
+def initializer_range(args: QualityArguments) -> float:
     return args.hidden_size**-0.5 if args.initializer_range is None else args.initializer_range
 
 
@@ -323,7 +321,7 @@ def peer_side(
         "intermediate_size": 4 * args.hidden_size,
     }
     size |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
-    size["initializer_range"] = initializer_range(args, is_peer=True)
+    size["initializer_range"] = args.peer_initializer_range
     tokenizer = processor.tokenizer
     if data_args.task in ("classification", "retrieval"):
         processor = with_first_token(processor)
@@ -377,7 +375,7 @@ def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedToke
         decoder_start_token_id=tokenizer.pad_token_id,
         forced_eos_token_id=None,
         max_position_embeddings=1024,
-        init_std=initializer_range(args, is_peer=True),
+        init_std=args.peer_initializer_range,
         dropout=args.dropout,
         attention_dropout=args.dropout,
         # Marian's words would drown in its positions, as it has no norm between them and the layers
@@ -397,7 +395,7 @@ def captioner(
         n_layer=args.num_layers,
         n_head=num_heads(args),
         n_positions=256,
-        initializer_range=initializer_range(args, is_peer=True),
+        initializer_range=args.peer_initializer_range,
         bos_token_id=tokenizer.pad_token_id,
         embd_pdrop=args.dropout,
         attn_pdrop=args.dropout,
@@ -425,7 +423,7 @@ def llava_side(
         intermediate_size=args.hidden_size * 8 // 3,
         num_attention_heads=num_heads(args),
         num_hidden_layers=args.num_layers,
-        initializer_range=initializer_range(args, is_peer=True),
+        initializer_range=args.peer_initializer_range,
         attention_dropout=args.dropout,
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
