@@ -88,7 +88,7 @@ class QualityArguments:
         default=1, metadata={"help": "How many of DuoStream's are the text stream's; the others are fusion layers."}
     )
     num_fusion_layers: int | None = field(
-        default=None, metadata={"help": "Fewer fusion layers than those others: each step costs less, and more fit in."}
+        default=None, metadata={"help": "Fewer fusion layers than that: a step costs less, and more of them fit in."}
     )
     initializer_range: float | None = field(
         default=None,

@@ -903,8 +903,9 @@ def test_a_placeholder_may_be_beyond_the_vocabulary() -> None:
 def test_logits_are_kept_where_asked(model: Any) -> None:
     inputs = batch(ragged_rows(model))
     everywhere = logits(model, inputs)
-    assert torch.equal(logits(model, inputs, logits_to_keep=1), everywhere[:, -1:])
-    assert torch.equal(logits(model, inputs, logits_to_keep=3), everywhere[:, -3:])
+    # A product of fewer rows may round otherwise
+    assert difference(logits(model, inputs, logits_to_keep=1), everywhere[:, -1:]) < 1e-5
+    assert difference(logits(model, inputs, logits_to_keep=3), everywhere[:, -3:]) < 1e-5
     positions = torch.tensor([0, 4])
     assert difference(logits(model, inputs, logits_to_keep=positions), everywhere[:, positions]) < 1e-5
 
