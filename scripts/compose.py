@@ -108,7 +108,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         dtype=args.dtype,
     )
     if args.from_scratch:
-        model = model_class(model.config)
+        model = model_class(model.config).to(model.dtype)
     processor.image_seq_length = model.config.image_seq_length
     return model, processor
 

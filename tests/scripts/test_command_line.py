@@ -16,10 +16,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -27,7 +31,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor
+from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 from duostream.scripts import compose, evaluate, finetune, generate, pretrain, quickstart
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.data import UNDECODED, load_rows, pack_rows
@@ -558,6 +562,31 @@ def test_composing_twice_with_one_seed_gives_the_same_new_weights(language_model
     assert all(torch.equal(first[name], same[name]) for name in first)
     changed = {name for name in first if not torch.equal(first[name], other[name])}
     assert changed and all(name.startswith("model.projector.") for name in changed)
+
+
+def test_composing_from_scratch_keeps_the_shapes_and_no_weight(language_model, vision_model, composed, tmp_path):
+    options = {"text": language_model, "vision": vision_model, "num_fusion_layers": 2, "from_scratch": True}
+    compose.main(arguments(**options, output_dir=tmp_path / "new"))
+    old, new = weights(composed), weights(tmp_path / "new")
+    assert {name: weight.shape for name, weight in old.items()} == {name: weight.shape for name, weight in new.items()}
+    # Norms and biases start at one and zero in both
+    assert not any(torch.equal(old[name], new[name]) for name in old if old[name].ndim > 1)
+
+
+def test_composing_for_a_task_that_understands_keeps_an_encoder_that_reads_both_ways(vision_model, tmp_path):
+    tokenizer = train_tokenizer(["a red square"], 300)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    PhiConfig(vocab_size=len(tokenizer), **size).save_pretrained(tmp_path / "fusion")
+    options = {"text": tmp_path / "text", "vision": vision_model, "fusion_config": tmp_path / "fusion"}
+    compose.main(arguments(**options, task="classification", output_dir=tmp_path / "reads"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reads")
+    assert not model.config.is_text_causal
+    compose.main(arguments(**options, output_dir=tmp_path / "writes"))
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "writes").config.is_text_causal
+    with pytest.raises(ValueError, match="`task` is 'see'; there are"):
+        compose.main(arguments(**options, task="see", output_dir=tmp_path / "none"))
 
 
 def test_composing_refuses_pictures_of_another_size_than_the_vision_models(language_model, vision_model, tmp_path):
