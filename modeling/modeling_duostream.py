@@ -125,10 +125,8 @@ def without_graph(part: nn.Module, *inputs: torch.Tensor | None) -> AbstractCont
     For a part in which nothing is trained, and nothing before it: it keeps no graph, even where the library asks its
     embeddings for one (`enable_input_require_grads`, for adapters behind them).
     """
-    is_trained = any(weight.requires_grad for weight in part.parameters())
-    return (
-        nullcontext() if is_trained or any(each is not None and each.requires_grad for each in inputs) else no_grad()
-    )
+    tensors = [*part.parameters(), *(each for each in inputs if each is not None)]
+    return nullcontext() if any(each.requires_grad for each in tensors) else no_grad()
 
 
 class NoPositions(nn.Module):
