@@ -10,12 +10,8 @@ MARKERS = (
     "flash_attn_3_test",
     "flash_attn_4_test",
     "flash_attn_test",
-    "flex_attention_test",
-    "generate",
     "is_training_test",
     "torch_compile_test",
-    "torch_export_test",
-    "training_ci",
 )
 
 library_tests.install()

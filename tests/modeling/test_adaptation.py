@@ -32,9 +32,7 @@ def test_lora_adapts_one_stream_and_is_saved_loaded_and_merged(kind: str, stream
     inputs = batch(ragged_rows(model))
     before = logits(model, inputs)
     # A regular expression names the stream; the projector between the streams is small enough to be trained whole
-    config = LoraConfig(
-        r=4, target_modules=rf".*\.{STREAMS[stream]}\..*{PROJECTIONS}", modules_to_save=["projector"], task_type=None
-    )
+    config = LoraConfig(r=4, target_modules=rf".*\.{STREAMS[stream]}\..*{PROJECTIONS}", modules_to_save=["projector"])
     adapted = get_peft_model(model, config)
     trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
     assert all(f".{STREAMS[stream]}." in name or ".projector." in name for name in trained)
