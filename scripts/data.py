@@ -38,6 +38,9 @@ UNDECODED = Image(decode=False)
 
 BLANK_GRAY = (128, 128, 128)
 
+# What a picture adds to a row's `length`: more than texts about pictures differ by
+CHARS_PER_PICTURE = 200
+
 
 def load_rows(
     args: DataArguments,
@@ -63,8 +66,8 @@ def load_rows(
 
     Returns:
         `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
-        errors name them, and, where the rows had plain columns, `length` in characters. Pictures are as they are
-        stored: the collator opens them.
+        errors name them, and, where the rows had plain columns, `length` in characters, of which a picture counts
+        200. Pictures are as they are stored: the collator opens them.
 
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
@@ -190,7 +193,8 @@ def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
             pairs = islice(turns, len(indices))
             conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
             out["conversations"].append(conversations)
-            out["length"].append(sum(_num_chars(each) for each in conversations))
+            pictures = _num_chars({"images": out["images"][-1] if "images" in out else []})
+            out["length"].append(pictures + sum(map(_num_chars, conversations)))
         return out
 
     return Dataset.from_dict({"members": members}).map(
@@ -347,7 +351,8 @@ def _make_rows(
                 bad_rows.add(index, error)
                 continue
             for made in all_made:
-                for name, value in {**made, "images": images, "source": index, "length": _num_chars(made)}.items():
+                made = {**made, "images": images, "source": index}
+                for name, value in {**made, "length": _num_chars(made)}.items():
                     if name in features:
                         out[name].append(value)
         return out
@@ -360,9 +365,13 @@ def _make_rows(
 
 
 def _num_chars(row: dict[str, Any]) -> int:
-    """Length of a row's texts in characters, by which `--train_sampling_strategy group_by_length` saves padding."""
+    """
+    Length of a row in characters, by which `--train_sampling_strategy group_by_length` saves padding: of its texts,
+    and so much for each picture that rows with pictures come together.
+    """
     messages = [*row.get("prompt", ()), *row.get("completion", ())]
-    return len(row.get("text", "")) + sum(len(part["text"] or "") for each in messages for part in each["content"])
+    parts = [part["text"] or "" for message in messages for part in message["content"]]
+    return sum(map(len, [row.get("text", ""), *parts])) + CHARS_PER_PICTURE * len(row.get("images") or ())
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:

@@ -10,7 +10,15 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts.arguments import DataArguments
-from duostream.scripts.data import BLANK_GRAY, blank, load_mixture, load_rows, number_rows, texts_of
+from duostream.scripts.data import (
+    BLANK_GRAY,
+    CHARS_PER_PICTURE,
+    blank,
+    load_mixture,
+    load_rows,
+    number_rows,
+    texts_of,
+)
 
 CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
 FLAT = [(i, caption) for i, captions in enumerate(CAPTIONS) for caption in captions]
@@ -95,9 +103,11 @@ def test_each_caption_of_a_photograph_is_a_row_of_its_own(photographs):
     assert [[image.size for image in pictures(row)] for row in rows] == [[(20 + i, 16)] for i, _ in FLAT]
 
 
-def test_rows_tell_how_long_their_texts_are(photographs):
-    rows = load_rows(DataArguments(dataset=str(photographs), answer_column="captions", prompt="Say it."), "train")
-    assert rows["length"] == [len("Say it.") + len(caption) for _, caption in FLAT]
+def test_rows_tell_how_long_they_are_so_that_those_with_pictures_come_together(photographs):
+    args = DataArguments(dataset=str(photographs), answer_column="captions", prompt="Say it.")
+    texts = [len("Say it.") + len(caption) for _, caption in FLAT]
+    assert load_rows(args, "train")["length"] == [CHARS_PER_PICTURE + length for length in texts]
+    assert load_rows(replace(args, image_column=""), "train")["length"] == texts
 
 
 def test_splits_are_the_folders(photographs):
@@ -451,7 +461,8 @@ def test_captions_of_a_photograph_can_share_a_row(photographs, collator):
     widths = [20 + i for i, captions in enumerate(CAPTIONS) for _ in range(0, len(captions), 2)]
     assert [[image.size for image in pictures(row)] for row in rows] == [[(width, 16)] for width in widths]
     assert rows["row"][:] == list(range(len(rows)))
-    assert rows["length"][0] == sum(len("Describe the picture.") + len(text) for *_, text in expected[0])
+    texts = sum(len("Describe the picture.") + len(text) for *_, text in expected[0])
+    assert rows["length"][0] == CHARS_PER_PICTURE + texts
     assert list(texts_of(rows)) == list(texts_of(load_mixture(replace(args, conversations_per_row=1))))
     batch = collator(list(rows))
     assert len(batch["pixel_values"]) == len(rows) and batch["segment_ids"].max() == 2
