@@ -1,12 +1,13 @@
 # Needs Python 3.11 or later with its venv module, and make; nothing is installed outside .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+MADE := .venv/.made
 STAMP := .venv/.stamp
 # -qq shows errors only.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast conformance lint benchmark clean
+.PHONY: help setup quickstart test test-fast conformance lint docs benchmark clean package
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -15,15 +16,21 @@ setup: $(STAMP) ## Make .venv with the tested versions (constraints.txt), once
 
 # A whole .venv is kept and completed; one whose making was cut short, and so without a working pip, is made anew.
 # setuptools comes first and by itself: pip ignores constraints in the isolated environment it would build with.
-$(STAMP): pyproject.toml constraints.txt
+$(MADE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DuoStream needs Python 3.11 or later: make PYTHON=python3.11")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing the versions in constraints.txt into .venv (a minute or more)"
 	@$(PIP_INSTALL) setuptools
+	@$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+# What tests, checks and documentation need beside it
+$(STAMP): $(MADE)
+	@echo "Installing what tests and checks need, too"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-quickstart: setup ## Train a small model from nothing and show what it does
+quickstart: $(MADE) ## Train a small model from nothing and show what it does
 	$(BIN)/duostream-quickstart --output_dir runs/quickstart
 
 test: setup ## Run all tests
@@ -37,15 +44,20 @@ conformance: setup ## Fetch the tests that transformers has for its own models a
 	$(BIN)/python -m pytest tests/conformance -q -r fE
 
 # The links are made each time, for modules that came or went. They lay the folders out as the installed package
-# does, which mypy has no setting for (see pyproject.toml).
-lint: setup ## Check style, formatting and types
+# does, which neither mypy (see pyproject.toml) nor mkdocs has a setting for.
+package:
+	@rm -rf build/package && mkdir -p build/package/duostream
+	@cd build/package/duostream && ln -s ../../../duostream/* $(addprefix ../../../,configuration modeling processing scripts) .
+
+lint: setup package ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build/typecheck && mkdir -p build/typecheck/duostream
-	@cd build/typecheck/duostream && ln -s ../../../duostream/* $(addprefix ../../../,configuration modeling processing scripts) .
 	$(BIN)/mypy
 
-benchmark: setup ## Measure speed and memory
+docs: setup package ## Build the API page (build/docs/index.html) from the docstrings
+	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
+
+benchmark: $(MADE) ## Measure speed and memory
 	$(BIN)/duostream-benchmark overhead
 
 clean: ## Remove build output and caches (not .venv, not runs)

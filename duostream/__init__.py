@@ -12,6 +12,10 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .configuration import DuoStreamConfig
 from .modeling import (
@@ -45,6 +49,9 @@ AutoModelForMaskedLM.register(DuoStreamConfig, DuoStreamForMaskedLM)
 for auto_class in (AutoModelForSequenceClassification, AutoModelForVisualQuestionAnswering):
     auto_class.register(DuoStreamConfig, DuoStreamForSequenceClassification)
 AutoModelForZeroShotImageClassification.register(DuoStreamConfig, DuoStreamForImageTextRetrieval)
+# Some of the library (`transformers serve`) and of TRL asks these tables by name, which `register` doesn't fill
+for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names[DuoStreamConfig.model_type] = DuoStreamForConditionalGeneration.__name__
 
 __all__ = [
     "DuoStreamClassificationCollator",

@@ -120,7 +120,7 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
         labels: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         images_per_row: int | None = None,
-        labels_per_row: int | None = None,
+        targets_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         r"""
@@ -131,9 +131,9 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 Has no effect: the whole text is read both ways.
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 The tokens that belong in the masked positions, in their own positions; -100 elsewhere.
-            labels_per_row (`int`, *optional*):
+            targets_per_row (`int`, *optional*):
                 The largest number of `labels` in a row. In training, `logits` are then of the masked positions alone,
-                of shape `(batch, labels_per_row, vocab_size)`.
+                of shape `(batch, targets_per_row, vocab_size)`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -150,8 +150,8 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if self.training and labels is not None and labels_per_row is not None:
-            hidden_states, labels = gather_labelled(hidden_states, labels, labels_per_row)
+        if self.training and labels is not None and targets_per_row is not None:
+            hidden_states, labels = gather_labelled(hidden_states, labels, targets_per_row)
         logits = self.compute_logits(hidden_states)
         loss = None
         if labels is not None:
@@ -420,7 +420,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         paired_attention_mask: torch.Tensor | None = None,
         paired_images: torch.Tensor | None = None,
         images_per_row: int | None = None,
-        labels_per_row: int | None = None,
+        targets_per_row: int | None = None,
         masked_per_row: int | None = None,
         num_masked_in_batch: torch.Tensor | int | None = None,
         num_pairs_in_batch: torch.Tensor | int | None = None,
@@ -440,7 +440,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             paired_images (`torch.LongTensor` of shape `(num_pairs,)`, *optional*):
                 Which of `pixel_values` belongs to each. Defaults to their order.
             masked_per_row (`int`, *optional*):
-                The largest number of `masked_labels` in a row, as `labels_per_row` of `labels`.
+                The largest number of `masked_labels` in a row, as `targets_per_row` of `labels`.
             num_masked_in_batch, num_pairs_in_batch (`int`, *optional*):
                 What the sums of those losses are divided by, where batches are accumulated, as `num_items_in_batch`
                 for language modelling. Default to what is in this batch.
@@ -468,8 +468,8 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             hidden_states, shifted = states.last_hidden_state, None
             if labels is not None:
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-                if self.training and labels_per_row is not None:
-                    hidden_states, shifted = gather_labelled(hidden_states, shifted, labels_per_row)
+                if self.training and targets_per_row is not None:
+                    hidden_states, shifted = gather_labelled(hidden_states, shifted, targets_per_row)
             outputs.logits = self.compute_logits(hidden_states)
             outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
             if shifted is not None:

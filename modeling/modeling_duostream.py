@@ -78,8 +78,8 @@ class DuoStreamCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
             Language-modelling loss (next-token prediction).
         logits (`torch.FloatTensor` of shape `(batch, seq_len, vocab_size)`):
-            Scores of the next token at each position that `logits_to_keep` keeps; in training with `labels_per_row`,
-            of shape `(batch, labels_per_row, vocab_size)`, at those that have a label.
+            Scores of the next token at each position that `logits_to_keep` keeps; in training with `targets_per_row`,
+            of shape `(batch, targets_per_row, vocab_size)`, at those that have a label.
         past_key_values (`Cache`, *optional*): Keys and values of the fusion layers, then of the text layers.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
         attentions (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
@@ -256,6 +256,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         Example:
 
         ```python
+        >>> from duostream import DuoStreamForConditionalGeneration
+
         >>> model = DuoStreamForConditionalGeneration.from_backbones(
         ...     text="HuggingFaceTB/SmolLM2-135M", vision="google/siglip-base-patch16-224", num_fusion_layers=8
         ... )
@@ -857,7 +859,7 @@ def check_can_write(config: DuoStreamConfig) -> None:
 
 
 def gather_labelled(
-    hidden_states: torch.Tensor, labels: torch.Tensor, labels_per_row: int
+    hidden_states: torch.Tensor, labels: torch.Tensor, targets_per_row: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The positions that have a label, so that no logits are made of the others, which are most of them: a picture's
@@ -866,10 +868,10 @@ def gather_labelled(
     Args:
         hidden_states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): States.
         labels (`torch.Tensor` of shape `(batch, seq_len)`): What the state in the same place predicts; -100 = nothing.
-        labels_per_row (`int`): How many labels a row has at most.
+        targets_per_row (`int`): How many labels a row has at most.
 
     Returns:
-        States of shape `(batch, labels_per_row, hidden)` and labels of shape `(batch, labels_per_row)`, in order.
+        States of shape `(batch, targets_per_row, hidden)` and labels of shape `(batch, targets_per_row)`, in order.
 
     Raises:
         ValueError: A row has more labels.
@@ -877,13 +879,13 @@ def gather_labelled(
     labels = labels.to(hidden_states.device)
     has_label = labels != -100
     check(
-        (has_label.sum(dim=1) <= labels_per_row).all(),
-        f"A row has more labels than `labels_per_row`, which is {labels_per_row}",
+        (has_label.sum(dim=1) <= targets_per_row).all(),
+        f"A row has more labels than `targets_per_row`, which is {targets_per_row}",
     )
-    index = first_where(has_label)[:, :labels_per_row]  # (batch, labels_per_row)
-    labels = labels.gather(1, index)  # (batch, labels_per_row)
+    index = first_where(has_label)[:, :targets_per_row]  # (batch, targets_per_row)
+    labels = labels.gather(1, index)  # (batch, targets_per_row)
     index = index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-    return hidden_states.gather(1, index), labels  # (batch, labels_per_row, hidden)
+    return hidden_states.gather(1, index), labels  # (batch, targets_per_row, hidden)
 
 
 class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
@@ -913,7 +915,7 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         images_per_row: int | None = None,
         prefix_length: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        labels_per_row: int | None = None,
+        targets_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamCausalLMOutputWithPast:
         r"""
@@ -926,9 +928,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
                 predicted from an image token; the collator leaves it out.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
-            labels_per_row (`int`, *optional*):
+            targets_per_row (`int`, *optional*):
                 The largest number of `labels` in a row, the first position's apart. In training, `logits` are then
-                of the positions that predict a label alone, of shape `(batch, labels_per_row, vocab_size)`.
+                of the positions that predict a label alone, of shape `(batch, targets_per_row, vocab_size)`.
 
         Example:
 
@@ -944,8 +946,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         ...     [{"role": "user", "content": [picture, question]}],
         ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         ... )
-        >>> processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        'red'
+        >>> sequence = model.generate(**inputs, max_new_tokens=8)[0]  # (seq_len + new_tokens,)
+        >>> answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         ```
         """
         if labels is not None:
@@ -969,9 +971,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        if self.training and labels is not None and labels_per_row is not None:
+        if self.training and labels is not None and targets_per_row is not None:
             shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            hidden_states, kwargs["shift_labels"] = gather_labelled(outputs.last_hidden_state, shifted, labels_per_row)
+            hidden_states, kwargs["shift_labels"] = gather_labelled(
+                outputs.last_hidden_state, shifted, targets_per_row
+            )
         else:
             hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.compute_logits(hidden_states)

@@ -49,7 +49,7 @@ def conversations_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     return row.get("conversations") or [row]
 
 
-def labels_per_row(labels: torch.Tensor) -> int:
+def targets_per_row(labels: torch.Tensor) -> int:
     """The largest number of labels in a row of `labels`, of shape `(batch, seq_len)`."""
     return int((labels != IGNORE_INDEX).sum(dim=1).max())
 
@@ -71,7 +71,7 @@ class DuoStreamDataCollator:
     Returns (when called):
         `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
         with a bidirectional prefix `token_type_ids`, with several conversations in a row `segment_ids`, all of shape
-        `(batch, seq_len)` and padded on the right; `labels_per_row`, the largest number of labels in a row, by which
+        `(batch, seq_len)` and padded on the right; `targets_per_row`, the largest number of labels in a row, by which
         the model makes no other logits in training; `pixel_values` of shape `(num_images, channels, height, width)`;
         and `images_per_row` where all rows have the same number of pictures.
 
@@ -116,7 +116,7 @@ class DuoStreamDataCollator:
             input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i])
 
         batch = self.pad(*self.pack(input_ids, labels, owners, names))
-        batch["labels_per_row"] = labels_per_row(batch["labels"][:, 1:])
+        batch["targets_per_row"] = targets_per_row(batch["labels"][:, 1:])
         if any(images):
             flat = [picture for pictures in images for picture in pictures]
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text, labels_per_row
+from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text, targets_per_row
 
 # What a space, a line's end and a tab look like in a vocabulary: of byte-level BPE, and of SentencePiece
 MARKS_BEFORE = "ĠĊĉ▁"
@@ -45,7 +45,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
         batch = super().__call__(rows)
         self.check_unpacked(batch)
         batch["input_ids"], batch["labels"] = self.mask(batch["input_ids"], batch["labels"])
-        batch["labels_per_row"] = labels_per_row(batch["labels"])
+        batch["targets_per_row"] = targets_per_row(batch["labels"])
         return batch
 
     def check_unpacked(self, batch: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
         if self.mlm:
             self.check_unpacked(batch)
             batch["masked_input_ids"], batch["masked_labels"] = self.mask(batch["input_ids"], batch["labels"])
-            batch["masked_per_row"] = labels_per_row(batch["masked_labels"])
+            batch["masked_per_row"] = targets_per_row(batch["masked_labels"])
         numbers = [len(row.get("images") or []) for row in rows]
         paired = [i for i, number in enumerate(numbers) if number == 1]
         if self.pairs and paired:
@@ -188,7 +188,7 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
         batch = super().__call__(rows)
         labels = [self.check_label(row.get("label"), name) for row, name in zip(rows, self.names(rows), strict=True)]
         batch["labels"] = torch.tensor(labels)
-        del batch["labels_per_row"]  # of tokens, which are not predicted
+        del batch["targets_per_row"]  # of tokens, which are not predicted
         return batch
 
     def check_label(self, label: Any, name: str) -> Any:

@@ -1,10 +1,14 @@
 """Settings for all tests: no network, one seed, no progress bars."""
 
 import os
+import shutil
+import tempfile
 
 # Before transformers is imported, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# And trackio, which would keep the tests' runs in the home folder
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import pytest
 import torch
@@ -19,6 +23,10 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # The models are the slow part, not the drawing; and a run must find what the last one found.
 settings.register_profile("duostream", deadline=None, derandomize=True, database=None)
 settings.load_profile("duostream")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"])
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,17 @@
-"""Runs the README's Python blocks one after the other, as a reader would."""
+"""Runs the README's Python blocks one after the other, as a reader would, and the examples of the docstrings."""
 
+import doctest
 import re
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.testing_utils import HfDocTestParser
 
+import duostream
 from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -60,6 +64,27 @@ def test_every_python_block_of_the_readme_runs_in_order(folder, pushed, capsys):
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["trainer"].state.global_step == 2
     assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= pushed["me/my-duostream"]
+
+
+def test_the_examples_in_docstrings_run(folder):
+    Image.new("RGB", (48, 48), "red").save(folder / "scene.png")
+    finder = doctest.DocTestFinder(parser=HfDocTestParser())
+    examples = {
+        test.name: test
+        for name in duostream.__all__
+        # A class that inherits a docstring has the same example as its parent
+        for test in finder.find(getattr(duostream, name), name, globs={})
+        if test.examples
+    }
+    assert {"DuoStreamConfig", "DuoStreamForConditionalGeneration.forward"} <= set(examples)
+    for test in examples.values():
+        results = doctest.DocTestRunner().run(test)
+        assert results.attempted and not results.failed, test.name
+
+
+def test_the_api_page_shows_every_public_name():
+    page = (README.parent / "docs/index.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: duostream\.(\w+)$", page, flags=re.MULTILINE)) == sorted(duostream.__all__)
 
 
 def test_the_commands_of_the_readme_are_targets_and_scripts_that_exist():

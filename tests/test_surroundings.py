@@ -7,8 +7,12 @@ import onnxruntime
 import pytest
 import torch
 from datasets import Dataset
+from optuna.samplers import RandomSampler
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import LLAMA, Row, batch, difference, ragged_rows, small_config, small_model
+from trackio.sqlite_storage import SQLiteStorage
+from transformers import Trainer, TrainingArguments
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -103,6 +107,71 @@ def test_parts_that_memory_has_no_room_for_are_read_from_disk(tmp_path: Path) ->
         assert difference(offloaded(**inputs).logits, model(**inputs).logits) == 0
     settings: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(offloaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+def plain_rows() -> list[dict[str, torch.Tensor]]:
+    """What somebody else's data set and the library's own collator give."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(3, LLAMA["vocab_size"], (8, 12))  # (rows, seq_len)
+    return [{"input_ids": row, "labels": row} for row in input_ids]
+
+
+def plain_arguments(path: Path, **kwargs: Any) -> TrainingArguments:
+    options = {"max_steps": 3, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", **kwargs}
+    return TrainingArguments(str(path), **options, use_cpu=True, disable_tqdm=True)
+
+
+def test_the_library_s_trainer_evaluates_rows_that_have_nothing_but_labels(tmp_path: Path) -> None:
+    rows = plain_rows()
+    trainer = Trainer(model=small_model(), args=plain_arguments(tmp_path), eval_dataset=rows)
+    batch_of_all = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    with torch.no_grad():
+        expected = float(trainer.model(**batch_of_all).loss)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_are_logged_where_people_look_at_them(tmp_path: Path) -> None:
+    arguments = plain_arguments(
+        tmp_path, logging_steps=1, report_to=["tensorboard", "trackio"], run_name="first", project="duostream"
+    )
+    trainer = Trainer(model=small_model(), args=arguments, train_dataset=plain_rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")))).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
+    logged = SQLiteStorage.get_logs("duostream", "first")
+    assert [entry["train/loss"] for entry in logged if "train/loss" in entry] == pytest.approx(losses)
+
+
+def test_a_search_finds_the_learning_rate_that_learns(tmp_path: Path) -> None:
+    rows = plain_rows()
+    arguments = plain_arguments(tmp_path, eval_strategy="steps", eval_steps=3)
+    trainer = Trainer(model_init=lambda: small_model(), args=arguments, train_dataset=rows, eval_dataset=rows)
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-6, 1e-2])},
+        n_trials=4,
+        direction="minimize",
+        backend="optuna",
+        sampler=RandomSampler(seed=0),
+    )
+    assert best.hyperparameters == {"learning_rate": 1e-2}
+
+
+class SmallMemory(DuoStreamForConditionalGeneration):
+    """As on a device that has room for two rows."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> Any:
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+def test_a_batch_that_memory_has_no_room_for_is_made_smaller(tmp_path: Path) -> None:
+    arguments = plain_arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
+    trainer = Trainer(model=small_model(cls=SmallMemory), args=arguments, train_dataset=plain_rows())
+    trainer.train()
+    assert trainer.state.train_batch_size == 2 and trainer.state.global_step == 3
 
 
 def test_placeholders_in_labels_are_ignored() -> None:

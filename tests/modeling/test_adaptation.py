@@ -6,10 +6,23 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import KINDS, PICTURE, Row, batch, difference, needs_compiler, ragged_rows, small_model
+from tiny_models import (
+    KINDS,
+    LLAMA,
+    PICTURE,
+    SIGLIP,
+    Row,
+    batch,
+    difference,
+    needs_compiler,
+    ragged_rows,
+    small_model,
+)
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainingArguments
+
+from duostream import DuoStreamForConditionalGeneration
 
 STREAMS = {"text": "text_model", "vision": "vision_model", "fusion": "fusion_model"}
 PROJECTIONS = r"(q_proj|v_proj|query|value|c_attn)"
@@ -158,7 +171,7 @@ def test_a_compiled_training_step_has_the_same_gradients_and_is_compiled_once() 
     compiled = torch.compile(model, fullgraph=True)
     for _ in range(3):
         inputs = with_labels(model, batch([Row(model, PICTURE, 6), Row(model, PICTURE, 6)]))
-        inputs = {**inputs, "images_per_row": 1, "labels_per_row": inputs["input_ids"].shape[1] - first}
+        inputs = {**inputs, "images_per_row": 1, "targets_per_row": inputs["input_ids"].shape[1] - first}
         gradients = []
         for each in (model, compiled):
             model.zero_grad()
@@ -179,4 +192,30 @@ def test_linear_layers_in_eight_bits_on_a_cpu_say_nearly_the_same() -> None:
     valid = inputs["attention_mask"].bool()
     correlation = torch.corrcoef(torch.stack([got[valid].flatten(), expected[valid].flatten()]))[0, 1]
     assert correlation > 0.98
+    assert quantized.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=["8 bits", "4 bits"]
+)
+def test_weights_are_loaded_in_fewer_bits_but_for_the_head_and_the_projector(options: dict, tmp_path: Path) -> None:
+    # On a CPU, bitsandbytes takes four bits in widths that are multiples of 64
+    stack = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    vision = {**SIGLIP, "hidden_size": 64, "intermediate_size": 128}
+    model = small_model(text_config=stack, fusion_stack_config=stack, vision_config=vision)
+    model.save_pretrained(tmp_path)
+    quantized = DuoStreamForConditionalGeneration.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(**options, llm_int8_skip_modules=["lm_head", "model.projector"]),
+        dtype=torch.float32,
+        device_map="cpu",
+    )
+    linears = {name: type(each) for name, each in quantized.named_modules() if isinstance(each, torch.nn.Linear)}
+    whole = {name for name, kind in linears.items() if kind is torch.nn.Linear}
+    assert whole == {"lm_head", "model.projector.layers.1", "model.projector.layers.3"}
+    assert len(linears) > 20
+    inputs = batch(ragged_rows(model))
+    valid = inputs["attention_mask"].bool()
+    both = torch.stack([logits(each, inputs)[valid].flatten().float() for each in (model, quantized)])
+    assert torch.corrcoef(both)[0, 1] > (0.98 if "load_in_8bit" in options else 0.8)
     assert quantized.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3

@@ -395,7 +395,7 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_losses(head):
     torch.manual_seed(0)
     model = head(config)
     inputs = pretraining_inputs(model)
-    hints = {"labels_per_row": 5, "masked_per_row": 3}
+    hints = {"targets_per_row": 5, "masked_per_row": 3}
     if head is DuoStreamForMaskedLM:
         inputs = {name: value for name, value in inputs.items() if not name.startswith(("masked", "paired"))}
         del hints["masked_per_row"]

@@ -468,25 +468,25 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients
     model = small_model(kind)
     model.training = True  # the head alone: batch norm would tell batches apart
     inputs = loss_inputs(model)
-    labels_per_row = int((inputs["labels"][:, 1:] != -100).sum(dim=1).max())
+    targets_per_row = int((inputs["labels"][:, 1:] != -100).sum(dim=1).max())
     whole = model(**inputs, num_items_in_batch=7)
     whole.loss.backward()
     expected = gradients(model)
-    told = model(**inputs, num_items_in_batch=7, labels_per_row=labels_per_row)
+    told = model(**inputs, num_items_in_batch=7, targets_per_row=targets_per_row)
     told.loss.backward()
-    assert told.logits.shape[:2] == (8, labels_per_row) and whole.logits.shape[1] > labels_per_row
+    assert told.logits.shape[:2] == (8, targets_per_row) and whole.logits.shape[1] > targets_per_row
     assert abs(told.loss - whole.loss) < 1e-5
     assert_same_gradients(expected, gradients(model))
     model.eval()
-    assert torch.equal(logits(model, {**inputs, "labels_per_row": 1}), logits(model, inputs))
+    assert torch.equal(logits(model, {**inputs, "targets_per_row": 1}), logits(model, inputs))
 
 
 def test_fewer_labels_than_there_are_would_be_lost_and_are_refused() -> None:
     model = small_model("llama").train()
     inputs = loss_inputs(model)
-    labels_per_row = int((inputs["labels"][:, 1:] != -100).sum(dim=1).max())
-    with pytest.raises(ValueError, match=f"more labels than `labels_per_row`, which is {labels_per_row - 1}"):
-        model(**inputs, labels_per_row=labels_per_row - 1)
+    targets_per_row = int((inputs["labels"][:, 1:] != -100).sum(dim=1).max())
+    with pytest.raises(ValueError, match=f"more labels than `targets_per_row`, which is {targets_per_row - 1}"):
+        model(**inputs, targets_per_row=targets_per_row - 1)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(0, 2))

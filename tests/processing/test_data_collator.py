@@ -292,7 +292,7 @@ def test_rows_without_pictures_need_no_images(processor):
     messages = dialogue("What?", "That.", num_images=0)["messages"]
     rows = [{"messages": messages}, {"messages": messages, "images": None}, {"messages": messages, "images": []}]
     batch = DuoStreamDataCollator(processor)(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "mm_token_type_ids", "labels", "labels_per_row"}
+    assert set(batch) == {"input_ids", "attention_mask", "mm_token_type_ids", "labels", "targets_per_row"}
     assert not batch["mm_token_type_ids"].any()
 
 

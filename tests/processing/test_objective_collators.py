@@ -156,14 +156,14 @@ def test_the_most_labels_that_a_row_has_are_told_where_tokens_are_predicted(proc
         return int((labels != -100).sum(dim=1).max())
 
     batch = DuoStreamPreTrainingCollator(processor)(rows)
-    assert batch["labels_per_row"] == most(batch["labels"]) > batch["masked_per_row"] == most(batch["masked_labels"])
+    assert batch["targets_per_row"] == most(batch["labels"]) > batch["masked_per_row"] == most(batch["masked_labels"])
     batch = DuoStreamMaskedLMCollator(processor)(rows)
-    assert batch["labels_per_row"] == most(batch["labels"])
+    assert batch["targets_per_row"] == most(batch["labels"])
     text = [{"text": CAPTIONS[0], "label": 1}]
-    assert "labels_per_row" not in DuoStreamClassificationCollator(processor, num_labels=2)(text)
+    assert "targets_per_row" not in DuoStreamClassificationCollator(processor, num_labels=2)(text)
     # What the first token would be is predicted from nothing
     batch = DuoStreamPreTrainingCollator(processor, mlm=False)([{"text": CAPTIONS[0]}])
-    assert batch["labels_per_row"] == len(processor.tokenizer(CAPTIONS[0])["input_ids"]) - 1
+    assert batch["targets_per_row"] == len(processor.tokenizer(CAPTIONS[0])["input_ids"]) - 1
 
 
 def test_a_text_to_classify_is_encoded_as_the_pipelines_do(processor):

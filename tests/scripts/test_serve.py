@@ -1,0 +1,142 @@
+"""A server of the real thing, asked over HTTP by the clients that people have."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai import BadRequestError, OpenAI
+from PIL import Image
+from tiny_models import LLAMA, small_config
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from duostream import DuoStreamDataCollator, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+
+pytestmark = pytest.mark.slow
+
+COLORS = ("red", "blue")
+ASKED = "Which color is it?"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt to tell two colors apart, and to greet."""
+    tokenizer = train_tokenizer([ASKED, "Hello red blue nice to meet you"] * 4, 320)
+    stack = {**LLAMA, "vocab_size": len(tokenizer)}
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    model = DuoStreamForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    image = {"type": "image"}
+    rows = [
+        {
+            "images": [Image.new("RGB", (16, 16), color)],
+            "prompt": [{"role": "user", "content": [image, {"type": "text", "text": ASKED}]}],
+            "completion": [{"role": "assistant", "content": [{"type": "text", "text": color}]}],
+        }
+        for color in COLORS
+    ]
+    greeting = [{"type": "text", "text": "nice to meet you"}]
+    rows.append(
+        {
+            "images": [],
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+            "completion": [{"role": "assistant", "content": greeting}],
+        }
+    )
+    batch = DuoStreamDataCollator(processor)(rows)
+    batch.pop("targets_per_row")
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("served")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[str]:
+    """Its address."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "duostream.scripts.serve", str(checkpoint), "--port", port, "--device", "cpu"]
+    process = subprocess.Popen(command)
+    address = f"http://localhost:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the server ended"
+            try:
+                httpx.get(f"{address}/health")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.5)
+        else:
+            pytest.fail("the server did not answer within two minutes")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def ask(server: str, checkpoint: Path) -> Any:
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+    def ask(picture: str, **kwargs: Any) -> Any:
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": ASKED}]
+        messages: Any = [{"role": "user", "content": content}]
+        return client.chat.completions.create(model=str(checkpoint), messages=messages, max_tokens=8, **kwargs)
+
+    return ask
+
+
+def data_url(color: str) -> str:
+    file = BytesIO()
+    Image.new("RGB", (40, 30), color).save(file, "PNG")
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_a_question_about_a_picture_is_answered_whole_or_as_it_is_written(ask: Any, color: str) -> None:
+    assert ask(data_url(color)).choices[0].message.content == color
+    parts = [chunk.choices[0].delta.content or "" for chunk in ask(data_url(color), stream=True)]
+    assert "".join(parts) == color
+
+
+def test_no_file_or_address_that_a_request_names_is_opened(ask: Any, server: str, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "private.png")
+    for picture in (str(tmp_path / "private.png"), f"file://{tmp_path}/private.png", f"{server}/v1/models"):
+        with pytest.raises(BadRequestError) as refused:
+            ask(picture)
+        assert refused.value.response.json()["detail"].startswith("Message 0: expected the image itself")
+
+
+def test_the_library_s_chat_talks_to_it(server: str, checkpoint: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "transformers"), "chat", str(checkpoint), f"{server}/v1"]
+    chat = subprocess.run(
+        [*command, "max_new_tokens=8", "--save-folder", str(tmp_path)],
+        input="Hello\n!exit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        # Offline it would not even talk to this machine
+        env={**os.environ, "HF_HUB_OFFLINE": "0"},
+    )
+    assert "nice to meet you" in chat.stdout, chat.stdout + chat.stderr
