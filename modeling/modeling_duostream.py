@@ -820,6 +820,14 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
 
+    def post_init(self) -> None:
+        super().post_init()
+        embeddings = self._tied_weights_keys["lm_head.weight"].removesuffix(".weight")
+        if self.config.tie_word_embeddings and embeddings not in self._tp_plan:
+            # A text backbone without a plan (GPT-2) stays whole, and with its embeddings the head, which is the same
+            # matrix: ranks would put together what none of them has split
+            self._tp_plan.pop("lm_head", None)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 

@@ -1,0 +1,70 @@
+"""Layers that two processes share say what they say in one: the file runs itself by torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import GPT2, LLAMA, VIT, batch, difference, ragged_rows, small_model
+from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
+
+pytestmark = pytest.mark.slow
+
+MODELS = {
+    "llama": {},
+    "gated with biases": {"kind": "tiny"},
+    # Its embeddings, and the head that is tied to them, stay whole
+    "a text stream without a plan": {"text_config": GPT2, "vision_config": VIT, "fusion_stack_config": LLAMA},
+}
+
+
+def torchrun(checkpoint: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(
+        [*command, __file__, str(checkpoint)], capture_output=True, text=True, env=environment, timeout=240
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_read_and_write_what_one_does(name: str, tmp_path: Path) -> None:
+    small_model(**MODELS[name]).save_pretrained(tmp_path)
+    finished = torchrun(tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("the same") == 2
+
+
+def test_a_model_whose_backbones_have_no_plan_is_refused_by_the_library(tmp_path: Path) -> None:
+    small_model("gpt2").save_pretrained(tmp_path)
+    finished = torchrun(tmp_path)
+    assert finished.returncode != 0 and "has no `tp_plan`" in finished.stderr
+
+
+def compare(checkpoint: str) -> None:
+    """On each rank: its part of the model against the whole one."""
+    import duostream  # noqa: F401 - registers the Auto classes
+
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    shared = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, distributed_config=DistributedConfig(tp_plan="auto")
+    ).eval()
+    sizes = [
+        sum((weight.to_local() if hasattr(weight, "to_local") else weight).numel() for weight in model.parameters())
+        for model in (whole, shared)
+    ]
+    assert sizes[1] < 0.9 * sizes[0], sizes
+    inputs = batch(ragged_rows(whole))
+    with torch.no_grad():
+        assert difference(whole(**inputs).logits, shared(**inputs).logits) < 1e-4
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(whole.generate(**inputs, **options), shared.generate(**inputs, **options))
+    print("the same", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    compare(sys.argv[1])
