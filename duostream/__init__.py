@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
@@ -13,6 +14,7 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
@@ -42,15 +44,20 @@ __version__ = "0.1.0"
 AutoConfig.register("duostream", DuoStreamConfig)
 AutoProcessor.register(DuoStreamConfig, DuoStreamProcessor)
 AutoModel.register(DuoStreamConfig, DuoStreamModel)
-for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
     auto_class.register(DuoStreamConfig, DuoStreamForConditionalGeneration)
 AutoModelForPreTraining.register(DuoStreamConfig, DuoStreamForPreTraining)
 AutoModelForMaskedLM.register(DuoStreamConfig, DuoStreamForMaskedLM)
 for auto_class in (AutoModelForSequenceClassification, AutoModelForVisualQuestionAnswering):
     auto_class.register(DuoStreamConfig, DuoStreamForSequenceClassification)
 AutoModelForZeroShotImageClassification.register(DuoStreamConfig, DuoStreamForImageTextRetrieval)
-# Some of the library (`transformers serve`) and of TRL asks these tables by name, which `register` doesn't fill
-for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+# What `register` doesn't fill, but the library asks: `transformers serve`, and `Trainer`, which by the last one knows
+# that smoothed labels are those of the next token
+for names in (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+):
     names[DuoStreamConfig.model_type] = DuoStreamForConditionalGeneration.__name__
 
 __all__ = [

@@ -130,6 +130,17 @@ def test_the_library_s_trainer_evaluates_rows_that_have_nothing_but_labels(tmp_p
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path: Path) -> None:
+    rows = plain_rows()
+    model = small_model().eval()
+    trainer = Trainer(model=model, args=plain_arguments(tmp_path, label_smoothing_factor=0.1), eval_dataset=rows)
+    input_ids = torch.stack([row["input_ids"] for row in rows])  # (rows, seq_len)
+    with torch.no_grad():
+        logits = model(input_ids).logits[:, :-1].flatten(0, 1)  # (rows * (seq_len - 1), vocab_size)
+    expected = torch.nn.functional.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_losses_are_logged_where_people_look_at_them(tmp_path: Path) -> None:
     arguments = plain_arguments(
         tmp_path, logging_steps=1, report_to=["tensorboard", "trackio"], run_name="first", project="duostream"

@@ -85,10 +85,34 @@ def test_feature_extraction(processor):
     assert torch.allclose(torch.tensor(states), expected, atol=1e-5)
 
 
-def test_image_text_to_text(processor):
+def test_feature_extraction_of_sentences_is_the_same_alone_and_in_a_batch(processor):
+    extract = pipeline("feature-extraction", model=model_of(DuoStreamModel, processor), tokenizer=processor.tokenizer)
+    texts = [WORDS[0], "a circle", f"{WORDS[0]} {WORDS[1]}"]
+    alone = [extract(text, return_tensors=True)[0].mean(dim=0) for text in texts]
+    lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
+    assert len(set(lengths)) == 3  # so that there is padding
+    together = extract(texts, batch_size=3, return_tensors=True, tokenize_kwargs={"padding": True})
+    for one, states, length in zip(alone, together, lengths, strict=True):
+        torch.testing.assert_close(states[0, :length].mean(dim=0), one, atol=1e-5, rtol=0)
+
+
+def test_text_generation(processor):
+    model = model_of(DuoStreamForConditionalGeneration, processor)
+    write = pipeline("text-generation", model=model, tokenizer=processor.tokenizer)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    (written,) = write(WORDS[0], **options)
+    inputs = processor.tokenizer(WORDS[0], return_tensors="pt")
+    sequence = model.generate(**inputs, **options)[0]
+    assert written["generated_text"] == processor.decode(sequence, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("num_pictures", [1, 3])
+def test_image_text_to_text(processor, num_pictures):
     model = model_of(DuoStreamForConditionalGeneration, processor)
     say = pipeline("image-text-to-text", model=model, processor=processor)
-    content = [{"type": "image", "image": Image.new("RGB", (30, 30), "red")}, {"type": "text", "text": "What is it?"}]
+    colors = ("red", "green", "blue")[:num_pictures]
+    content = [{"type": "image", "image": Image.new("RGB", (30, 30), color)} for color in colors]
+    content += [{"type": "text", "text": "What is it?"}]
     conversation = [{"role": "user", "content": content}]
     (said,) = say(text=conversation, max_new_tokens=4, return_full_text=False, generate_kwargs={"do_sample": False})
     inputs = processor.apply_chat_template(
