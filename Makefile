@@ -1,13 +1,13 @@
-# Needs Python 3.11 or later with its venv module, and make; nothing is installed outside .venv.
+# Needs Python 3.11 or later with its venv module, and make; nothing is installed outside .venv (and .venv-lowest).
 PYTHON ?= python3
 BIN := .venv/bin
 MADE := .venv/.made
 STAMP := .venv/.stamp
 # -qq shows errors only.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input --no-build-isolation -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast conformance lint docs benchmark clean package
+.PHONY: help setup quickstart test test-fast test-lowest conformance lint docs benchmark clean package
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -20,14 +20,14 @@ $(MADE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DuoStream needs Python 3.11 or later: make PYTHON=python3.11")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing the versions in constraints.txt into .venv (a minute or more)"
-	@$(PIP_INSTALL) setuptools
-	@$(PIP_INSTALL) --no-build-isolation -e .
+	@$(BIN)/python $(PIP_INSTALL) constraints.txt setuptools
+	@$(BIN)/python $(PIP_INSTALL) constraints.txt -e .
 	@touch $@
 
 # What tests, checks and documentation need beside it
 $(STAMP): $(MADE)
 	@echo "Installing what tests and checks need, too"
-	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(BIN)/python $(PIP_INSTALL) constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(MADE) ## Train a small model from nothing and show what it does
@@ -38,6 +38,17 @@ test: setup ## Run all tests
 
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+# The same tests on the oldest versions that pyproject.toml allows
+test-lowest: .venv-lowest/.stamp ## Run the tests that take seconds with the lowest versions
+	.venv-lowest/bin/python -m pytest -m "not slow"
+
+.venv-lowest/.stamp: pyproject.toml constraints-lowest.txt
+	@$(PYTHON) -m venv --clear .venv-lowest
+	@echo "Installing the versions in constraints-lowest.txt into .venv-lowest (several minutes)"
+	@.venv-lowest/bin/python $(PIP_INSTALL) constraints-lowest.txt setuptools
+	@.venv-lowest/bin/python $(PIP_INSTALL) constraints-lowest.txt -e '.[test]'
+	@touch $@
 
 conformance: setup ## Fetch the tests that transformers has for its own models and run them
 	$(BIN)/python tests/conformance/library_tests.py
