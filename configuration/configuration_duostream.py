@@ -1,6 +1,8 @@
 """DuoStream's configuration: three transformers and what lies between them."""
 
 import copy
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -9,8 +11,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import CONFIG_NAME
 
 from .image_tokens_duostream import image_size_of, image_token_shape
+from .saved_code_duostream import AUTO_MAP, save_code
 
 CHOICES = {"projector_type": ("mlp", "linear", "none"), "contrastive_loss": ("sigmoid", "softmax")}
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
@@ -223,6 +227,14 @@ class DuoStreamConfig(PreTrainedConfig):
                 f"`vision_config` gives tokens of width {self.image_hidden_size}, `fusion_stack_config.hidden_size` "
                 f'is {self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        # All ways to save and to push a config come by here, where the library copies custom code by itself, too; but
+        # it would look for one file beside the other
+        if Path(json_file_path).name == CONFIG_NAME:
+            self.auto_map = dict(AUTO_MAP)
+            save_code(Path(json_file_path).parent)
+        super().to_json_file(json_file_path, use_diff=use_diff)
 
     def _check_widths(self) -> None:
         text, fusion = self.text_config, self.fusion_stack_config

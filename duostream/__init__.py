@@ -1,18 +1,7 @@
 """DuoStream gives any Hugging Face language model eyes. Importing it registers its classes with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForMultimodalLM,
-    AutoModelForPreTraining,
-    AutoModelForSequenceClassification,
-    AutoModelForVisualQuestionAnswering,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-)
+import transformers
+from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -20,6 +9,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .configuration import DuoStreamConfig
+from .configuration.saved_code_duostream import AUTO_MAP
 from .modeling import (
     DuoStreamForConditionalGeneration,
     DuoStreamForImageTextRetrieval,
@@ -43,14 +33,9 @@ __version__ = "0.1.0"
 
 AutoConfig.register("duostream", DuoStreamConfig)
 AutoProcessor.register(DuoStreamConfig, DuoStreamProcessor)
-AutoModel.register(DuoStreamConfig, DuoStreamModel)
-for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
-    auto_class.register(DuoStreamConfig, DuoStreamForConditionalGeneration)
-AutoModelForPreTraining.register(DuoStreamConfig, DuoStreamForPreTraining)
-AutoModelForMaskedLM.register(DuoStreamConfig, DuoStreamForMaskedLM)
-for auto_class in (AutoModelForSequenceClassification, AutoModelForVisualQuestionAnswering):
-    auto_class.register(DuoStreamConfig, DuoStreamForSequenceClassification)
-AutoModelForZeroShotImageClassification.register(DuoStreamConfig, DuoStreamForImageTextRetrieval)
+for auto_class, reference in AUTO_MAP.items():
+    if auto_class.startswith("AutoModel"):
+        getattr(transformers, auto_class).register(DuoStreamConfig, globals()[reference.split(".")[1]])
 # What `register` doesn't fill, but the library asks: `transformers serve`, and `Trainer`, which by the last one knows
 # that smoothed labels are those of the next token
 for names in (

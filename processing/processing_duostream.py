@@ -1,12 +1,16 @@
 """DuoStream's processor: a stock tokenizer and a stock image processor, and placeholders for image tokens."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import TextInput
+from transformers.utils import PROCESSOR_NAME
 
+from ..configuration.saved_code_duostream import AUTO_MAP, save_code
 from .chat_template_duostream import IMAGE_TOKEN, multimodal_chat_template
 
 
@@ -56,6 +60,13 @@ class DuoStreamProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = multimodal_chat_template(tokenizer.chat_template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        # See `DuoStreamConfig.to_json_file`
+        if Path(json_file_path).name == PROCESSOR_NAME:
+            self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+            save_code(Path(json_file_path).parent)
+        super().to_json_file(json_file_path)
 
     def __call__(
         self,

@@ -64,7 +64,8 @@ def test_every_python_block_of_the_readme_runs_in_order(folder, pushed, capsys):
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["trainer"].state.global_step == 2
-    assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= pushed["me/my-duostream"]
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json", "modeling_duostream.py"}
+    assert expected <= pushed["me/my-duostream"]
 
 
 def test_the_examples_in_docstrings_run(folder):
