@@ -60,10 +60,11 @@ ROWS = {
 
 
 @pytest.mark.parametrize("form", ROWS)
-def test_trl_fine_tunes_on_our_rows_with_the_processor(parts: tuple, form: str, tmp_path: Path) -> None:
+def test_trl_fine_tunes_a_checkpoint_on_our_rows_with_the_processor(parts: tuple, form: str, tmp_path: Path) -> None:
     model, processor = parts
+    model.save_pretrained(tmp_path / "start")
     trainer = SFTTrainer(
-        model=model,
+        model=str(tmp_path / "start"),
         args=SFTConfig(str(tmp_path), max_steps=30, learning_rate=1e-2, **OPTIONS),
         train_dataset=Dataset.from_list([ROWS[form]] * 8),
         processing_class=processor,
@@ -75,12 +76,11 @@ def test_trl_fine_tunes_on_our_rows_with_the_processor(parts: tuple, form: str, 
 
 def test_trl_learns_preferences_about_a_picture(parts: tuple, tmp_path: Path) -> None:
     model, processor = parts
-    model.save_pretrained(tmp_path / "reference")
+    model.save_pretrained(tmp_path / "start")
     row = {"images": [PICTURE], "prompt": [QUESTION], "chosen": [reply("two")], "rejected": [reply("one")]}
     trainer = DPOTrainer(
-        model=model,
-        # Told, as TRL looks for classes of other models in `transformers` alone
-        ref_model=DuoStreamForConditionalGeneration.from_pretrained(tmp_path / "reference"),
+        # It loads the reference, what it starts from, by itself
+        model=DuoStreamForConditionalGeneration.from_pretrained(tmp_path / "start"),
         args=DPOConfig(str(tmp_path), max_steps=16, learning_rate=1e-2, **OPTIONS),
         train_dataset=Dataset.from_list([row] * 8),
         processing_class=processor,
