@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -91,6 +92,14 @@ class DuoStreamTrainer(Trainer):
                 parted += [{**group, "params": weights, "lr": rate} for rate, weights in by_rate.items()] or [group]
             optimizer.param_groups = parted
         return self.optimizer
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        super().init_hf_repo(*args, **kwargs)
+        # The library saves its arguments as a pickle, with this machine's paths in it: it stays here
+        path = Path(str(self.args.output_dir)) / ".gitignore"
+        if self.is_world_process_zero() and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{TRAINING_ARGS_NAME}\n", encoding="utf-8")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         self.steps_since_log += 1

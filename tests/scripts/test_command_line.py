@@ -135,6 +135,7 @@ def test_each_command_explains_itself(name, capsys):
 def test_each_command_refuses_an_unknown_option_with_code_2(name, capsys):
     required = {
         "duostream-compose": {"text": "a", "vision": "b", "output_dir": "c"},
+        "duostream-push": {"checkpoint": "a", "repo_id": "b"},
         **{f"duostream-{name}": {"checkpoint": "a"} for name in ("finetune", "evaluate", "generate")},
     }
     module, function = COMMANDS[name].split(":")

@@ -1,0 +1,188 @@
+"""A server that speaks the part of the Hub's API that `huggingface_hub` uses to push models and to load them."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Repository:
+    """Commits in order, each with all of its files; branches and tags name one of them."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+
+    def add(self, branch: str, files: dict[str, bytes]) -> str:
+        previous = self.commits.get(self.references.get(branch, ""), {})
+        number = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
+        self.commits[number] = {**previous, **files}
+        self.references[branch] = number
+        return number
+
+    def commit_of(self, revision: str) -> str | None:
+        return self.references.get(revision, revision if revision in self.commits else None)
+
+
+class Hub:
+    """What the server holds, for tests to look at, and whether it drops the next large upload half-way."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.drops_uploads = False
+        self.address = ""
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        repository = self.repositories[repo_id]
+        return repository.commits[repository.references[revision]]
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def refuse(self, code: str) -> None:
+        self.answer({"error": code}, 404, **{"X-Error-Code": code, "X-Error-Message": code})
+
+    def do_POST(self) -> None:
+        path, body = urlsplit(self.path).path, self.body()
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if repo_id in self.hub.repositories:
+                return self.answer({"url": f"{self.hub.address}/{repo_id}"}, 409)
+            repository = self.hub.repositories[repo_id] = Repository()
+            repository.add("main", {".gitattributes": b""})
+            return self.answer({"url": f"{self.hub.address}/{repo_id}"})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
+            objects = []
+            for each in json.loads(body)["objects"]:
+                upload = {"href": f"{self.hub.address}/objects/{each['oid']}", "header": {}}
+                objects.append(
+                    {**each, **({} if each["oid"] in self.hub.objects else {"actions": {"upload": upload}})}
+                )
+            return self.answer({"transfer": "basic", "objects": objects})
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch|tag)/(.+)", path)
+        if found is None or found[1] not in self.hub.repositories:
+            return self.refuse("RepoNotFound")
+        repository, revision = self.hub.repositories[found[1]], unquote(found[3])
+        if found[2] == "preupload":
+            asked = json.loads(body)
+            ignored = set(asked.get("gitIgnore", "").split())
+            modes = [
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".png")) else "regular",
+                    "shouldIgnore": each["path"] in ignored,
+                }
+                for each in asked["files"]
+            ]
+            return self.answer({"files": modes})
+        if found[2] in ("branch", "tag"):
+            repository.references[revision] = repository.references["main"]
+            return self.answer({})
+        files: dict[str, bytes] = {}
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "lfsFile":
+                files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
+        number = repository.add(revision, files)
+        return self.answer({"commitUrl": f"{self.hub.address}/{found[1]}/commit/{number}", "commitOid": number})
+
+    def do_PUT(self) -> None:
+        if self.hub.drops_uploads:
+            self.rfile.read(64)
+            self.close_connection = True
+            return
+        data = self.body()
+        self.hub.objects[hashlib.sha256(data).hexdigest()] = data
+        self.answer({})
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/whoami-v2":
+            return self.answer({"type": "user", "name": "me", "orgs": []})
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)/?(.*))?", path):
+            commit = self.commit_of(found[1], found[3] or "main")
+            if commit is None:
+                return None
+            files = self.hub.repositories[found[1]].commits[commit]
+            if found[2] == "tree":
+                entries = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in files.items()
+                    if name.startswith(found[4])
+                ]
+                return self.answer(entries) if entries else self.refuse("EntryNotFound")
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer({"id": found[1], "modelId": found[1], "sha": commit, "siblings": siblings})
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            commit = self.commit_of(found[1], found[2])
+            if commit is None:
+                return None
+            data = self.hub.repositories[found[1]].commits[commit].get(found[3])
+            if data is None:
+                return self.refuse("EntryNotFound")
+            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit}
+            return self.answer(data, **headers)
+        return self.refuse("RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def commit_of(self, repo_id: str, revision: str) -> str | None:
+        """Its number, or None where the client has been told that there is none."""
+        if repo_id not in self.hub.repositories:
+            self.refuse("RepoNotFound")
+            return None
+        commit = self.hub.repositories[repo_id].commit_of(revision)
+        if commit is None:
+            self.refuse("RevisionNotFound")
+        return commit
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    hub = Hub()
+    server = ThreadingHTTPServer(("localhost", 0), type("HubHandler", (Handler,), {"hub": hub}))
+    hub.address = f"http://localhost:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,204 @@
+"""Pushed by the real client, over HTTP, to a small Hub of the tests' own, and loaded from there."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub, running_hub
+from tiny_models import roughen
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+
+pytestmark = pytest.mark.slow
+
+TOKEN = "hf_aTokenThatNobodyMaySee"
+WHOLE = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "configuration_duostream.py",
+    "modeling_duostream.py",
+    "heads_duostream.py",
+    "processing_duostream.py",
+}
+
+PUSH = """
+import sys
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+import duostream
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+if len(sys.argv) > 3:
+    torch.nn.init.constant_(model.lm_head.weight, float(sys.argv[3]))
+model.push_to_hub(sys.argv[2])
+AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])
+"""
+
+LOAD = """
+import json, sys
+name, revision, has_plugin, trust = sys.argv[1:]
+if has_plugin == "plugin":
+    import duostream
+else:
+    sys.modules["duostream"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+options = {"revision": revision, **({"trust_remote_code": True} if trust == "trust" else {})}
+model = AutoModelForImageTextToText.from_pretrained(name, **options).eval()
+processor = AutoProcessor.from_pretrained(name, **options)
+inputs = processor(text="What is it?", return_tensors="pt")
+sequence = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
+print(json.dumps([sequence, type(model).__module__, float(model.lm_head.weight.mean())]))
+"""
+
+TRAIN = """
+import sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from duostream import DuoStreamDataCollator
+from duostream.scripts.arguments import DuoStreamTrainingArguments
+from duostream.scripts.training import DuoStreamTrainer
+
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+row = {
+    "images": [Image.new("RGB", (24, 24), "red")],
+    "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}],
+    "completion": [{"role": "assistant", "content": [{"type": "text", "text": "red"}]}],
+}
+arguments = DuoStreamTrainingArguments(
+    sys.argv[2], max_steps=2, save_steps=1, push_to_hub=True, hub_model_id=sys.argv[3], report_to="none", use_cpu=True
+)
+trainer = DuoStreamTrainer(
+    model=AutoModelForImageTextToText.from_pretrained(sys.argv[1]),
+    args=arguments,
+    data_collator=DuoStreamDataCollator(processor),
+    train_dataset=[row] * 4,
+    processing_class=processor,
+)
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = train_tokenizer(["What is it? A red circle."] * 4, 300)
+    config = DuoStreamConfig.from_preset("tiny", vocab_size=len(tokenizer), vision_config={"image_size": 24})
+    image_processor = SiglipImageProcessorPil(size={"height": 24, "width": 24})
+    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    config.image_token_id = processor.image_token_id
+    path = tmp_path_factory.mktemp("pushed")
+    torch.manual_seed(0)
+    roughen(DuoStreamForConditionalGeneration(config), scale=0.1).save_pretrained(path)
+    processor.save_pretrained(path)
+    (path / "optimizer.pt").write_bytes(b"states")
+    return path
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a program whose Hub this is, in a home of its own."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN,
+    }
+
+    def run(program: str, *args: object) -> subprocess.CompletedProcess:
+        what = ["-c", program] if "\n" in program else ["-m", program]
+        command = [sys.executable, *what, *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, input="")
+
+    return run
+
+
+def check_clean(hub: Hub, *private: object) -> None:
+    for repository in hub.repositories.values():
+        for files in repository.commits.values():
+            assert not {"optimizer.pt", "scheduler.pt", "training_args.bin"} & set(files)
+            for name, data in files.items():
+                assert not any(str(each).encode() in data for each in (TOKEN, *private)), name
+
+
+def test_what_is_pushed_is_whole_and_loads_in_three_ways(
+    hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
+) -> None:
+    for extra in ([], ["0.5"]):
+        pushed = run(PUSH, checkpoint, "me/model", *extra)
+        assert pushed.returncode == 0, pushed.stderr[-3000:]
+    assert set(hub.files("me/model")) >= WHOLE
+    check_clean(hub, checkpoint, tmp_path)
+    mine = run(LOAD, "me/model", "main", "plugin", "no trust")
+    assert mine.returncode == 0, mine.stderr[-3000:]
+    sequence, module, mean = json.loads(mine.stdout.splitlines()[-1])
+    assert module == "duostream.modeling.modeling_duostream" and mean == 0.5
+    trusted = run(LOAD, "me/model", "main", "no plugin", "trust")
+    assert trusted.returncode == 0, trusted.stderr[-3000:]
+    found = json.loads(trusted.stdout.splitlines()[-1])
+    assert found[0] == sequence and found[1].startswith("transformers_modules.me.model.")
+    refused = run(LOAD, "me/model", "main", "no plugin", "no trust")
+    assert refused.returncode != 0 and "trust_remote_code=True" in refused.stderr
+    # A revision that is pinned stays what it was
+    first = list(hub.repositories["me/model"].commits)[2]
+    pinned = run(LOAD, "me/model", first, "no plugin", "trust")
+    assert pinned.returncode == 0, pinned.stderr[-3000:]
+    assert json.loads(pinned.stdout.splitlines()[-1])[2] != 0.5
+
+
+def test_the_trainer_pushes_what_it_trained_and_none_of_its_states(
+    hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
+) -> None:
+    trained = run(TRAIN, checkpoint, tmp_path / "run", "me/trained")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert set(hub.files("me/trained")) >= WHOLE | {"README.md"}
+    check_clean(hub, checkpoint, tmp_path)
+    loaded = run(LOAD, "me/trained", "main", "no plugin", "trust")
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+
+
+def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
+    hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "card.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
+    options = ["--checkpoint", checkpoint, "--repo_id", "me/shards", "--max_shard_size", "1MB"]
+    options += ["--card", tmp_path / "card.md", "--revision", "first"]
+    hub.drops_uploads = True
+    assert run("duostream.scripts.push", *options).returncode != 0
+    assert set(hub.files("me/shards")) == {".gitattributes"} == set(hub.files("me/shards", "first"))
+    hub.drops_uploads = False
+    pushed = run("duostream.scripts.push", *options)
+    assert pushed.returncode == 0, pushed.stderr[-3000:]
+    assert pushed.stdout.strip().splitlines()[-1].startswith(f"{hub.address}/me/shards/commit/")
+    files = hub.files("me/shards", "first")
+    assert set(files) >= (WHOLE - {"model.safetensors"}) | {"README.md", "model.safetensors.index.json"}
+    assert sum(name.endswith(".safetensors") for name in files) > 1
+    assert len(hub.repositories["me/shards"].commits) == 2
+    check_clean(hub, checkpoint, tmp_path)
+    loaded = run(LOAD, "me/shards", "first", "no plugin", "trust")
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+
+
+def test_a_checkpoint_that_is_not_there_is_named(
+    run: Callable[..., subprocess.CompletedProcess], hub: Hub, tmp_path: Path
+) -> None:
+    refused = run("duostream.scripts.push", "--checkpoint", tmp_path / "nowhere", "--repo_id", "me/nothing")
+    assert refused.returncode != 0 and "nowhere" in refused.stderr and not hub.repositories
