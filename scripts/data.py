@@ -252,7 +252,8 @@ def _rows_of_task(
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
     if max_rows is not None:
-        rows = rows.take(max_rows)
+        # Not `take`: before datasets 5 it wants as many rows as it is asked for
+        rows = rows.take(max_rows) if args.streaming else rows.select(range(min(max_rows, len(rows))))
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
