@@ -24,7 +24,7 @@ $(MADE): pyproject.toml constraints.txt
 	@$(BIN)/python $(PIP_INSTALL) constraints.txt -e .
 	@touch $@
 
-# What tests, checks and documentation need beside it
+# What tests, checks and documentation need as well
 $(STAMP): $(MADE)
 	@echo "Installing what tests and checks need, too"
 	@$(BIN)/python $(PIP_INSTALL) constraints.txt -e '.[dev]'
@@ -39,7 +39,7 @@ test: setup ## Run all tests
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
-# The same tests on the oldest versions that pyproject.toml allows
+# On the oldest versions that pyproject.toml allows, which have no wheels for Python 3.13 and later
 test-lowest: .venv-lowest/.stamp ## Run the tests that take seconds with the lowest versions
 	.venv-lowest/bin/python -m pytest -m "not slow"
 
@@ -73,4 +73,4 @@ benchmark: $(MADE) ## Measure speed and memory
 
 clean: ## Remove build output and caches (not .venv, not runs)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

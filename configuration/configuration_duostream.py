@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import CONFIG_NAME
 
 from .image_tokens_duostream import image_size_of, image_token_shape
-from .saved_code_duostream import AUTO_MAP, save_code
+from .saved_code_duostream import AUTO_MAP, is_foreign, save_code
 
 CHOICES = {"projector_type": ("mlp", "linear", "none"), "contrastive_loss": ("sigmoid", "softmax")}
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
@@ -229,11 +229,15 @@ class DuoStreamConfig(PreTrainedConfig):
             )
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        # All ways to save and to push a config come by here, where the library copies custom code by itself, too; but
-        # it would look for one file beside the other
+        # Every save and every push writes the config here. The library's own `custom_object_save` expects the modules
+        # in one folder, which ours are not.
         if Path(json_file_path).name == CONFIG_NAME:
-            self.auto_map = dict(AUTO_MAP)
+            # Those of somebody's subclass stay
+            own = {name: each for name, each in (getattr(self, "auto_map", None) or {}).items() if is_foreign(each)}
+            self.auto_map = {**AUTO_MAP, **own}
             save_code(Path(json_file_path).parent)
+            for name in SUB_CONFIGS:
+                getattr(self, name)._name_or_path = ""  # where the backbones lay on this machine
         super().to_json_file(json_file_path, use_diff=use_diff)
 
     def _check_widths(self) -> None:

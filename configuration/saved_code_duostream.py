@@ -22,20 +22,30 @@ AUTO_MAP = {
 }
 
 _IMPORT = re.compile(r"^from \.+(?:\w+\.)?(\w+_duostream) import", flags=re.MULTILINE)
-_WHOLE = "# The loader copies what this file names, here all: what is saved again is as whole as what was loaded."
+_WHOLE = "# The loader copies only the modules that a file names. All are named here: what is saved again is whole."
+
+
+def is_foreign(reference: str) -> bool:
+    """Whether an `auto_map` names a class that isn't DuoStream's, in this folder or in a repository on the Hub."""
+    return bool(reference) and reference.split("--")[-1] not in AUTO_MAP.values()
 
 
 def save_code(folder: str | Path) -> None:
     """
     Writes the modules that `AUTO_MAP` names, and what they import of each other, into `folder`: side by side, with
     imports that say so. They come from where this module lies: from the package's folders, or from a checkpoint's.
+
+    Raises:
+        OSError: There is no such file, as in a package that was compiled or zipped.
     """
     here = Path(__file__).parent
     places = [here, *(here.parent / room for room in ("modeling", "processing"))]
     entries = sorted({reference.split(".")[0] for reference in AUTO_MAP.values()})
     names, code = list(entries), {}
     for name in names:
-        path = next(path for place in places if (path := place / f"{name}.py").exists())
+        path = next((path for place in places if (path := place / f"{name}.py").exists()), None)
+        if path is None:
+            raise OSError(f"A checkpoint carries its code, but {name}.py is not in {', '.join(map(str, places))}")
         code[name] = _IMPORT.sub(r"from .\1 import", path.read_text(encoding="utf-8"))
         names += dict.fromkeys(each for each in _IMPORT.findall(code[name]) if each not in names)
     for entry in entries:

@@ -2,11 +2,6 @@
 
 import transformers
 from transformers import AutoConfig, AutoProcessor
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
 from .configuration import DuoStreamConfig
 from .configuration.saved_code_duostream import AUTO_MAP
@@ -36,15 +31,6 @@ AutoProcessor.register(DuoStreamConfig, DuoStreamProcessor)
 for auto_class, reference in AUTO_MAP.items():
     if auto_class.startswith("AutoModel"):
         getattr(transformers, auto_class).register(DuoStreamConfig, globals()[reference.split(".")[1]])
-# What `register` doesn't fill, but the library asks: `transformers serve`, and `Trainer`, which by the last one knows
-# that smoothed labels are those of the next token
-for names in (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-):
-    names[DuoStreamConfig.model_type] = DuoStreamForConditionalGeneration.__name__
-
 __all__ = [
     "DuoStreamClassificationCollator",
     "DuoStreamConfig",

@@ -15,7 +15,12 @@ from transformers.generation import GenerationMixin, LogitsProcessorList, Suppre
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested
@@ -1094,3 +1099,14 @@ __all__ = [
     "DuoStreamModel",
     "DuoStreamPreTrainedModel",
 ]
+
+
+# Tables that `register` doesn't fill, but that the library reads: `transformers serve` knows by the first two what it
+# may load, and `Trainer` by the last that smoothed labels are those of the next token. Here, so that the code that a
+# checkpoint carries fills them, too.
+for names in (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+):
+    names[DuoStreamConfig.model_type] = DuoStreamForConditionalGeneration.__name__

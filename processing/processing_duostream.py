@@ -10,7 +10,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.saved_code_duostream import AUTO_MAP, save_code
+from ..configuration.saved_code_duostream import AUTO_MAP, is_foreign, save_code
 from .chat_template_duostream import IMAGE_TOKEN, multimodal_chat_template
 
 
@@ -64,7 +64,9 @@ class DuoStreamProcessor(ProcessorMixin):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         # See `DuoStreamConfig.to_json_file`
         if Path(json_file_path).name == PROCESSOR_NAME:
-            self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+            reference = (getattr(self, "auto_map", None) or {}).get("AutoProcessor", "")
+            own = reference if is_foreign(reference) else AUTO_MAP["AutoProcessor"]
+            self.auto_map = {"AutoProcessor": own}
             save_code(Path(json_file_path).parent)
         super().to_json_file(json_file_path)
 

@@ -66,8 +66,8 @@ def load_rows(
 
     Returns:
         `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
-        errors name them, and, where the rows had plain columns, `length` in characters, of which a picture counts
-        200. Pictures are as they are stored: the collator opens them.
+        errors name them, and, where the rows had plain columns, `length` in characters, a picture
+        counting for `CHARS_PER_PICTURE`. Pictures are as they are stored: the collator opens them.
 
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
@@ -193,8 +193,8 @@ def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
             pairs = islice(turns, len(indices))
             conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
             out["conversations"].append(conversations)
-            pictures = _num_chars({"images": out["images"][-1] if "images" in out else []})
-            out["length"].append(pictures + sum(map(_num_chars, conversations)))
+            num_images = len(out["images"][-1]) if "images" in out else 0
+            out["length"].append(CHARS_PER_PICTURE * num_images + sum(map(_num_chars, conversations)))
         return out
 
     return Dataset.from_dict({"members": members}).map(

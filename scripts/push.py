@@ -25,7 +25,9 @@ class PushArguments:
 
     checkpoint: str = field(metadata={"help": "Local folder of a DuoStream model with its processor."})
     repo_id: str = field(metadata={"help": "Name of the repository on the Hub, `user/name`; made if it isn't there."})
-    private: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether the repository is private: by default as the account has it."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch to upload to: `main` by default."})
     card: str | None = field(
         default=None, metadata={"help": "A card, as Markdown; by default the checkpoint's README.md, if there is one."}
@@ -39,30 +41,40 @@ def push(args: PushArguments) -> str:
     The address of the commit. The token is the one that `hf auth login` left, or that of `HF_TOKEN`.
 
     Raises:
-        OSError: There is no checkpoint, or no processor.
-        ValueError: The checkpoint's model is none of DuoStream's.
+        OSError: There is no processor beside the model.
+        ValueError: There is no such folder, its model is none of DuoStream's, or the repository, which is to be
+            private, is public.
     """
+    if not Path(args.checkpoint).is_dir():
+        raise ValueError(f"`checkpoint` is {args.checkpoint!r}; expected the folder of a model with its processor")
     config = AutoConfig.from_pretrained(args.checkpoint)
-    (name,) = config.architectures or [""]
+    name = ", ".join(config.architectures or [config.model_type])
     model_class = getattr(duostream, name, None)
     if model_class is None:
-        raise ValueError(f"{args.checkpoint!r} holds a {name or config.model_type!r}, which is no model of DuoStream")
+        raise ValueError(f"{args.checkpoint!r} holds {name!r}, which is no model of DuoStream")
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = model_class.from_pretrained(args.checkpoint)
     card = Path(args.card or Path(args.checkpoint) / "README.md")
     with TemporaryDirectory() as folder:
-        # Written anew, so that neither optimizer states nor paths of this machine can be among the files
+        # Written anew, so that nothing that training left beside them is among the files
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         processor.save_pretrained(folder)
         if args.card is not None or card.exists():
             (Path(folder) / "README.md").write_bytes(card.read_bytes())
         api = HfApi()
         repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
+        if args.private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id!r} is public already: nothing was uploaded, as `private` asks otherwise")
         if args.revision is not None:
             api.create_branch(repo_id, branch=args.revision, exist_ok=True)
-        # One commit: whoever loads meanwhile gets all of it, or all of what was there before
+        # One commit: whoever loads meanwhile gets all of it, or all of what was there before, and never old weights
+        # that the library would find before new shards
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=args.revision, commit_message=args.commit_message
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=args.revision,
+            commit_message=args.commit_message,
+            delete_patterns=["*.safetensors", "*.json", "*.jinja", "*.py"],
         )
     return str(commit)
 

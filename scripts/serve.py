@@ -1,43 +1,82 @@
 """
-Serves checkpoints over HTTP as OpenAI's API, by `transformers serve`, whose options it takes. `transformers chat` and
-other clients talk to it. Pictures come in the request itself.
+Serves a checkpoint over HTTP as OpenAI's API, by `transformers serve`, whose options it takes. `transformers chat` and
+other clients talk to it. Pictures come in the request itself, and no other model is loaded.
 
 Example:
 
     duostream-serve runs/finetuned --port 8000
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import typer
-from fastapi import HTTPException
 from transformers.cli.serve import Serve
-from transformers.cli.serving.utils import BaseHandler
+from transformers.utils.import_utils import is_serve_available
 
-read_messages = BaseHandler.get_processor_inputs_from_messages
+# What of the library's server is open: its other routes open files and addresses that a request names
+ROUTES = ("/health", "/load_model", "/v1/models", "/v1/chat/completions")
 
 
-def read_messages_without_links(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
-    """
-    Messages of a request, for the processor.
+def refusal(body: Any, model: str) -> str | None:
+    """Why a request isn't answered: it asks for another model, or names a file or an address to be opened."""
+    if not isinstance(body, dict):
+        return "expected a JSON object"
+    if body.get("model") not in (None, model):
+        return f"`model` is {body['model']!r}; this server has {model!r}"
+    if "chat_template_kwargs" in body:
+        return "`chat_template_kwargs` is not taken: it could name files to open"
+    messages = body.get("messages") or []
+    for number, message in enumerate(messages if isinstance(messages, list) else [messages]):
+        content = message.get("content") if isinstance(message, dict) else message
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image_url", "input_image"):
+                url = part.get("image_url")
+                url = url.get("url") if isinstance(url, dict) else url
+                if not (isinstance(url, str) and url.startswith("data:image/")):
+                    return f"Message {number}: expected the picture itself, as a `data:image/...` URL, not its address"
+            elif kind not in ("text", "input_text", "output_text"):
+                return f"Message {number}: expected text and pictures, not {kind!r}"
+    return None
 
-    Raises:
-        HTTPException: A picture is named by an address or a path (status 400).
-    """
-    inputs = read_messages(messages, modality)
-    for number, message in enumerate(inputs):
-        for part in message["content"]:
-            if part["type"] != "text" and not str(part.get("url")).startswith("data:"):
-                raise HTTPException(
-                    status_code=400,
-                    detail=f"Message {number}: expected the {part['type']} itself, as a `data:` URL, not its address",
-                )
-    return inputs
+
+def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
+    """The library's `build_server`, whose app asks [`refusal`] first."""
+
+    def build(model_manager: Any, *args: Any, **kwargs: Any) -> Any:
+        from fastapi.responses import JSONResponse
+
+        model = model_manager.force_model
+        if model is None:
+            raise typer.BadParameter("name the checkpoint to serve: with none, each request could load any model")
+        app = build_server(model_manager, *args, **kwargs)
+
+        @app.middleware("http")
+        async def guard(request: Any, call_next: Any) -> Any:
+            if request.url.path not in ROUTES:
+                return JSONResponse({"detail": f"there are {', '.join(ROUTES)}"}, 404)
+            if request.method == "POST":
+                try:
+                    problem = refusal(await request.json(), model)
+                except ValueError:
+                    problem = "the request is no JSON"
+                if problem is not None:
+                    return JSONResponse({"detail": problem}, 400)
+            return await call_next(request)
+
+        return app
+
+    return build
 
 
 def main(args: list[str] | None = None) -> None:
-    # Overridden, as the library would open any file and any address that whoever sends a request names
-    BaseHandler.get_processor_inputs_from_messages = staticmethod(read_messages_without_links)
+    if not is_serve_available():
+        raise ImportError("`duostream-serve` needs more packages: pip install 'duostream[serving]'")
+    # Overridden where `Serve` looks it up: the library's own server opens what whoever sends a request names
+    from transformers.cli.serving import server
+
+    server.build_server = guarded(server.build_server)
     # The package's own import has registered DuoStream in this process, which the library's command could not know
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(help=__doc__)(Serve)

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..modeling import DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification
 from ..modeling.modeling_duostream import STREAMS
 from ..processing import (
     DuoStreamClassificationCollator,
@@ -29,6 +30,7 @@ from .data import Rows
 from .evaluate import evaluate, generate_answers, score_answers
 from .tasks import WRITER, task_of
 
+SMOOTHED = (DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification)
 OBJECTIVES = ("lm_loss", "mlm_loss", "itc_loss", "itm_loss")
 
 
@@ -52,9 +54,10 @@ class DuoStreamTrainer(Trainer):
 
     def __init__(self, *args: Any, task: str = "chat", metric_rows: Dataset | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor and not hasattr(self.model, "score"):
-            # The library would take the labels away, and shift them for the models of its own list only
-            raise ValueError("`label_smoothing_factor` is for classification: other losses here know no smoothing")
+        if self.args.label_smoothing_factor and not isinstance(self.model, SMOOTHED):
+            # The library would take the labels away, and with them these losses
+            names = " and ".join(each.__name__ for each in SMOOTHED)
+            raise ValueError(f"`label_smoothing_factor` is for {names}: the losses of others know no smoothing")
         self.has_objectives = hasattr(self.model, "matching_loss")
         if self.has_objectives:
             # Batches without masked tokens have labels, too
@@ -97,9 +100,10 @@ class DuoStreamTrainer(Trainer):
         super().init_hf_repo(*args, **kwargs)
         # The library saves its arguments as a pickle, with this machine's paths in it: it stays here
         path = Path(str(self.args.output_dir)) / ".gitignore"
-        if self.is_world_process_zero() and not path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if self.is_world_process_zero() and TRAINING_ARGS_NAME not in lines:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{TRAINING_ARGS_NAME}\n", encoding="utf-8")
+            path.write_text("\n".join([*lines, TRAINING_ARGS_NAME, ""]), encoding="utf-8")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         self.steps_since_log += 1

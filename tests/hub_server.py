@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,10 +20,11 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
 
-    def add(self, branch: str, files: dict[str, bytes]) -> str:
+    def add(self, branch: str, files: dict[str, bytes], deleted: Collection[str] = ()) -> str:
         previous = self.commits.get(self.references.get(branch, ""), {})
+        kept = {name: data for name, data in previous.items() if name not in deleted}
         number = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
-        self.commits[number] = {**previous, **files}
+        self.commits[number] = {**kept, **files}
         self.references[branch] = number
         return number
 
@@ -32,7 +33,7 @@ class Repository:
 
 
 class Hub:
-    """What the server holds, for tests to look at, and whether it drops the next large upload half-way."""
+    """What the server holds, for tests to look at, and whether it drops large uploads half-way."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -105,22 +106,29 @@ class Handler(BaseHTTPRequestHandler):
                 {
                     "path": each["path"],
                     "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".png")) else "regular",
-                    "shouldIgnore": each["path"] in ignored,
+                    "shouldIgnore": each["path"].rsplit("/", 1)[-1] in ignored,
                 }
                 for each in asked["files"]
             ]
             return self.answer({"files": modes})
         if found[2] in ("branch", "tag"):
+            if revision in repository.references:
+                return self.answer({"error": "it exists"}, 409)
             repository.references[revision] = repository.references["main"]
             return self.answer({})
         files: dict[str, bytes] = {}
+        deleted: set[str] = set()
         for line in body.splitlines():
-            entry = json.loads(line)
-            if entry["key"] == "file":
-                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            elif entry["key"] == "lfsFile":
-                files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
-        number = repository.add(revision, files)
+            kind, value = (entry := json.loads(line))["key"], entry["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif kind == "deletedFile":
+                deleted.add(value["path"])
+            elif kind != "header":
+                return self.answer({"error": f"unknown operation {kind!r}"}, 400)
+        number = repository.add(revision, files, deleted)
         return self.answer({"commitUrl": f"{self.hub.address}/{found[1]}/commit/{number}", "commitOid": number})
 
     def do_PUT(self) -> None:
@@ -149,7 +157,9 @@ class Handler(BaseHTTPRequestHandler):
                 ]
                 return self.answer(entries) if entries else self.refuse("EntryNotFound")
             siblings = [{"rfilename": name} for name in files]
-            return self.answer({"id": found[1], "modelId": found[1], "sha": commit, "siblings": siblings})
+            return self.answer(
+                {"id": found[1], "modelId": found[1], "sha": commit, "siblings": siblings, "private": False}
+            )
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             commit = self.commit_of(found[1], found[2])
             if commit is None:

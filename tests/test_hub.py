@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub, running_hub
-from tiny_models import roughen
+from hub_server import Hub, Repository, running_hub
+from tiny_models import LLAMA, SIGLIP, roughen
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ import duostream
 
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 if len(sys.argv) > 3:
-    torch.nn.init.constant_(model.lm_head.weight, float(sys.argv[3]))
+    model.lm_head.weight.data.mul_(float(sys.argv[3]))
 model.push_to_hub(sys.argv[2])
 AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])
 """
@@ -71,7 +72,7 @@ from duostream.scripts.training import DuoStreamTrainer
 
 processor = AutoProcessor.from_pretrained(sys.argv[1])
 row = {
-    "images": [Image.new("RGB", (24, 24), "red")],
+    "images": [Image.new("RGB", (16, 16), "red")],
     "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}],
     "completion": [{"role": "assistant", "content": [{"type": "text", "text": "red"}]}],
 }
@@ -92,14 +93,19 @@ trainer.push_to_hub()
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = train_tokenizer(["What is it? A red circle."] * 4, 300)
-    config = DuoStreamConfig.from_preset("tiny", vocab_size=len(tokenizer), vision_config={"image_size": 24})
-    image_processor = SiglipImageProcessorPil(size={"height": 24, "width": 24})
-    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
-    config.image_token_id = processor.image_token_id
+    """Composed of backbones that lie on this machine, with an optimizer's states beside."""
     path = tmp_path_factory.mktemp("pushed")
+    tokenizer = train_tokenizer(["What is it? A red circle."] * 4, 300)
     torch.manual_seed(0)
-    roughen(DuoStreamForConditionalGeneration(config), scale=0.1).save_pretrained(path)
+    text = LlamaConfig(**{**LLAMA, "vocab_size": len(tokenizer), "num_hidden_layers": 3})
+    roughen(LlamaForCausalLM(text)).save_pretrained(path / "text")
+    roughen(SiglipVisionModel(SiglipVisionConfig(**SIGLIP))).save_pretrained(path / "vision")
+    processor = DuoStreamProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer)
+    model = DuoStreamForConditionalGeneration.from_backbones(
+        str(path / "text"), str(path / "vision"), num_fusion_layers=1, image_token_id=processor.image_token_id
+    )
+    processor.image_seq_length = model.config.image_seq_length
+    model.save_pretrained(path)
     processor.save_pretrained(path)
     (path / "optimizer.pt").write_bytes(b"states")
     return path
@@ -134,7 +140,8 @@ def run(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 def check_clean(hub: Hub, *private: object) -> None:
     for repository in hub.repositories.values():
         for files in repository.commits.values():
-            assert not {"optimizer.pt", "scheduler.pt", "training_args.bin"} & set(files)
+            names = {Path(name).name for name in files}
+            assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"} & names
             for name, data in files.items():
                 assert not any(str(each).encode() in data for each in (TOKEN, *private)), name
 
@@ -142,7 +149,7 @@ def check_clean(hub: Hub, *private: object) -> None:
 def test_what_is_pushed_is_whole_and_loads_in_three_ways(
     hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
 ) -> None:
-    for extra in ([], ["0.5"]):
+    for extra in ([], ["2"]):
         pushed = run(PUSH, checkpoint, "me/model", *extra)
         assert pushed.returncode == 0, pushed.stderr[-3000:]
     assert set(hub.files("me/model")) >= WHOLE
@@ -150,18 +157,18 @@ def test_what_is_pushed_is_whole_and_loads_in_three_ways(
     mine = run(LOAD, "me/model", "main", "plugin", "no trust")
     assert mine.returncode == 0, mine.stderr[-3000:]
     sequence, module, mean = json.loads(mine.stdout.splitlines()[-1])
-    assert module == "duostream.modeling.modeling_duostream" and mean == 0.5
+    assert module == "duostream.modeling.modeling_duostream"
     trusted = run(LOAD, "me/model", "main", "no plugin", "trust")
     assert trusted.returncode == 0, trusted.stderr[-3000:]
     found = json.loads(trusted.stdout.splitlines()[-1])
     assert found[0] == sequence and found[1].startswith("transformers_modules.me.model.")
     refused = run(LOAD, "me/model", "main", "no plugin", "no trust")
     assert refused.returncode != 0 and "trust_remote_code=True" in refused.stderr
-    # A revision that is pinned stays what it was
+    # A revision that is pinned stays what it was. The first commit made the repository, two are the first push
     first = list(hub.repositories["me/model"].commits)[2]
     pinned = run(LOAD, "me/model", first, "no plugin", "trust")
     assert pinned.returncode == 0, pinned.stderr[-3000:]
-    assert json.loads(pinned.stdout.splitlines()[-1])[2] != 0.5
+    assert json.loads(pinned.stdout.splitlines()[-1])[2] == pytest.approx(mean / 2)
 
 
 def test_the_trainer_pushes_what_it_trained_and_none_of_its_states(
@@ -179,7 +186,7 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "card.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
-    options = ["--checkpoint", checkpoint, "--repo_id", "me/shards", "--max_shard_size", "1MB"]
+    options = ["--checkpoint", checkpoint, "--repo_id", "me/shards", "--max_shard_size", "50KB"]
     options += ["--card", tmp_path / "card.md", "--revision", "first"]
     hub.drops_uploads = True
     assert run("duostream.scripts.push", *options).returncode != 0
@@ -192,13 +199,29 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     assert set(files) >= (WHOLE - {"model.safetensors"}) | {"README.md", "model.safetensors.index.json"}
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert len(hub.repositories["me/shards"].commits) == 2
+    # Whole again, in place of the shards, which must not stay beside
+    whole = [*options[:4], "--revision", "first"]
+    assert run("duostream.scripts.push", *whole).returncode == 0
+    names = {name for name in hub.files("me/shards", "first") if "safetensors" in name}
+    assert names == {"model.safetensors"} and "README.md" in hub.files("me/shards", "first")
     check_clean(hub, checkpoint, tmp_path)
     loaded = run(LOAD, "me/shards", "first", "no plugin", "trust")
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 
 
-def test_a_checkpoint_that_is_not_there_is_named(
-    run: Callable[..., subprocess.CompletedProcess], hub: Hub, tmp_path: Path
+def test_what_is_no_folder_is_not_looked_for_on_the_hub(
+    run: Callable[..., subprocess.CompletedProcess], hub: Hub
 ) -> None:
-    refused = run("duostream.scripts.push", "--checkpoint", tmp_path / "nowhere", "--repo_id", "me/nothing")
-    assert refused.returncode != 0 and "nowhere" in refused.stderr and not hub.repositories
+    refused = run("duostream.scripts.push", "--checkpoint", "somebody/else", "--repo_id", "me/nothing")
+    assert refused.returncode != 0 and "`checkpoint` is 'somebody/else'" in refused.stderr and not hub.repositories
+
+
+def test_what_is_to_be_private_is_not_pushed_where_all_can_see_it(
+    run: Callable[..., subprocess.CompletedProcess], hub: Hub, checkpoint: Path
+) -> None:
+    hub.repositories["me/public"] = Repository()
+    hub.repositories["me/public"].add("main", {})
+    options = ["--checkpoint", checkpoint, "--repo_id", "me/public", "--private", "true"]
+    refused = run("duostream.scripts.push", *options)
+    assert refused.returncode != 0 and "'me/public' is public already" in refused.stderr
+    assert not hub.files("me/public")

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import LLAMA, Row, batch, difference, ragged_rows, small_config, small_model
 from trackio.sqlite_storage import SQLiteStorage
-from transformers import Trainer, TrainingArguments
+from transformers import LlavaProcessor, Trainer, TrainingArguments
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -166,6 +166,15 @@ def test_a_search_finds_the_learning_rate_that_learns(tmp_path: Path) -> None:
         sampler=RandomSampler(seed=0),
     )
     assert best.hyperparameters == {"learning_rate": 1e-2}
+
+
+def test_no_processor_of_the_library_takes_what_lmms_eval_gives_to_any(parts: tuple) -> None:
+    # Its generic classes call any processor like this (lmms-eval 0.7.3, models/chat/huggingface.py)
+    processor = parts[1]
+    stock = LlavaProcessor(processor.image_processor, processor.tokenizer, patch_size=8)
+    for each in (processor, stock):
+        with pytest.raises(ValueError, match="`audios` which is deprecated"):
+            each(text=["What is it?"], images=None, videos=None, audios=[], return_tensors="pt")
 
 
 class SmallMemory(DuoStreamForConditionalGeneration):

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_models import roughen
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from duostream import DuoStreamConfig, DuoStreamForPreTraining, DuoStreamProcessor, train_tokenizer
+from duostream import DuoStreamConfig, DuoStreamForPreTraining, DuoStreamModel, DuoStreamProcessor, train_tokenizer
 from duostream.configuration.saved_code_duostream import AUTO_MAP
 
 LOAD = """
@@ -103,6 +103,17 @@ def test_with_the_plugin_imported_its_own_classes_are_used(checkpoint: Path) -> 
         loaded = getattr(transformers, name).from_pretrained(checkpoint)
         assert type(loaded).__name__ == reference.split(".")[1]
         assert type(loaded).__module__.startswith("duostream.")
+
+
+def test_a_class_that_somebody_registered_for_an_auto_class_stays_named(checkpoint: Path, tmp_path: Path) -> None:
+    model = DuoStreamModel.from_pretrained(checkpoint)
+    model.config.auto_map = {
+        "AutoModel": "me/model--mine.MyModel",
+        "AutoConfig": f"me/model--{AUTO_MAP['AutoConfig']}",
+    }
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved == {**AUTO_MAP, "AutoModel": "me/model--mine.MyModel"}
 
 
 def test_a_config_that_is_written_elsewhere_writes_nothing_beside_it(tmp_path: Path) -> None:

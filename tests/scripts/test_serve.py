@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
     image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    torch.manual_seed(0)
     model = DuoStreamForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -59,10 +62,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     batch = DuoStreamDataCollator(processor)(rows)
     batch.pop("targets_per_row")
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
+    assert loss < 0.05
     path = tmp_path_factory.mktemp("served")
     model.save_pretrained(path)
     processor.save_pretrained(path)
@@ -84,14 +89,17 @@ def server(checkpoint: Path) -> Iterator[str]:
             try:
                 httpx.get(f"{address}/health")
                 break
-            except httpx.ConnectError:
+            except httpx.TransportError:
                 time.sleep(0.5)
         else:
             pytest.fail("the server did not answer within two minutes")
         yield address
     finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +127,58 @@ def test_a_question_about_a_picture_is_answered_whole_or_as_it_is_written(ask: A
     assert "".join(parts) == color
 
 
-def test_no_file_or_address_that_a_request_names_is_opened(ask: Any, server: str, tmp_path: Path) -> None:
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "private.png")
-    for picture in (str(tmp_path / "private.png"), f"file://{tmp_path}/private.png", f"{server}/v1/models"):
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """An address, and who asked for it."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    listener = HTTPServer(("localhost", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    yield f"http://localhost:{listener.server_address[1]}/picture.png", asked
+    listener.shutdown()
+    listener.server_close()
+
+
+def test_no_file_or_address_that_a_request_names_is_opened(
+    ask: Any, server: str, checkpoint: Path, listener: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    address, asked = listener
+    path = tmp_path / "private.png"
+    Image.new("RGB", (16, 16), "red").save(path)
+    for picture in (str(path), f"file://{path}", address):
         with pytest.raises(BadRequestError) as refused:
             ask(picture)
-        assert refused.value.response.json()["detail"].startswith("Message 0: expected the image itself")
+        assert refused.value.response.json()["detail"].startswith("Message 0: expected the picture itself")
+        for options in ({"images": [picture]}, {"processor_kwargs": {"images": [picture]}}):
+            with pytest.raises(BadRequestError) as refused:
+                ask(data_url("blue"), extra_body={"chat_template_kwargs": options})
+            assert "`chat_template_kwargs` is not taken" in refused.value.response.json()["detail"]
+        video = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": picture}}]}]
+        for body in ({"messages": video}, {"model": picture}, {"model": "somebody/else"}):
+            for route in ("/v1/chat/completions", "/load_model"):
+                answer = httpx.post(f"{server}{route}", json={"model": str(checkpoint), **body})
+                assert answer.status_code == 400, (body, route)
+    for route in ("/v1/systemone", "/v1/responses", "/v1/completions", "/v1/audio/transcriptions"):
+        assert httpx.post(f"{server}{route}", json={}).status_code == 404
+    assert httpx.post(f"{server}/v1/chat/completions", content=b"no JSON").status_code == 400
+    assert not asked
+
+
+def test_a_server_without_a_checkpoint_is_refused() -> None:
+    command = [sys.executable, "-m", "duostream.scripts.serve", "--device", "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "name the checkpoint to serve" in ended.stderr
 
 
 def test_the_library_s_chat_talks_to_it(server: str, checkpoint: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "transformers"), "chat", str(checkpoint), f"{server}/v1"]
     chat = subprocess.run(
-        [*command, "max_new_tokens=8", "--save-folder", str(tmp_path)],
+        [*command, "max_new_tokens=8", "do_sample=False", "--save-folder", str(tmp_path)],
         input="Hello\n!exit\n",
         capture_output=True,
         text=True,

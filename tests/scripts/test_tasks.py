@@ -268,10 +268,11 @@ def test_pretraining_without_masks_measures_a_loss(photographs, tmp_path):
     assert [entry["eval_loss"] > 0 for entry in state["log_history"] if "eval_loss" in entry] == [True, True]
 
 
-def test_smoothed_labels_are_for_classes_only(pretrained, photographs, texts, tmp_path):
+def test_smoothed_labels_are_for_tokens_and_classes_only(pretrained, photographs, texts, tmp_path):
     options = {"checkpoint": pretrained, "output_dir": tmp_path, "label_smoothing_factor": 0.1, **SHORT}
-    with pytest.raises(ValueError, match="`label_smoothing_factor` is for classification"):
-        finetune.main(arguments(task="caption", dataset=photographs, **options))
+    with pytest.raises(ValueError, match="the losses of others know no smoothing"):
+        finetune.main(arguments(task="retrieval", dataset=photographs, **options))
+    finetune.main(arguments(task="caption", dataset=photographs, **options))
     finetune.main(arguments(task="classification", dataset=texts, **options))
 
 
