@@ -1,10 +1,12 @@
 """
 The code that a saved checkpoint carries, so that `trust_remote_code=True` loads it where DuoStream isn't installed.
-The Hub's loader takes files that lie side by side.
+The Hub's loader takes files that lie side by side, and finds what they import of each other by reading their text:
+modules that are carried are named `..._duostream` and import each other by `from ... import` at the start of a line.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 # Which class each Auto class makes of a checkpoint, as `config.json` and `processor_config.json` name it
 AUTO_MAP = {
@@ -25,9 +27,10 @@ _IMPORT = re.compile(r"^from \.+(?:\w+\.)?(\w+_duostream) import", flags=re.MULT
 _WHOLE = "# The loader copies only the modules that a file names. All are named here: what is saved again is whole."
 
 
-def is_foreign(reference: str) -> bool:
+def is_foreign(reference: Any) -> bool:
     """Whether an `auto_map` names a class that isn't DuoStream's, in this folder or in a repository on the Hub."""
-    return bool(reference) and reference.split("--")[-1] not in AUTO_MAP.values()
+    own = isinstance(reference, str) and reference.split("--")[-1] in AUTO_MAP.values()
+    return bool(reference) and not own
 
 
 def save_code(folder: str | Path) -> None:

@@ -63,12 +63,13 @@ class DuoStreamProcessor(ProcessorMixin):
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         # See `DuoStreamConfig.to_json_file`
-        if Path(json_file_path).name == PROCESSOR_NAME:
-            reference = (getattr(self, "auto_map", None) or {}).get("AutoProcessor", "")
-            own = reference if is_foreign(reference) else AUTO_MAP["AutoProcessor"]
-            self.auto_map = {"AutoProcessor": own}
-            save_code(Path(json_file_path).parent)
+        if Path(json_file_path).name != PROCESSOR_NAME:
+            return super().to_json_file(json_file_path)
+        reference = (getattr(self, "auto_map", None) or {}).get("AutoProcessor", "")
+        self.auto_map = {"AutoProcessor": reference if is_foreign(reference) else AUTO_MAP["AutoProcessor"]}
+        save_code(Path(json_file_path).parent)
         super().to_json_file(json_file_path)
+        del self.auto_map  # which a processor that is loaded hasn't, either
 
     def __call__(
         self,

@@ -110,7 +110,8 @@ class DuoStreamTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the collator makes the model's inputs out of raw columns."}
     )
     freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parts not to train: any of text, vision, projector, fusion."}
+        default_factory=list,
+        metadata={"help": "Parts not to train: any of text, vision, projector, fusion; '' for none."},
     )
     learning_rates: str = field(
         default="{}",
@@ -129,6 +130,7 @@ class DuoStreamTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.freeze = [name for name in self.freeze if name]
         for name, rate in json.loads(self.learning_rates).items():
             if name not in STREAMS or not isinstance(rate, int | float) or rate < 0:
                 raise ValueError(

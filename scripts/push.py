@@ -8,6 +8,7 @@ Example:
 """
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,19 @@ from transformers import AutoConfig, AutoProcessor
 import duostream
 
 from .arguments import parse
+
+# What pushing again replaces
+OURS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "*.jinja",
+    "*_duostream.py",
+)
 
 
 @dataclass
@@ -34,6 +48,11 @@ class PushArguments:
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
     commit_message: str = field(default="Upload DuoStream", metadata={"help": "Of the commit."})
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a repository belongs to a checkpoint, and not to an adapter, an app or whatever is there."""
+    return any(fnmatch(name, pattern) for pattern in OURS) and "/" not in name
 
 
 def push(args: PushArguments) -> str:
@@ -74,7 +93,7 @@ def push(args: PushArguments) -> str:
             folder_path=folder,
             revision=args.revision,
             commit_message=args.commit_message,
-            delete_patterns=["*.safetensors", "*.json", "*.jinja", "*.py"],
+            delete_patterns=[name for name in api.list_repo_files(repo_id, revision=args.revision) if is_ours(name)],
         )
     return str(commit)
 

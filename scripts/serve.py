@@ -8,6 +8,7 @@ Example:
 """
 
 from collections.abc import Callable
+from inspect import getsource
 from typing import Any
 
 import typer
@@ -72,10 +73,14 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
 
 def main(args: list[str] | None = None) -> None:
     if not is_serve_available():
-        raise ImportError("`duostream-serve` needs more packages: pip install 'duostream[serving]'")
+        raise ImportError(
+            "`duostream-serve` needs more packages: pip install 'duostream[serving]' (in a clone: '.[serving]')"
+        )
     # Overridden where `Serve` looks it up: the library's own server opens what whoever sends a request names
     from transformers.cli.serving import server
 
+    if "from .serving.server import build_server" not in getsource(Serve.__init__):
+        raise RuntimeError("This version of transformers builds its server elsewhere: nothing would guard it")
     server.build_server = guarded(server.build_server)
     # The package's own import has registered DuoStream in this process, which the library's command could not know
     app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -199,11 +199,14 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     assert set(files) >= (WHOLE - {"model.safetensors"}) | {"README.md", "model.safetensors.index.json"}
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert len(hub.repositories["me/shards"].commits) == 2
-    # Whole again, in place of the shards, which must not stay beside
+    # Whole again, in place of the shards, which must not stay beside; what is somebody's own stays
+    others = {"handler.py": b"", "lora/adapter_model.safetensors": b"", "onnx/config.json": b""}
+    hub.repositories["me/shards"].add("first", others)
     whole = [*options[:4], "--revision", "first"]
     assert run("duostream.scripts.push", *whole).returncode == 0
-    names = {name for name in hub.files("me/shards", "first") if "safetensors" in name}
-    assert names == {"model.safetensors"} and "README.md" in hub.files("me/shards", "first")
+    files = hub.files("me/shards", "first")
+    assert set(files) >= WHOLE | set(others) | {"README.md"} and "model.safetensors.index.json" not in files
+    assert {name for name in files if name.startswith("model")} == {"model.safetensors", "modeling_duostream.py"}
     check_clean(hub, checkpoint, tmp_path)
     loaded = run(LOAD, "me/shards", "first", "no plugin", "trust")
     assert loaded.returncode == 0, loaded.stderr[-3000:]
