@@ -1,7 +1,6 @@
 # Needs Python 3.11 or later with its venv module, and make; nothing is installed outside .venv (and .venv-lowest).
 PYTHON ?= python3
 BIN := .venv/bin
-MADE := .venv/.made
 STAMP := .venv/.stamp
 # -qq shows errors only.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input --no-build-isolation -c
@@ -16,21 +15,15 @@ setup: $(STAMP) ## Make .venv with the tested versions (constraints.txt), once
 
 # A whole .venv is kept and completed; one whose making was cut short, and so without a working pip, is made anew.
 # setuptools comes first and by itself: pip ignores constraints in the isolated environment it would build with.
-$(MADE): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DuoStream needs Python 3.11 or later: make PYTHON=python3.11")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing the versions in constraints.txt into .venv (a minute or more)"
 	@$(BIN)/python $(PIP_INSTALL) constraints.txt setuptools
-	@$(BIN)/python $(PIP_INSTALL) constraints.txt -e .
-	@touch $@
-
-# What tests, checks and documentation need as well
-$(STAMP): $(MADE)
-	@echo "Installing what tests and checks need, too"
 	@$(BIN)/python $(PIP_INSTALL) constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(MADE) ## Train a small model from nothing and show what it does
+quickstart: setup ## Train a small model from nothing and show what it does
 	$(BIN)/duostream-quickstart --output_dir runs/quickstart
 
 test: setup ## Run all tests
@@ -68,7 +61,7 @@ lint: setup package ## Check style, formatting and types
 docs: setup package ## Build the API page (build/docs/index.html) from the docstrings
 	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
 
-benchmark: $(MADE) ## Measure speed and memory
+benchmark: setup ## Measure speed and memory
 	$(BIN)/duostream-benchmark overhead
 
 clean: ## Remove build output and caches (not .venv, not runs)
