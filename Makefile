@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup ## Train a small model from nothing and show what it does
-	$(BIN)/duostream-quickstart --output_dir runs/quickstart
+	$(BIN)/duostream quickstart --output_dir runs/quickstart
 
 test: setup ## Run all tests
 	$(BIN)/python -m pytest
@@ -62,7 +62,7 @@ docs: setup package ## Build the API page (build/docs/index.html) from the docst
 	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
 
 benchmark: setup ## Measure speed and memory
-	$(BIN)/duostream-benchmark overhead
+	$(BIN)/duostream benchmark overhead
 
 clean: ## Remove build output and caches (not .venv, not runs)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -2,16 +2,27 @@
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from textwrap import fill, shorten
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..modeling.modeling_duostream import STREAMS
+
+# Of the library's 120 options, those that short help shows
+EVERYDAY = ("output_dir", "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "seed")
+# Of ours, those that it only names
+RARE = (
+    *("weight", "dataset_config", "streaming", "image_dir", "label_column", "max_answers", "max_length"),
+    *("max_column_chars", "max_train_rows", "max_eval_rows", "blank_images", "tokenizer_rows", "whole_word_mask"),
+)
+MAX_WIDTH = 119  # columns of help
 
 
 @dataclass
@@ -144,6 +155,46 @@ class OptionsFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
     """Shows each option's default, and the description as it is written."""
 
 
+class ScreenHelp(argparse.Action):
+    """Help that fits a screen: what the command does, an example, and a line for each option of ours."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        library = {each.name for each in fields(TrainingArguments)} - set(EVERYDAY)
+        own = [each for each in parser._actions if each.nargs != 0 and each.dest not in library]
+        rare = [f"--{each.dest}" for each in own if each.dest in RARE]
+        own = [each for each in own if each.dest not in RARE]
+        width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+        column = max(len(each.dest) for each in own) + 6
+        print(
+            f"usage: {parser.prog} [options.yaml | options.json] [options]\n\n{(parser.description or '').strip()}\n"
+        )
+        for action in own:
+            told = (action.help or "").replace("%%", "%").split(". ")[0].rstrip(".")
+            if action.required:
+                told = f"(required) {told}"
+            elif action.default not in (None, False, "", "{}", []):
+                told = f"[{action.default}] {told}"
+            print(f"  --{action.dest}".ljust(column) + shorten(told, width - column, placeholder=" ..."))
+        if rare:
+            print("\n" + fill(f"Needed more rarely: {', '.join(rare)}.", width, break_on_hyphens=False))
+        others = any(each.dest in library for each in parser._actions)
+        print(
+            f"\n--help_all says more of each{', and has the other options of `TrainingArguments`' if others else ''}."
+        )
+        parser.exit()
+
+
+def parser_of(*classes: type, doc: str | None = None) -> HfArgumentParser:
+    """A parser of the options in `classes`, whose help begins with `doc`."""
+    parser = HfArgumentParser(classes, description=doc, formatter_class=OptionsFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action=ScreenHelp, help="Show a line for each option.")
+    parser.add_argument("--help_all", action="help", help="Show all there is to say of every option.")
+    return parser
+
+
 def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = None) -> Any:
     """
     Parses options into one object for each of `classes`.
@@ -161,7 +212,7 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0].endswith((".yaml", ".yml", ".json")):
         args = _read_options(Path(args.pop(0))) + args
-    parser = HfArgumentParser(classes, description=doc, formatter_class=OptionsFormatter)
+    parser = parser_of(*classes, doc=doc)
     *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

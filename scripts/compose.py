@@ -3,10 +3,11 @@ Writes a checkpoint made of a language model and a vision model.
 
 Example:
 
-    duostream-compose --text HuggingFaceTB/SmolLM2-135M --vision google/siglip-base-patch16-224 \\
+    duostream compose --text HuggingFaceTB/SmolLM2-135M --vision google/siglip-base-patch16-224 \\
         --num_fusion_layers 8 --output_dir runs/composed
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class ComposeArguments:
     )
     dtype: str | None = field(default=None, metadata={"help": "Of the weights: by default, the language model's."})
     seed: int = field(default=42, metadata={"help": "Of the new weights."})
+    json: bool = field(default=False, metadata={"help": "Print what was made as JSON."})
 
 
 def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImageProcessor, PreTrainedConfig]:
@@ -113,18 +115,31 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
     return model, processor
 
 
+OPTIONS = (ComposeArguments,)
+
+
 def main(args: list[str] | None = None) -> None:
-    (compose_args,) = parse(ComposeArguments, args=args, doc=__doc__)
+    (compose_args,) = parse(*OPTIONS, args=args, doc=__doc__)
     set_seed(compose_args.seed)
     model, processor = compose(compose_args)
     model.save_pretrained(compose_args.output_dir)
     processor.save_pretrained(compose_args.output_dir)
     config = model.config
-    print(
-        f"{compose_args.output_dir}: {model.num_parameters():,} parameters, {config.text_config.num_hidden_layers} "
-        f"text and {config.fusion_stack_config.num_hidden_layers} fusion layers, {config.image_seq_length} tokens a "
-        "picture"
-    )
+    made = {
+        "output_dir": compose_args.output_dir,
+        "num_parameters": model.num_parameters(),
+        "num_text_layers": config.text_config.num_hidden_layers,
+        "num_fusion_layers": config.fusion_stack_config.num_hidden_layers,
+        "image_seq_length": config.image_seq_length,
+    }
+    if compose_args.json:
+        print(json.dumps(made))
+    else:
+        print(
+            "\n".join(
+                f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}" for name, value in made.items()
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ Fine-tunes a checkpoint at a task: to write captions, answers, translations or s
 
 Example:
 
-    duostream-finetune --checkpoint runs/pretrained --task caption --dataset path/to/photographs \\
+    duostream finetune --checkpoint runs/pretrained --task caption --dataset path/to/photographs \\
         --output_dir runs/finetuned --num_train_epochs 3
 """
 
@@ -37,10 +37,11 @@ def class_options(classes: list[str], label: Any) -> dict[str, Any]:
     }
 
 
+OPTIONS = (FinetuneArguments, DataArguments, DuoStreamTrainingArguments)
+
+
 def main(args: list[str] | None = None) -> None:
-    finetune_args, data_args, training_args = parse(
-        FinetuneArguments, DataArguments, DuoStreamTrainingArguments, args=args, doc=__doc__
-    )
+    finetune_args, data_args, training_args = parse(*OPTIONS, args=args, doc=__doc__)
     set_seed(training_args.seed)
     if training_args.metric_rows and data_args.streaming:
         raise ValueError("`metric_rows` are read again and again: not with `streaming`")

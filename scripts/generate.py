@@ -3,18 +3,19 @@ Answers about pictures, or about text alone.
 
 Example:
 
-    duostream-generate --checkpoint runs/finetuned --image scene.png --prompt "What color is the square?"
+    duostream generate --checkpoint runs/finetuned --image scene.png --prompt "What color is the square?"
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from ..processing import DuoStreamProcessor
+from ..processing.data_collator_duostream import load_pictures
 from .arguments import parse
 
 
@@ -28,6 +29,7 @@ class GenerateArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest."})
+    json: bool = field(default=False, metadata={"help": "Print the answer as JSON, with what it answers."})
 
 
 def answer(
@@ -51,14 +53,19 @@ def answer(
     return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
+OPTIONS = (GenerateArguments,)
+
+
 def main(args: list[str] | None = None) -> None:
-    (generate_args,) = parse(GenerateArguments, args=args, doc=__doc__)
+    (generate_args,) = parse(*OPTIONS, args=args, doc=__doc__)
     model = AutoModelForImageTextToText.from_pretrained(generate_args.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(generate_args.checkpoint)
-    pictures = [{"type": "image", "image": Image.open(path)} for path in generate_args.image]
+    pictures = [{"type": "image", "image": each} for each in load_pictures(generate_args.image, "`image`")]
     conversation = [{"role": "user", "content": [*pictures, {"type": "text", "text": generate_args.prompt}]}]
     options = {name: getattr(generate_args, name) for name in ("max_new_tokens", "num_beams", "do_sample")}
-    print(answer(model, processor, [conversation], **options)[0])
+    (text,) = answer(model, processor, [conversation], **options)
+    record = {"prompt": generate_args.prompt, "images": generate_args.image, "answer": text}
+    print(json.dumps(record, ensure_ascii=False) if generate_args.json else text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ Trains a model from scratch: a preset's three transformers, and a tokenizer if n
 
 Example:
 
-    duostream-pretrain --preset tiny --dataset scenes --output_dir runs/pretrained --max_steps 300
+    duostream pretrain --preset tiny --dataset scenes --output_dir runs/pretrained --max_steps 300
 """
 
 import json
@@ -103,10 +103,11 @@ def writes_only(args: PretrainArguments) -> bool:
     return [name for name, weight in objective_weights(args).items() if weight] == ["lm_weight"]
 
 
+OPTIONS = (PretrainArguments, DataArguments, DuoStreamTrainingArguments)
+
+
 def main(args: list[str] | None = None) -> None:
-    pretrain_args, data_args, training_args = parse(
-        PretrainArguments, DataArguments, DuoStreamTrainingArguments, args=args, doc=__doc__
-    )
+    pretrain_args, data_args, training_args = parse(*OPTIONS, args=args, doc=__doc__)
     if data_args.task == "classification":
         raise ValueError("`task` 'classification' is nothing to pretrain on: fine-tune a pretrained checkpoint at it")
     if training_args.metric_rows:

@@ -4,7 +4,7 @@ the same tokenizer, optimizer, schedule and batch size for the same minutes.
 
 Example:
 
-    duostream-benchmark quality --task classification --dataset path/to/sst2 --prompt "{sentence}" --image_column ""
+    duostream benchmark quality --task classification --dataset path/to/sst2 --prompt "{sentence}" --image_column ""
 """
 
 import copy

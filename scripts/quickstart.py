@@ -3,7 +3,7 @@ The whole way on scenes that are drawn here: pretrain, fine-tune, evaluate, save
 
 Example:
 
-    duostream-quickstart --output_dir runs/quickstart
+    duostream quickstart --output_dir runs/quickstart
 """
 
 import json
@@ -124,8 +124,11 @@ def evaluate(
     return metrics, results, questions
 
 
+OPTIONS = (QuickstartArguments,)
+
+
 def main(args: list[str] | None = None) -> None:
-    (quickstart_args,) = parse(QuickstartArguments, args=args, doc=__doc__)
+    (quickstart_args,) = parse(*OPTIONS, args=args, doc=__doc__)
     output_dir, seed = Path(quickstart_args.output_dir), quickstart_args.seed
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(seed)

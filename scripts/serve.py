@@ -4,7 +4,7 @@ other clients talk to it. Pictures come in the request itself, and no other mode
 
 Example:
 
-    duostream-serve runs/finetuned --port 8000
+    duostream serve runs/finetuned --port 8000
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
 def main(args: list[str] | None = None) -> None:
     if not is_serve_available():
         raise ImportError(
-            "`duostream-serve` needs more packages: pip install 'duostream[serving]' (in a clone: '.[serving]')"
+            "`duostream serve` needs more packages: pip install 'duostream[serving]' (in a clone: '.[serving]')"
         )
     # Overridden where `Serve` looks it up: the library's own server opens what whoever sends a request names
     from transformers.cli.serving import server

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -39,7 +40,7 @@ def test_without_options_the_defaults_hold():
 
 
 def test_options_are_read_from_the_running_command(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["duostream-pretrain", "--number", "4"])
+    monkeypatch.setattr("sys.argv", ["duostream pretrain", "--number", "4"])
     assert parse(Options)[0].number == 4
 
 
@@ -119,13 +120,28 @@ def test_a_wrong_option_in_a_file_ends_the_command_with_code_2_and_is_named(path
     assert "nmae" in capsys.readouterr().err
 
 
-def test_help_shows_the_description_as_written_and_every_default(capsys):
+def shown_by(option, capsys, *classes):
     with pytest.raises(SystemExit) as ended:
-        parse(Options, args=["--help"], doc="Does this.\n\nExample:\n\n    duostream-this --name b\n")
+        parse(*classes, args=[option], doc="Does this.\n\nExample:\n\n    duostream this --name b\n")
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "\nExample:\n\n    duostream-this --name b\n" in shown
+    assert "\nExample:\n\n    duostream this --name b\n" in shown
+    return shown
+
+
+def test_help_shows_the_description_as_written_and_a_line_for_each_option_of_ours(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    shown = shown_by("--help", capsys, Options, DataArguments, DuoStreamTrainingArguments)
+    assert re.search(r"^  --number +\[1\] A number$", shown, flags=re.MULTILINE)
+    assert "--learning_rate " in shown and "--fsdp" not in shown
+    assert "Needed more rarely: " in shown and "--max_column_chars" in shown
+    assert max(map(len, shown.splitlines())) <= 90
+
+
+def test_all_help_shows_every_option_with_its_default(capsys):
+    shown = shown_by("--help_all", capsys, Options, DuoStreamTrainingArguments)
     assert "A number. (default: 1)" in " ".join(shown.split())
+    assert "--fsdp" in shown
 
 
 def test_every_option_of_the_trainer_is_an_option(tmp_path):

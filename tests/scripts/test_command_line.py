@@ -1,7 +1,6 @@
+import dataclasses
 import importlib
 import json
-import re
-import tomllib
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
@@ -32,14 +31,11 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
-from duostream.scripts import compose, evaluate, finetune, generate, pretrain, quickstart
+from duostream.scripts import cli, compose, evaluate, finetune, generate, pretrain, quickstart
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.data import UNDECODED, load_rows, pack_rows
 from duostream.scripts.report import attended_tokens
 from duostream.scripts.scenes import build_scenes, caption_rows, question_rows
-
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-COMMANDS = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["scripts"]
 
 SHORT_TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -118,29 +114,38 @@ def weights(folder):
     return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_explains_itself(name, capsys):
-    module, function = COMMANDS[name].split(":")
-    module = importlib.import_module(module)
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"completion"}))
+def test_each_command_explains_itself_on_one_screen(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        getattr(module, function)(["--help"])
+        cli.main([name, "--help"])
     assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    module = importlib.import_module(f"duostream.scripts.{name}")
+    assert " ".join(module.__doc__.split()) in " ".join(shown.split())
+    assert f"    duostream {name} " in shown  # its example
+    assert len(shown.splitlines()) <= 50 or name == "serve"  # whose options are the library's
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"completion", "serve", "benchmark"}))
+def test_each_command_explains_every_option_on_demand(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help_all"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert " ".join(module.__doc__.split()) in shown
-    assert f" {name} " in shown  # its example
-    assert re.search(r"[\[(]default: ", shown)
+    for options in importlib.import_module(f"duostream.scripts.{name}").OPTIONS:
+        for option in dataclasses.fields(options):
+            assert f"--{option.name}" in shown
+    assert "(default: " in shown
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"completion"}))
 def test_each_command_refuses_an_unknown_option_with_code_2(name, capsys):
     required = {
-        "duostream-compose": {"text": "a", "vision": "b", "output_dir": "c"},
-        "duostream-push": {"checkpoint": "a", "repo_id": "b"},
-        **{f"duostream-{name}": {"checkpoint": "a"} for name in ("finetune", "evaluate", "generate")},
+        "compose": {"text": "a", "vision": "b", "output_dir": "c"},
+        "push": {"checkpoint": "a", "repo_id": "b"},
+        **{name: {"checkpoint": "a"} for name in ("finetune", "evaluate", "generate", "demo")},
     }
-    module, function = COMMANDS[name].split(":")
     with pytest.raises(SystemExit) as ended:
-        getattr(importlib.import_module(module), function)(arguments(**required.get(name, {}), nonsense=1))
+        cli.main([name, *arguments(**required.get(name, {}), nonsense=1)])
     assert ended.value.code == 2
     assert "nonsense" in capsys.readouterr().err
 
@@ -452,6 +457,15 @@ def test_conversations_of_different_lengths_are_answered_together_as_alone(check
     assert together == [greedy(checkpoint, content) for content in contents]
 
 
+def test_generation_prints_json_for_programs(finetuned, photographs, capsys):
+    path = str(photographs / "train" / "0.jpg")
+    generate.main(arguments(checkpoint=finetuned, image=path, max_new_tokens=4))
+    text = capsys.readouterr().out.removesuffix("\n")
+    generate.main(arguments(checkpoint=finetuned, image=path, max_new_tokens=4, json=True))
+    record = json.loads(capsys.readouterr().out)
+    assert record == {"prompt": "Describe the picture.", "images": [path], "answer": text}
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True}])
 def test_generation_takes_other_ways_to_choose_tokens(finetuned, photographs, capsys, options):
     options = {"checkpoint": finetuned, "image": photographs / "train" / "0.jpg", "max_new_tokens": 3, **options}
@@ -552,7 +566,10 @@ def test_a_composed_checkpoint_answers_and_can_be_finetuned(composed, photograph
 def test_composing_says_what_it_wrote(language_model, vision_model, tmp_path, capsys):
     options = {"text": language_model, "vision": vision_model, "num_fusion_layers": 1, "output_dir": tmp_path / "out"}
     compose.main(arguments(**options))
-    assert re.search(r"[\d,]+ parameters, 2 text and 1 fusion layers, 4 tokens a picture", capsys.readouterr().out)
+    assert "num_text_layers: 2\nnum_fusion_layers: 1\nimage_seq_length: 4\n" in capsys.readouterr().out
+    compose.main(arguments(**options, json=True))
+    made = json.loads(capsys.readouterr().out)
+    assert made["num_text_layers"] == 2 and made["num_parameters"] > 0
 
 
 def test_composing_twice_with_one_seed_gives_the_same_new_weights(language_model, vision_model, composed, tmp_path):

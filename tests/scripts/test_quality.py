@@ -114,7 +114,7 @@ def test_what_the_picture_adds_is_measured_by_the_same_model_without(dataset, tm
 def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe):
     comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
     program, part, path, *args = shlex.split(" ".join(line.removesuffix("\\") for line in comments[1:]))
-    assert (program, part, path) == ("duostream-benchmark", "quality", f"scripts/recipes/quality/{recipe.name}")
+    assert (program, part, path) == ("duostream benchmark", "quality", f"scripts/recipes/quality/{recipe.name}")
     quality_args, data_args = parse(quality.QualityArguments, DataArguments, args=[str(recipe), *args])
     assert data_args.task in tasks.TASKS and quality_args.minutes <= 20
 

@@ -440,7 +440,7 @@ def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe, monke
     comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
     command = " ".join(line.removesuffix("\\") for line in comments[1:])
     program, path, *args = shlex.split(command)
-    own = {"duostream-pretrain": pretrain.PretrainArguments, "duostream-finetune": finetune.FinetuneArguments}[program]
+    own = {"duostream pretrain": pretrain.PretrainArguments, "duostream finetune": finetune.FinetuneArguments}[program]
     assert path == f"scripts/recipes/{recipe.name}"
     _, data_args, training_args = parse(
         own, DataArguments, DuoStreamTrainingArguments, args=[str(recipe), *args, "--use_cpu", "true"]

@@ -1,0 +1,98 @@
+"""The one command `duostream`, and what it says when something is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+from duostream.scripts import cli, generate
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", "duostream.scripts.cli", *args], capture_output=True, text=True)
+
+
+def test_without_a_command_all_are_listed(capsys):
+    cli.main([])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
+    assert len(shown.splitlines()) <= 24
+
+
+def test_the_version_is_told(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("duostream 0.")
+
+
+def test_a_command_that_is_not_there_ends_with_code_2_and_the_nearest_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fintune"])
+    assert ended.value.code == 2
+    assert "no command 'fintune': did you mean 'finetune'?" in capsys.readouterr().err
+
+
+def test_a_users_mistake_ends_with_code_1_and_no_traceback(tmp_path, capsys):
+    args = ["push", "--checkpoint", str(tmp_path / "nowhere"), "--repo_id", "me/it"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(args)
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "duostream push: `checkpoint` is" in told and "Traceback" not in told
+    with pytest.raises(ValueError, match="`checkpoint` is"):
+        cli.main(["--debug", *args])
+
+
+def test_a_defect_of_ours_shows_where_it_is(monkeypatch):
+    monkeypatch.setattr(generate, "OPTIONS", None)
+    with pytest.raises(TypeError):
+        cli.main(["generate"])
+
+
+@pytest.mark.slow
+def test_the_exit_codes_are_those_of_the_process(tmp_path):
+    failed = run("generate", "--checkpoint", str(tmp_path))
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr and str(tmp_path) in failed.stderr
+    debugged = run("--debug", "generate", "--checkpoint", str(tmp_path))
+    assert debugged.returncode == 1 and "Traceback" in debugged.stderr
+
+
+def test_an_interrupted_command_ends_with_code_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate"])
+    assert ended.value.code == 130
+    assert "duostream generate was interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completions_hold_the_commands_and_their_options(shell, capsys):
+    cli.main(["completion", shell])
+    script = capsys.readouterr().out
+    assert "finetune" in script and "--conversations_per_row" in script
+
+
+@pytest.mark.slow
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    cli.main(["completion", "bash"])
+    script = tmp_path / "completions"
+    script.write_text(capsys.readouterr().out)
+
+    def completed(*words):
+        line = " ".join(words)
+        commands = (
+            f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+            '_shtab_duostream 2>/dev/null; echo "${COMPREPLY[@]}"'
+        )
+        return subprocess.run(["bash", "-c", commands], capture_output=True, text=True).stdout.split()
+
+    assert completed("duostream", "fin") == ["finetune"]
+    assert "--conversations_per_row" in completed("duostream", "finetune", "--conv")
+
+
+def test_a_shell_without_completions_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["completion", "elvish"])
+    assert "takes one of bash" in capsys.readouterr().err
