@@ -26,15 +26,19 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## Train a small model from nothing and show what it does
 	$(BIN)/duostream quickstart --output_dir runs/quickstart
 
+# Tiny models gain nothing from a second thread: one each, and the tests of a class or module stay together
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+test test-fast test-lowest: export OMP_NUM_THREADS = 1
+
 test: setup ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-fast: setup ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 # On the oldest versions that pyproject.toml allows, which have no wheels for Python 3.13 and later
 test-lowest: .venv-lowest/.stamp ## Run the tests that take seconds with the lowest versions
-	.venv-lowest/bin/python -m pytest -m "not slow"
+	.venv-lowest/bin/python $(PYTEST) -m "not slow"
 
 .venv-lowest/.stamp: pyproject.toml constraints-lowest.txt
 	@$(PYTHON) -m venv --clear .venv-lowest
