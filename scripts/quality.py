@@ -17,6 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -49,6 +50,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 from .. import (
     DuoStreamConfig,
@@ -134,7 +138,17 @@ class QualityArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     sides: list[str] = field(
         default_factory=lambda: ["duostream", "peer"],
-        metadata={"help": "duostream; peer; blind: DuoStream on the same rows without their pictures."},
+        metadata={
+            "help": "duostream; duostream-N, of whose `num_layers` the upper N are fusion layers; peer; blind: "
+            "DuoStream on the same rows without their pictures."
+        },
+    )
+    llava: bool = field(
+        default=False,
+        metadata={"help": "Have LLaVA as the peer for chats and captions, too, with DuoStream's own vision stream."},
+    )
+    curve_points: int = field(
+        default=0, metadata={"help": "How often the validation loss is measured on the way, while the clock stands."}
     )
     dropout: float = field(
         default=0.0,
@@ -144,9 +158,13 @@ class QualityArguments:
     output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
 
     def __post_init__(self) -> None:
-        unknown = set(self.sides) - {"duostream", "peer", "blind"}
+        depths = {f"duostream-{depth}" for depth in range(1, self.num_layers)}
+        unknown = set(self.sides) - {"duostream", "peer", "blind"} - depths
         if unknown:
-            raise ValueError(f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer' and 'blind'")
+            raise ValueError(
+                f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer', 'blind', and 'duostream-1' to "
+                f"'duostream-{self.num_layers - 1}'"
+            )
         if not 0 < self.num_text_layers < self.num_layers:
             raise ValueError(
                 f"`num_text_layers` is {self.num_text_layers}; expected at least 1 and fewer than `num_layers`, "
@@ -158,17 +176,24 @@ class QualityArguments:
 
 
 class Clock(TrainerCallback):
-    """How much of the training is over, and an end to it: by time, or by steps where there is a number of them."""
+    """
+    How much of the training is over, and an end to it: by time, or by steps where there is a number of them. It stands
+    still while the validation loss is measured, `num_points` times on the way.
+    """
 
-    def __init__(self, seconds: float, max_steps: int | None):
-        self.seconds, self.max_steps = seconds, max_steps
-        self.started, self.steps = time.perf_counter(), 0
+    def __init__(self, seconds: float, max_steps: int | None, num_points: int = 0):
+        self.seconds, self.max_steps, self.num_points = seconds, max_steps, num_points
+        self.started, self.steps, self.stood = time.perf_counter(), 0, 0.0
+        self.stopped_at = 0.0
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started - self.stood
 
     @property
     def share(self) -> float:
-        if self.max_steps is not None:
-            return self.steps / self.max_steps
-        return (time.perf_counter() - self.started) / self.seconds
+        return self.elapsed / self.seconds if self.max_steps is None else self.steps / self.max_steps
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
@@ -176,6 +201,14 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps = state.global_step
         control.should_training_stop = self.share >= 1
+        if len(self.curve) + 1 <= self.share * self.num_points:
+            self.stopped_at = time.perf_counter()
+            self.curve.append({"seconds": self.elapsed, "steps": self.steps})
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.curve[-1]["loss"] = metrics["eval_loss"]
+        self.stood += time.perf_counter() - self.stopped_at
 
 
 class TimedTrainer(DuoStreamTrainer):
@@ -335,16 +368,25 @@ def peer_side(
             model, collator, lambda rows: evaluate(model, processor, rows, data_args.task, collator=collator)[0]
         )
     if data_args.task in ("translation", "summarization"):
+        if args.llava:
+            raise ValueError(f"`llava` is for pictures; `task` {data_args.task!r} has none")
         return seq2seq_side(args, data_args, processor, encoder_decoder(args, data_args.task, tokenizer))
-    vision = ViTModel(vit) if args.vision is None else FrozenVision(args.vision, args.vision_size)
+    if args.vision is not None:
+        vision: PreTrainedModel = FrozenVision(args.vision, args.vision_size)
+    elif args.llava:
+        # The same as DuoStream's, so that what differs is where pictures join
+        fields = {"image_size": args.image_size, **json.loads(args.vision_config)}
+        vision = AutoModel.from_config(DuoStreamConfig.from_preset("tiny", vision_config=fields).vision_config)
+    else:
+        vision = ViTModel(vit)
+    if data_args.task == "vqa" or (args.llava and data_args.task in ("caption", "chat")):
+        return llava_side(args, data_args, processor, vision)
     if data_args.task == "caption":
         return seq2seq_side(args, data_args, processor, captioner(args, vision, tokenizer))
     if data_args.task == "retrieval":
         model = VisionTextDualEncoderModel(vision_model=vision, text_model=BertModel(bert))
         collator = only_what_is_read(collator_of(data_args, processor, model), model)
         return Side(model, collator, lambda rows: evaluate(model, processor, rows, data_args.task)[0])
-    if data_args.task == "vqa":
-        return llava_side(args, data_args, processor, vision)
     raise ValueError(f"`task` {data_args.task!r} has no peer here")
 
 
@@ -428,22 +470,22 @@ def llava_side(
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
     )
-    is_map = isinstance(vision, FrozenVision)
+    # A ViT's first token is no part of the picture
+    has_first_token = isinstance(vision, ViTModel)
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=text_config,
         image_token_id=processor.image_token_id,
         image_seq_length=num_tokens,
         vision_feature_layer=-1,
-        # A ViT's first token is no part of the picture
-        vision_feature_select_strategy="full" if is_map else "default",
+        vision_feature_select_strategy="default" if has_first_token else "full",
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = vision
     stop_at_the_end(model, processor.tokenizer)
     own = DuoStreamProcessor(
-        processor.image_processor, processor.tokenizer, image_seq_length=num_tokens if is_map else num_tokens - 1
+        processor.image_processor, processor.tokenizer, image_seq_length=num_tokens - has_first_token
     )
     own.return_mm_token_type_ids = False  # unknown to LLaVA
     return Side(
@@ -497,7 +539,7 @@ def seq2seq_side(
 
 
 def train_and_measure(
-    side: Side, rows: Rows, eval_rows: Rows, args: QualityArguments, learning_rate: float, seed: int
+    side: Side, rows: Rows, eval_rows: Rows, loss_rows: Rows, args: QualityArguments, learning_rate: float, seed: int
 ) -> dict[str, Any]:
     # As many answers a step for all sides, however many of them a row holds
     answers_per_row = 1.0
@@ -506,6 +548,7 @@ def train_and_measure(
     training_args = DuoStreamTrainingArguments(
         output_dir=str(Path(args.output).parent / "quality"),
         per_device_train_batch_size=max(1, round(args.batch_size / answers_per_row)),
+        per_device_eval_batch_size=64,
         learning_rate=learning_rate,
         weight_decay=0.1,
         adam_beta2=0.98,
@@ -521,9 +564,14 @@ def train_and_measure(
         # As much padding for all sides: little
         train_sampling_strategy="group_by_length" if "length" in rows.column_names else "random",
     )
-    clock = Clock(60 * args.minutes, args.max_steps)
+    clock = Clock(60 * args.minutes, args.max_steps, args.curve_points)
     trainer = TimedTrainer(
-        model=side.model, args=training_args, data_collator=side.collator, train_dataset=rows, clock=clock
+        model=side.model,
+        args=training_args,
+        data_collator=side.collator,
+        train_dataset=rows,
+        eval_dataset=loss_rows if args.curve_points else None,
+        clock=clock,
     )
     cpu_seconds = time.process_time()
     trainer.train()
@@ -533,7 +581,20 @@ def train_and_measure(
     figures = side.measure(eval_rows)
     counts = {"parameters": side.model.num_parameters(), "trained_parameters": trained}
     passes = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
-    return {**counts, "learning_rate": learning_rate, **passes, "cpu_seconds": cpu_seconds, **figures}
+    curve = {"curve": clock.curve} if args.curve_points else {}
+    return {**counts, "learning_rate": learning_rate, **passes, "cpu_seconds": cpu_seconds, **figures, **curve}
+
+
+def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss by seconds of training, a line for each run."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for run in runs:
+        seconds, losses = zip(*((point["seconds"], point["loss"]) for point in run["curve"]), strict=True)
+        axis.plot(seconds, losses, marker=".", label=f"{run['side']} ({run['model']}), seed {run['seed']}")
+    axis.set(xlabel="seconds of training", ylabel="validation loss", xscale="log", yscale="log")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -542,19 +603,21 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
     classes = read_classes(data_args) if data_args.task == "classification" else []
 
-    def load(data_args: DataArguments) -> tuple[Rows, Rows]:
+    def load(data_args: DataArguments) -> tuple[Rows, Rows, Rows]:
+        """Rows to train on; to be answered, with all references; and held-out rows as those to train on."""
         rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows, classes=classes)
-        return rows, load_rows(
-            data_args, data_args.eval_split, data_args.max_eval_rows, is_evaluation=True, classes=classes
-        )
+        held_out = data_args.eval_split, data_args.max_eval_rows
+        eval_rows = load_rows(data_args, *held_out, is_evaluation=True, classes=classes)
+        return rows, eval_rows, load_rows(data_args, *held_out, classes=classes) if quality_args.curve_points else rows
 
     seeing = load(data_args)
     rows_of = {
         name: load(replace(data_args, image_column="")) if name == "blind" else seeing for name in quality_args.sides
     }
     rows = seeing[0]
-    if data_args.conversations_per_row > 1 and "duostream" in rows_of:
-        rows_of["duostream"] = load_mixture(data_args), seeing[1]
+    if data_args.conversations_per_row > 1:
+        packed = load_mixture(data_args)
+        rows_of |= {name: (packed, *seeing[1:]) for name in rows_of if name.startswith("duostream")}
     if "blind" in rows_of and any("images" in (each.column_names or []) for each in rows_of["blind"]):
         raise ValueError("`sides` has 'blind', but these rows keep their pictures without an image column, too")
     is_classification = data_args.task == "classification"
@@ -576,7 +639,11 @@ def main(args: list[str] | None = None) -> None:
     def make(name: str) -> Side:
         if name == "peer":
             return peer_side(quality_args, data_args, processor, options, reads_text)
-        return duostream_side(quality_args, data_args, processor, options)
+        side_args = quality_args
+        if name.startswith("duostream-"):
+            depth = int(name.removeprefix("duostream-"))
+            side_args = replace(quality_args, num_text_layers=quality_args.num_layers - depth, num_fusion_layers=None)
+        return duostream_side(side_args, data_args, processor, options)
 
     # Before any training: an error now costs nothing
     for name in quality_args.sides:
@@ -602,6 +669,8 @@ def main(args: list[str] | None = None) -> None:
             print(json.dumps(runs[-1], indent=2), flush=True)
             # After each, so that what was measured is never lost
             Path(quality_args.output).write_text(json.dumps(record, indent=2) + "\n")
+            if quality_args.curve_points:
+                draw_curves(runs, Path(quality_args.output).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import json
 import shlex
+import time
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import MobileNetV1Config, MobileNetV1Model
+from transformers import MobileNetV1Config, MobileNetV1Model, TrainerControl, TrainerState
 from transformers.models.mobilenet_v1.image_processing_pil_mobilenet_v1 import MobileNetV1ImageProcessorPil
 
 from duostream.scripts import quality, tasks
@@ -113,8 +114,9 @@ def test_what_the_picture_adds_is_measured_by_the_same_model_without(dataset, tm
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe):
     comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
-    program, part, path, *args = shlex.split(" ".join(line.removesuffix("\\") for line in comments[1:]))
-    assert (program, part, path) == ("duostream benchmark", "quality", f"scripts/recipes/quality/{recipe.name}")
+    words = shlex.split(" ".join(line.removesuffix("\\") for line in comments[1:]))
+    assert words[:4] == ["duostream", "benchmark", "quality", f"scripts/recipes/quality/{recipe.name}"]
+    args = words[4:]
     quality_args, data_args = parse(quality.QualityArguments, DataArguments, args=[str(recipe), *args])
     assert data_args.task in tasks.TASKS and quality_args.minutes <= 20
 
@@ -141,8 +143,44 @@ def test_there_are_no_more_fusion_layers_than_are_left():
         quality.QualityArguments(num_layers=4, num_text_layers=2, num_fusion_layers=3)
 
 
+@pytest.mark.slow
+def test_curves_show_the_loss_on_the_way_of_each_depth_beside_llava(dataset, tmp_path):
+    options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "num_layers": 4}
+    options |= {"max_steps": 30, "curve_points": 3, "llava": True, "max_new_tokens": 4, "learning_rate": 1e-3}
+    compare(options, "--sides", "duostream-1", "duostream-3", "peer")
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [run["model"] for run in runs] == ["DuoStreamForConditionalGeneration"] * 2 + [
+        "LlavaForConditionalGeneration"
+    ]
+    for run in runs:
+        assert [point["steps"] for point in run["curve"]] == [10, 20, 30]
+        assert run["curve"][0]["loss"] > run["curve"][2]["loss"]
+    assert runs[0]["curve"][0]["seconds"] < runs[0]["curve"][1]["seconds"]
+    Image.open(tmp_path / "out.png").verify()
+
+
+def test_the_clock_stands_while_the_loss_is_measured():
+    clock = quality.Clock(seconds=1e9, max_steps=None, num_points=10**12)
+    control, state = TrainerControl(), TrainerState(global_step=1)
+    clock.on_train_begin(None, state, control)
+    time.sleep(0.01)
+    clock.on_step_end(None, state, control)
+    assert control.should_evaluate
+    before = time.perf_counter() - clock.started
+    time.sleep(0.2)
+    clock.on_evaluate(None, state, control, metrics={"eval_loss": 1.0})
+    assert clock.elapsed < before + 0.1
+    assert clock.curve[0]["loss"] == 1.0
+
+
+def test_texts_are_no_peer_for_llava(dataset, tmp_path):
+    options = {"task": "translation", "dataset": dataset, "image_column": "", "llava": True, **SIZE}
+    with pytest.raises(ValueError, match="`llava` is for pictures; `task` 'translation' has none"):
+        compare({**options, "output": tmp_path / "out.json"})
+
+
 def test_unknown_sides_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`sides` has \['theirs'\]; there are 'duostream', 'peer' and 'blind'"):
+    with pytest.raises(ValueError, match=r"`sides` has \['theirs'\]; there are 'duostream', 'peer', 'blind', and"):
         compare({"output": tmp_path / "out.json"}, "--sides", "theirs")
 
 

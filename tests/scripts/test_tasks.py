@@ -439,10 +439,8 @@ def test_pretraining_reads_plain_texts(texts, tmp_path):
 def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe, monkeypatch):
     comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
     command = " ".join(line.removesuffix("\\") for line in comments[1:])
-    program, path, *args = shlex.split(command)
-    own = {"duostream pretrain": pretrain.PretrainArguments, "duostream finetune": finetune.FinetuneArguments}[program]
-    assert path == f"scripts/recipes/{recipe.name}"
-    _, data_args, training_args = parse(
-        own, DataArguments, DuoStreamTrainingArguments, args=[str(recipe), *args, "--use_cpu", "true"]
-    )
+    program, subcommand, path, *args = shlex.split(command)
+    assert (program, path) == ("duostream", f"scripts/recipes/{recipe.name}")
+    options = {"pretrain": pretrain.OPTIONS, "finetune": finetune.OPTIONS}[subcommand]
+    _, data_args, training_args = parse(*options, args=[str(recipe), *args, "--use_cpu", "true"])
     assert data_args.task in TASKS and training_args.learning_rate > 0
