@@ -136,7 +136,18 @@ class DuoStreamTrainingArguments(TrainingArguments):
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer that is measured, in tokens."})
     resume: bool = field(
-        default=False, metadata={"help": "Continue from the newest checkpoint in `output_dir`, if there is one."}
+        default=False,
+        metadata={
+            "help": "Continue from the newest checkpoint in `output_dir`, if there is one; on a CPU, to the very "
+            "weights of a run that was never interrupted."
+        },
+    )
+    on_nan_loss: str = field(
+        default="stop",
+        metadata={
+            "help": "`stop` at a loss that is no finite number, naming step and rows; `skip` leaves such steps out, "
+            "and writes each to `bad_losses.jsonl` in `output_dir`."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -147,6 +158,18 @@ class DuoStreamTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`learning_rates` has {name!r}: {rate!r}; expected rates of {', '.join(map(repr, STREAMS))}"
                 )
+        if self.on_nan_loss not in ("stop", "skip"):
+            raise ValueError(f"`on_nan_loss` is {self.on_nan_loss!r}; there are 'stop' and 'skip'")
+        if self.resume and self.save_only_model:
+            raise ValueError("`resume` needs the optimizer's state, which `save_only_model` leaves out")
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"`hub_strategy` {self.hub_strategy.value!r} uploads the optimizer's state, which is a pickle: "
+                "take 'every_save' or 'end'"
+            )
+        if self.accelerator_config.dispatch_batches is None:
+            # One rank that reads a stream for all would have to join batches of different lengths
+            self.accelerator_config.dispatch_batches = False
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator needs `images` and `messages`")
 

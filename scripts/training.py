@@ -1,20 +1,30 @@
 """What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
 
 import json
+import os
+import shutil
+import signal
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from datasets import Dataset, IterableDataset
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
 
-from ..modeling import DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification
+from ..modeling import (
+    DuoStreamForConditionalGeneration,
+    DuoStreamForPreTraining,
+    DuoStreamForSequenceClassification,
+)
 from ..modeling.modeling_duostream import STREAMS
 from ..processing import (
     DuoStreamClassificationCollator,
@@ -26,9 +36,12 @@ from ..processing import (
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
+from .checkpoints import UNFINISHED, check_files, publish, publish_files
 from .data import Rows
 from .evaluate import evaluate, generate_answers, score_answers
 from .tasks import WRITER, task_of
+
+logger = logging.get_logger(__name__)
 
 SMOOTHED = (DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification)
 OBJECTIVES = ("lm_loss", "mlm_loss", "itc_loss", "itm_loss")
@@ -42,9 +55,73 @@ def collator_of(args: DataArguments, processor: DuoStreamProcessor, model: PreTr
     return collators.get(args.task, DuoStreamDataCollator)(processor, args.max_length)
 
 
+class ReproducibleCollator:
+    """
+    Makes batches in which what is random depends on the seed and the rows alone, and which carry their rows' numbers.
+
+    The library's position in the data is that of batches, but the next one has been drawn when a checkpoint is saved.
+
+    Args:
+        collator: Makes the batches.
+        seed (`int`): Of what is random.
+        is_stream (`bool`): Of rows that come again in the same order: batches are counted, so that each time something
+            else is drawn. Resuming makes the batches of a stream again, which keeps the count.
+    """
+
+    def __init__(self, collator: Any, seed: int, is_stream: bool):
+        self.collator, self.seed, self.is_stream = collator, seed, is_stream
+        self.num_to_skip = self.num_made = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        self.num_made += 1
+        if self.num_made <= self.num_to_skip:
+            return {}
+        numbers = [row.get("row", -1) for row in rows]
+        if -1 in numbers:
+            return self.collator(rows)
+        with torch.random.fork_rng(devices=[]):
+            # Python's hash of numbers is the same in each process
+            seed = hash((self.seed, self.num_made if self.is_stream else 0, *numbers))
+            torch.default_generator.manual_seed(seed % 2**63)
+            return {**self.collator(rows), "row_numbers": torch.tensor(numbers)}
+
+
+class EpochSampler(Sampler):
+    """Rows in an order that depends on the seed and the epoch alone, wherever training began."""
+
+    def __init__(self, sampler: RandomSampler | LengthGroupedSampler, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class SaveWhenTerminated(TrainerCallback):
+    """Saves and stops at the end of the step in which one of the ranks is sent SIGTERM, as a preempted machine is."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator, self.is_terminated = accelerator, False
+
+    def __enter__(self) -> "SaveWhenTerminated":
+        self.previous = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.previous)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.accelerator.check_trigger():
+            self.is_terminated = control.should_save = control.should_training_stop = True
+
+
 class DuoStreamTrainer(Trainer):
     """
-    `Trainer` that reports each pretraining objective, and at each evaluation the figures of the task.
+    `Trainer` that reports each pretraining objective, and at each evaluation the figures of the task. A run that is
+    interrupted and resumed ends with the weights of one that was not, and a checkpoint is complete or absent.
 
     Args:
         task (`str`, *optional*): Measured at each evaluation, if there are `metric_rows`.
@@ -58,14 +135,20 @@ class DuoStreamTrainer(Trainer):
             # The library would take the labels away, and with them these losses
             names = " and ".join(each.__name__ for each in SMOOTHED)
             raise ValueError(f"`label_smoothing_factor` is for {names}: the losses of others know no smoothing")
-        self.has_objectives = hasattr(self.model, "matching_loss")
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        self.data_collator = ReproducibleCollator(self.data_collator, self.args.seed, is_stream)
+        self.epoch_sampler: EpochSampler | None = None
+        self.is_saving = self.has_bad_loss = False
+        self.rows_at_hand: torch.Tensor | None = None
+        self.bad_losses = Path(str(self.args.output_dir)) / "bad_losses.jsonl"
+        self.has_objectives = isinstance(self.model, DuoStreamForPreTraining)
         if self.has_objectives:
             # Batches without masked tokens have labels, too
             self.label_names: list[str] = ["labels"]
             # What no objective trains has no gradient, for which ranks would wait
-            weights, head = self.model.config, self.model.image_text_head
-            head.requires_grad_(weights.itc_weight > 0)
-            head.matching.requires_grad_(weights.itm_weight > 0)
+            head = self.model.image_text_head
+            head.requires_grad_(self.model.config.itc_weight > 0)
+            head.matching.requires_grad_(self.model.config.itm_weight > 0)
         self.task, self.metric_rows = task, metric_rows
         config = self.model.config
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
@@ -77,7 +160,122 @@ class DuoStreamTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.lengths = list(sampler.lengths)
+        if isinstance(sampler, RandomSampler | LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = self.epoch_sampler = EpochSampler(sampler, seed)
         return sampler
+
+    def _run_epoch(self, *, epoch: int, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last checkpoint: the library would take one step more
+            self.control.should_training_stop = True
+            return
+        if self.epoch_sampler is not None:
+            # The library's `set_epoch` does not reach it on several ranks, or where batches are skipped
+            self.epoch_sampler.epoch = epoch
+        if self.data_collator.is_stream and not self.args.dataloader_num_workers:
+            # The library makes the batches that it skips, in which pictures would be opened. Of several processes none
+            # would know which of its batches are skipped.
+            self.data_collator.num_to_skip = steps_trained_in_current_epoch
+        super()._run_epoch(epoch=epoch, steps_trained_in_current_epoch=steps_trained_in_current_epoch, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(load_result)
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        if missing:
+            raise ValueError(f"The checkpoint to resume from lacks weights: {', '.join(sorted(missing))}")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self.is_saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The library writes a checkpoint where it stays, and of one that was half written when the process was killed
+        # it knows by its number alone that it is the newest
+        run_dir = Path(self._get_output_dir(trial))
+        place = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written = run_dir / UNFINISHED / place.name
+        self.clear_unfinished(run_dir)
+        self.is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            shutil.rmtree(written, ignore_errors=True)
+            raise OSError(f"{place} can't be saved: {error}. Earlier checkpoints are as they were") from error
+        finally:
+            self.is_saving = False
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(written, place)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), limit, best_model_checkpoint=best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(str(self.args.output_dir))
+        written = folder / UNFINISHED / "model"
+        self.clear_unfinished(folder)
+        super().save_model(str(written), _internal_call)
+        # Uploading saves once more, and has published it
+        if self.args.should_save and written.exists():
+            publish_files(written, folder)
+
+    def clear_unfinished(self, run_dir: Path) -> None:
+        """Deletes what a process that was killed while it saved has left."""
+        if self.args.should_save:
+            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.rows_at_hand = inputs.pop("row_numbers", None)
+        return super()._prepare_inputs(inputs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        is_skipping = self.args.on_nan_loss == "skip"
+        # Running statistics have read the batch, too
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if is_skipping else []
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            rows = [] if self.rows_at_hand is None else self.rows_at_hand.tolist()
+            if not is_skipping:
+                raise ValueError(
+                    f"Step {step}: the loss is {loss.item()} on rows {rows}. `--on_nan_loss skip` leaves such steps "
+                    "out"
+                )
+            logger.warning(f"Step {step} is left out: the loss is {loss.item()} on rows {rows}")
+            with self.bad_losses.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "rows": rows, "loss": str(loss.item())}) + "\n")
+            self.has_bad_loss = True
+            for buffer, value in before:
+                buffer.copy_(value)
+        if is_skipping and self.accelerator.sync_gradients:
+            is_bad = torch.tensor(float(self.has_bad_loss), device=self.args.device)
+            self.has_bad_loss = False
+            if self.accelerator.reduce(is_bad) > 0 and self.accelerator.scaler is None:
+                # Without gradients an optimizer changes nothing, be it by its momentum. A scaler of losses in half
+                # precision leaves such steps out by itself, and wants to see the gradients.
+                model.zero_grad()
+        return loss
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        # Rows to evaluate on may have no lengths, which the library would then look for in `input_ids`
+        is_grouped = self.args.train_sampling_strategy == "group_by_length"
+        if is_grouped and isinstance(eval_dataset, Dataset) and "length" not in eval_dataset.column_names:
+            return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return super()._get_eval_sampler(eval_dataset)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         # The library has one learning rate for all: each of its groups, with weight decay and without, is parted
@@ -148,7 +346,9 @@ class DuoStreamTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits
-        figures = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            # At the end of an epoch it comes after the checkpoint, and not again when that is resumed
+            figures = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.metric_rows is not None:
             measured = {
                 f"{metric_key_prefix}_{name}": value
@@ -209,11 +409,19 @@ def train(
 
     Returns:
         `Trainer`: after training; its `state.log_history` holds the losses.
+
+    Raises:
+        SystemExit: SIGTERM came, with the exit code that says so (143). A checkpoint is saved.
+        ValueError: A row is broken, or the loss is no number, or so is a file of the checkpoint to resume from.
+        OSError: A checkpoint can't be saved.
     """
     collator = DuoStreamDataCollator(processor) if collator is None else collator
     if bad_rows is not None:
         # Before training, so that batches, epochs and resuming are those of a data set without them
         train_rows = bad_rows.leave_out(train_rows, lambda row: collator([row]))
+    if isinstance(train_rows, IterableDataset):
+        # Where one ends, the library begins anew within what it counts as one epoch, and resuming can't tell where
+        train_rows = train_rows.repeat(None)
     trainer = DuoStreamTrainer(
         model=model,
         args=training_args,
@@ -225,7 +433,16 @@ def train(
         **kwargs,
     )
     checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None:
+        check_files(Path(checkpoint))
+    elif trainer.is_world_process_zero():
+        trainer.bad_losses.unlink(missing_ok=True)
+    with SaveWhenTerminated(trainer.accelerator) as termination:
+        trainer.add_callback(termination)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if termination.is_terminated:
+        logger.warning(f"Terminated after step {trainer.state.global_step}, which is saved: `--resume true` goes on")
+        sys.exit(128 + signal.SIGTERM)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -236,4 +453,8 @@ def train(
     trainer.save_model()
     if bad_rows is not None:
         bad_rows.report()
+    if trainer.bad_losses.exists():
+        # A step that came again after an interruption is written down again
+        steps = {json.loads(line)["step"] for line in trainer.bad_losses.read_text(encoding="utf-8").splitlines()}
+        logger.warning(f"{len(steps)} steps were left out for their loss; {trainer.bad_losses} says which")
     return trainer

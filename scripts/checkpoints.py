@@ -1,0 +1,84 @@
+"""Checkpoints that are whole: written aside and moved to their place, and refused by name where they are broken."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+
+# The library uploads nothing whose name begins so
+UNFINISHED = "_unfinished"
+
+
+def publish(written: Path, place: Path) -> None:
+    """Moves a folder that is written to its place, so that all of it is there or none, whenever the process ends."""
+    for path in written.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if place.exists():
+        # A folder that is deleted where it stands is for a while half of one
+        place.rename(written.parent / "replaced")
+    written.rename(place)
+    shutil.rmtree(written.parent)
+
+
+def publish_files(written: Path, folder: Path) -> None:
+    """
+    Moves the files of a model that is written to a folder that has others. Its weights are taken away first and come
+    last: without them nothing can be loaded, so new weights never stand beside an old config.
+    """
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    for path in sorted(written.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json")):
+        path.replace(folder / path.name)
+    shutil.rmtree(written.parent)
+
+
+def check_files(folder: Path) -> None:
+    """
+    Looks whether the files of a checkpoint can be read, without reading the weights.
+
+    Raises:
+        ValueError: One can't, which is named; the library's messages don't, or it goes on without the file.
+    """
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".pth") and not is_zipfile(path):
+                raise ValueError("it has no end")
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is broken, cut short or overwritten: {error}") from error
+
+
+def load_model(auto_class: Any, checkpoint: str, **options: Any) -> PreTrainedModel:
+    """
+    Loads a checkpoint of which nothing may be missing but a head that is new.
+
+    Args:
+        auto_class: One of the library's `AutoModelFor...`.
+        checkpoint (`str`): Local folder or Hub id.
+        options: Go to `from_pretrained`.
+
+    Raises:
+        ValueError: A file is broken, or weights are missing, which the library would draw anew.
+    """
+    if Path(checkpoint).is_dir():
+        check_files(Path(checkpoint))
+    saved_as = AutoConfig.from_pretrained(checkpoint).architectures or []
+    model, report = auto_class.from_pretrained(checkpoint, output_loading_info=True, **options)
+    is_new_head = type(model).__name__ not in saved_as
+    missing = sorted(
+        name for name in report["missing_keys"] if not is_new_head or name.startswith(f"{model.base_model_prefix}.")
+    )
+    if missing:
+        raise ValueError(f"{checkpoint} lacks weights of {type(model).__name__}: {', '.join(missing)}")
+    return model

@@ -1,0 +1,132 @@
+"""A run that is killed and started again ends as one that was left alone, and its checkpoints are whole or absent."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from duostream.scripts import pretrain
+from duostream.scripts.checkpoints import check_files
+
+NUM_KILLS = 20
+NUM_STEPS = 36
+
+# Weights depend on each random state there is: dropout's, the masks', and that of the rows' order
+STACK = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "attention_dropout": 0.2,
+}
+VISION = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "groups_width": 8}
+CONFIG = json.dumps({"text_config": STACK, "vision_config": VISION, "fusion_stack_config": STACK})
+COMMON = ["--task", "vqa", "--vocab_size", "300", "--max_steps", str(NUM_STEPS), "--config_overrides", CONFIG]
+COMMON += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", "--resume", "true"]
+COMMON += ["--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
+# Ten rows: three steps are an epoch
+KINDS = {
+    "stored": ["--mlm_weight", "1", "--itc_weight", "1", "--train_sampling_strategy", "group_by_length"],
+    "streamed": ["--mlm_weight", "1", "--streaming", "true"],
+    "mixed": ["--mixture", "other.yaml", "--gradient_accumulation_steps", "2", "--on_bad_rows", "skip"],
+}
+
+
+def start(args):
+    """The command in a process of its own, that need not import everything again."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        pretrain.main(args)
+    except BaseException as error:
+        traceback.print_exc()
+        os._exit(error.code if isinstance(error, SystemExit) else 1)
+    os._exit(0)
+
+
+def wait_for(happened, pid):
+    """Whether it happened before the process ended."""
+    while not happened():
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def kill_again_and_again(kind):
+    """Starts a run, kills it and starts it again, and compares what it ends with to a run that was left alone."""
+    args = [*COMMON, "--dataset", "rows.jsonl", "--image_dir", ".", *KINDS[kind]]
+    alone, killed = Path(f"{kind}_alone"), Path(f"{kind}_killed")
+    assert os.waitpid(start([*args, "--output_dir", str(alone)]), 0)[1] == 0
+    expected = names(alone / f"checkpoint-{NUM_STEPS}")
+    draw, kills, reached = random.Random(kind), 0, []
+
+    def newest():
+        return max((int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*")), default=0)
+
+    while kills < NUM_KILLS:
+        pid, goal = start([*args, "--output_dir", str(killed)]), newest() + draw.randrange(2)
+        # At any time, or while it saves
+        is_due = (killed / "_unfinished").exists if draw.random() < 0.5 else lambda: True
+        assert wait_for(lambda goal=goal: newest() >= goal, pid) and wait_for(is_due, pid)
+        time.sleep(draw.uniform(0, 0.06))
+        os.kill(pid, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), f"finished after {kills} kills"
+        kills += 1
+        for folder in killed.glob("checkpoint-*"):
+            if folder.name != f"checkpoint-{newest()}" and names(folder) != expected:
+                continue  # an old one that was being deleted
+            assert names(folder) == expected, folder
+            check_files(folder)
+        reached.append(newest())
+    assert os.waitpid(start([*args, "--output_dir", str(killed)]), 0)[1] == 0
+    assert (killed / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    print("killed:", kind, json.dumps(reached), flush=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten questions about pictures, and three more to mix in."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = []
+    for i in range(10):
+        Image.new("RGB", (20, 20), (25 * i, 200 - 20 * i, 40)).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": f"Which of ten {'is' * i}?", "answer": f"number {i}, " * (i + 1)})
+    for name, some in (("rows.jsonl", rows), ("other.jsonl", rows[:3])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    (folder / "other.yaml").write_text("{task: vqa, dataset: other.jsonl, image_dir: ., prompt: Say it.}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_left_alone(folder):
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, __file__], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("killed: ")]
+    reached = {kind: json.loads(steps) for _, kind, steps in (line.split(maxsplit=2) for line in lines)}
+    assert reached.keys() == KINDS.keys()
+    for kind, steps in reached.items():
+        assert len(steps) == NUM_KILLS and len(set(steps)) > 5 and steps[-1] < NUM_STEPS, kind
+
+
+if __name__ == "__main__":
+    for kind in sys.argv[1:] or KINDS:
+        kill_again_and_again(kind)
