@@ -3,7 +3,7 @@ Measures a checkpoint at a task, on held-out rows: what it writes, how it classi
 
 Example:
 
-    duostream-evaluate --checkpoint runs/finetuned --task caption --dataset path/to/photographs \\
+    duostream evaluate --checkpoint runs/finetuned --task caption --dataset path/to/photographs \\
         --output_dir runs/evaluation
 """
 
@@ -36,6 +36,7 @@ from ..processing import (
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures
 from . import metrics
 from .arguments import DataArguments, parse
+from .card import save_samples, source_of, weights_fingerprint
 from .data import Rows, load_rows
 from .generate import answer
 from .report import write_evaluation
@@ -48,7 +49,11 @@ class EvaluateArguments:
 
     checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
     output_dir: str = field(
-        default="runs/evaluation", metadata={"help": "`metrics.json` and `predictions.jsonl` are written here."}
+        default="runs/evaluation",
+        metadata={
+            "help": "`metrics.json` and `predictions.jsonl` are written here, and small pictures of some rows, which "
+            "`push --evaluations` puts into the card."
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "Rows at a time."})
     report: bool = field(
@@ -281,8 +286,11 @@ def evaluate(
     return measure(model, processor, rows, batch_size, **kwargs)
 
 
+OPTIONS = (EvaluateArguments, DataArguments)
+
+
 def main(args: list[str] | None = None) -> None:
-    evaluate_args, data_args = parse(EvaluateArguments, DataArguments, args=args, doc=__doc__)
+    evaluate_args, data_args = parse(*OPTIONS, args=args, doc=__doc__)
     if evaluate_args.report and (data_args.streaming or data_args.task == "masked"):
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
@@ -299,10 +307,15 @@ def main(args: list[str] | None = None) -> None:
     if task.auto_class is WRITER:
         options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}
     figures, results = evaluate(model, processor, rows, data_args.task, batch_size, **options)
+    if data_args.task == "classification" and isinstance(rows, Dataset):
+        results = [{**result, "prompt": text} for result, text in zip(results, rows["text"], strict=True)]
     if task.auto_class is WRITER:
         figures["loss"] = evaluation_loss(model, processor, load_rows(data_args, split, max_rows), batch_size)
     record = {
         "command": sys.argv[1:] if args is None else args,
+        "task": data_args.task,
+        "data": source_of(data_args, split),
+        "weights_fingerprint": weights_fingerprint(model),
         "seed": evaluate_args.seed,
         # Of what was read and how; a stream has none
         "data_fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,
@@ -316,6 +329,7 @@ def main(args: list[str] | None = None) -> None:
     (output_dir / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
     (output_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    save_samples(output_dir, rows, results)
     if evaluate_args.report:
         write_evaluation(output_dir / "report.html", data_args.task, record, rows, results)
     print(json.dumps(record, indent=2))

@@ -4,12 +4,15 @@ training left beside them.
 
 Example:
 
-    duostream-push --checkpoint runs/finetuned --repo_id me/my-duostream --private true
+    duostream push --checkpoint runs/finetuned --repo_id me/my-duostream --evaluations runs/evaluation --private true
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
@@ -18,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor
 import duostream
 
 from .arguments import parse
+from .card import CARD, PICTURES, is_by_hand, read_evaluation, weights_fingerprint, write_card
 
 # What pushing again replaces
 OURS = (
@@ -44,25 +48,50 @@ class PushArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to upload to: `main` by default."})
     card: str | None = field(
-        default=None, metadata={"help": "A card, as Markdown; by default the checkpoint's README.md, if there is one."}
+        default=None,
+        metadata={
+            "help": "A card of your own, as Markdown. By default the checkpoint's README.md if you wrote or changed "
+            "it, else one that is filled from the training, and from `evaluations`."
+        },
+    )
+    evaluations: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Output folders of `duostream evaluate`: figures, and some rows with their pictures and answers, "
+            "go into the card, for all to see."
+        },
+    )
+    license: str | None = field(default=None, metadata={"help": "Of the weights, for the card: `apache-2.0`, `mit`."})
+    language: list[str] = field(
+        default_factory=list, metadata={"help": "Of the texts, for the card: codes such as `en`."}
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
     commit_message: str = field(default="Upload DuoStream", metadata={"help": "Of the commit."})
 
 
-def is_ours(name: str) -> bool:
+def is_ours(name: str, patterns: Sequence[str] = OURS) -> bool:
     """Whether a file of a repository belongs to a checkpoint, and not to an adapter, an app or whatever is there."""
-    return any(fnmatch(name, pattern) for pattern in OURS) and "/" not in name
+    return any(fnmatch(name, pattern) for pattern in patterns) and "/" not in name
 
 
-def push(args: PushArguments) -> str:
+def copy_card(card: Path, folder: Path) -> None:
+    """Copies somebody's own card, and the pictures beside it that it shows."""
+    text = card.read_text(encoding="utf-8")
+    (folder / CARD).write_bytes(card.read_bytes())
+    for name in re.findall(r"!\[[^\]]*\]\(([\w-]+\.(?:png|jpe?g|webp|gif))\)", text):
+        if (card.parent / name).exists():
+            copyfile(card.parent / name, folder / name)
+
+
+def push(args: PushArguments) -> tuple[str, str]:
     """
-    The address of the commit. The token is the one that `hf auth login` left, or that of `HF_TOKEN`.
+    The address of the commit, and which card it has. The token is the one that `hf auth login` left, or that of
+    `HF_TOKEN`.
 
     Raises:
         OSError: There is no processor beside the model.
-        ValueError: There is no such folder, its model is none of DuoStream's, or the repository, which is to be
-            private, is public.
+        ValueError: There is no such folder, its model is none of DuoStream's, an evaluation is none of it or would go
+            into a card that somebody wrote, or the repository, which is to be private, is public.
     """
     if not Path(args.checkpoint).is_dir():
         raise ValueError(f"`checkpoint` is {args.checkpoint!r}; expected the folder of a model with its processor")
@@ -73,19 +102,42 @@ def push(args: PushArguments) -> str:
         raise ValueError(f"{args.checkpoint!r} holds {name!r}, which is no model of DuoStream")
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = model_class.from_pretrained(args.checkpoint)
-    card = Path(args.card or Path(args.checkpoint) / "README.md")
-    with TemporaryDirectory() as folder:
+    card = Path(args.card or Path(args.checkpoint) / CARD)
+    is_own = args.card is not None or is_by_hand(card)
+    fills = [name for name in ("evaluations", "license", "language") if getattr(args, name)]
+    if is_own and fills:
+        raise ValueError(f"`{fills[0]}` is for a card that is filled: {str(card)!r} was written or changed by hand")
+    evaluations = [Path(each) for each in args.evaluations]
+    for each in evaluations:
+        if read_evaluation(each)["weights_fingerprint"] != weights_fingerprint(model):
+            raise ValueError(f"`evaluations` has {str(each)!r}, which measured other weights than {args.checkpoint!r}")
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         # Written anew, so that nothing that training left beside them is among the files
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         processor.save_pretrained(folder)
-        if args.card is not None or card.exists():
-            (Path(folder) / "README.md").write_bytes(card.read_bytes())
+        if is_own:
+            copy_card(card, folder)
         api = HfApi()
         repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
         if args.private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id!r} is public already: nothing was uploaded, as `private` asks otherwise")
         if args.revision is not None:
             api.create_branch(repo_id, branch=args.revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=args.revision)
+        replaced: Sequence[str] = (*OURS, *PICTURES)
+        if is_own:
+            told = f"The card is {card}"
+        elif CARD in there and is_by_hand(Path(api.hf_hub_download(repo_id, CARD, revision=args.revision))):
+            told = f"The card of {repo_id!r} was written or changed there, and stays as it is: `card` replaces it"
+            if fills:
+                raise ValueError(f"`{fills[0]}` is for a card that is filled. {told}")
+            replaced = OURS
+        else:
+            write_card(
+                Path(args.checkpoint), evaluations, folder, repo_id, license=args.license, language=args.language
+            )
+            told = f"The card was filled from {', '.join([args.checkpoint, *args.evaluations])}"
         # One commit: whoever loads meanwhile gets all of it, or all of what was there before, and never old weights
         # that the library would find before new shards
         commit = api.upload_folder(
@@ -93,14 +145,19 @@ def push(args: PushArguments) -> str:
             folder_path=folder,
             revision=args.revision,
             commit_message=args.commit_message,
-            delete_patterns=[name for name in api.list_repo_files(repo_id, revision=args.revision) if is_ours(name)],
+            delete_patterns=[name for name in there if is_ours(name, replaced)],
         )
-    return str(commit)
+    return str(commit), told
+
+
+OPTIONS = (PushArguments,)
 
 
 def main(args: list[str] | None = None) -> None:
-    (push_args,) = parse(PushArguments, args=args, doc=__doc__)
-    print(push(push_args))
+    (push_args,) = parse(*OPTIONS, args=args, doc=__doc__)
+    address, told = push(push_args)
+    print(told)
+    print(address)
 
 
 if __name__ == "__main__":

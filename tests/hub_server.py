@@ -12,6 +12,39 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from transformers.pipelines import PIPELINE_REGISTRY
+
+LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "other")
+NAME = r"(?:[\w-]+/)?[\w.-]+"
+
+
+def problems_of(card: str) -> list[str]:
+    """What the Hub refuses in the header of a model's card, as far as ours could get it wrong."""
+    found = REGEX_YAML_BLOCK.search(card)
+    fields = yaml.safe_load(found[2]) if found else {}
+    if not isinstance(fields, dict):
+        return ["the header is no mapping"]
+
+    def listed(name: str) -> list[str]:
+        value = fields.get(name, [])
+        return [str(each) for each in (value if isinstance(value, list) else [value])]
+
+    problems = [f"license {each!r}" for each in listed("license") if each not in LICENSES]
+    tasks = PIPELINE_REGISTRY.get_supported_tasks()
+    problems += [f"pipeline_tag {each!r}" for each in listed("pipeline_tag") if each not in tasks]
+    for name, pattern in (("base_model", NAME), ("datasets", NAME), ("language", "[a-z]{2,3}")):
+        problems += [f"{name} {each!r}" for each in listed(name) if not re.fullmatch(pattern, each, re.ASCII)]
+    for model in fields.get("model-index", []):
+        for result in model["results"]:
+            metrics = result.get("metrics") or [{}]
+            is_whole = result.get("task", {}).get("type") and result.get("dataset", {}).get("name")
+            is_named = re.fullmatch(NAME, result.get("dataset", {}).get("type", ""), re.ASCII)
+            if not (is_whole and is_named and all({"type", "value"} <= set(each) for each in metrics)):
+                problems.append(f"model-index {result!r}")
+    return problems
+
 
 @dataclass
 class Repository:
@@ -86,7 +119,10 @@ class Handler(BaseHTTPRequestHandler):
             repository.add("main", {".gitattributes": b""})
             return self.answer({"url": f"{self.hub.address}/{repo_id}"})
         if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
+            problems = problems_of(json.loads(body)["content"])
+            return self.answer(
+                {"errors": [{"message": each} for each in problems], "warnings": []}, 400 if problems else 200
+            )
         if found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             objects = []
             for each in json.loads(body)["objects"]:

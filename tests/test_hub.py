@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from duostream.scripts import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +90,30 @@ trainer = DuoStreamTrainer(
 )
 trainer.train()
 trainer.push_to_hub()
+"""
+
+CARDS = """
+import sys
+from huggingface_hub import HfApi, ModelCard
+from duostream.scripts import push
+
+options = ["--checkpoint", sys.argv[1], "--repo_id", "me/card"]
+for more in (["--evaluations", sys.argv[2]], ["--license", "mit"]):
+    push.main([*options, *more])
+    ModelCard.load("me/card").validate()
+HfApi().upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id="me/card")
+push.main(options)
+push.main([*options, "--evaluations", sys.argv[2]])
+"""
+
+USE = """
+import re, sys
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+
+sys.modules["duostream"] = None
+text = Path(hf_hub_download("me/card", "README.md", revision=sys.argv[1])).read_text()
+exec(re.findall(r"```python\\n(.*?)```", text, flags=re.DOTALL)[0])
 """
 
 
@@ -185,7 +211,10 @@ def test_the_trainer_pushes_what_it_trained_and_none_of_its_states(
 def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "card.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
+    (tmp_path / "card.md").write_text(
+        "---\nlicense: apache-2.0\n---\n# Mine\n\n![It](it.png) ![Not](../home/not.png)\n"
+    )
+    (tmp_path / "it.png").write_bytes(b"a picture that the card shows")
     options = ["--checkpoint", checkpoint, "--repo_id", "me/shards", "--max_shard_size", "50KB"]
     options += ["--card", tmp_path / "card.md", "--revision", "first"]
     hub.drops_uploads = True
@@ -196,7 +225,7 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     assert pushed.returncode == 0, pushed.stderr[-3000:]
     assert pushed.stdout.strip().splitlines()[-1].startswith(f"{hub.address}/me/shards/commit/")
     files = hub.files("me/shards", "first")
-    assert set(files) >= (WHOLE - {"model.safetensors"}) | {"README.md", "model.safetensors.index.json"}
+    assert set(files) >= (WHOLE - {"model.safetensors"}) | {"README.md", "it.png", "model.safetensors.index.json"}
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert len(hub.repositories["me/shards"].commits) == 2
     # Whole again, in place of the shards, which must not stay beside; what is somebody's own stays
@@ -210,6 +239,31 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     check_clean(hub, checkpoint, tmp_path)
     loaded = run(LOAD, "me/shards", "first", "no plugin", "trust")
     assert loaded.returncode == 0, loaded.stderr[-3000:]
+
+
+def test_a_card_is_filled_and_a_card_that_was_changed_on_the_hub_stays(
+    hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
+) -> None:
+    options = {"checkpoint": checkpoint, "output_dir": tmp_path / "figures", "max_eval_rows": 1, "max_new_tokens": 2}
+    evaluate.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    pushed = run(CARDS, checkpoint, tmp_path / "figures")
+    lines = pushed.stdout.splitlines()
+    assert lines[0] == f"The card was filled from {checkpoint}, {tmp_path / 'figures'}", pushed.stderr[-3000:]
+    assert lines[-2] == "The card of 'me/card' was written or changed there, and stays as it is: `card` replaces it"
+    assert pushed.returncode != 0 and "`evaluations` is for a card that is filled" in pushed.stderr
+    measured, licensed, _, last = [
+        (number, files) for number, files in hub.repositories["me/card"].commits.items() if "README.md" in files
+    ]
+    card = measured[1]["README.md"].decode()
+    names = re.findall(r"!\[A picture of row \d+\]\((\w+\.png)\)", card)
+    assert names and set(names) == {name for name in measured[1] if name.endswith(".png")}
+    assert 'checkpoint = "me/card"' in card and "exact_match" in card
+    # Those of the card before
+    assert not any(name.endswith(".png") for name in licensed[1]) and b"license: mit" in licensed[1]["README.md"]
+    assert last[1]["README.md"] == b"# Mine" and set(last[1]) >= WHOLE
+    check_clean(hub, checkpoint, tmp_path)
+    used = run(USE, measured[0])
+    assert used.returncode == 0 and used.stdout.strip(), used.stderr[-3000:]
 
 
 def test_what_is_no_folder_is_not_looked_for_on_the_hub(

@@ -1,0 +1,289 @@
+"""The card says what training and evaluation measured, parses as the Hub's clients parse it, and names no folder."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import problems_of
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from PIL import ExifTags, Image
+from tiny_models import small_model
+from transformers.integrations import CodeCarbonCallback
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+import duostream
+from duostream import DuoStreamConfig, DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
+from duostream.scripts import evaluate
+from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
+from duostream.scripts.card import HEADS, as_text, is_by_hand, without_folders, write_card, write_run
+from duostream.scripts.data import load_rows
+from duostream.scripts.push import PushArguments, push
+from duostream.scripts.training import DuoStreamTrainer
+
+CAPTIONS = ["a red | circle", "a ![dot](http://evil/p.png)", "<b>two</b> squares"]
+
+
+class Measured(CodeCarbonCallback):
+    """Leaves the file that CodeCarbon, which is not installed here, would leave."""
+
+    def __init__(self) -> None:
+        self.tracker = None
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_train_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        columns = "timestamp,duration,emissions,energy_consumed,country_name,longitude"
+        lines = ["2026-01-01T00:00:00,9,9,9,Norway,10.7522", "2026-01-02T00:00:00,36,0.0125,0.05,Norway,10.7522"]
+        (Path(args.output_dir) / "emissions.csv").write_text("\n".join([columns, *lines]) + "\n")
+
+
+def train(folder: Path, data: DataArguments, callbacks: list | None = None) -> Path:
+    """Two steps, and what a trained folder has then."""
+    rows = load_rows(data, "train")
+    tokenizer = train_tokenizer(["Describe the picture. a red circle"] * 4, 300)
+    config = DuoStreamConfig.from_preset("tiny", vocab_size=len(tokenizer), vision_config={"image_size": 24})
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": 24, "width": 24}),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+    )
+    config.image_token_id = processor.image_token_id
+    options: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    trainer = DuoStreamTrainer(
+        model=duostream.DuoStreamForConditionalGeneration(config),
+        args=DuoStreamTrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, learning_rate=3e-4, **options),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(2)),
+        data_collator=DuoStreamDataCollator(processor),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    write_run(trainer, data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataArguments:
+    """A folder of photographs that tell where they were taken."""
+    folder = tmp_path_factory.mktemp("private") / "my photographs"
+    (folder / "train").mkdir(parents=True)
+    where = Image.Exif()
+    where[ExifTags.Base.ImageDescription] = "at Alice's"
+    for i, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (400, 300), color).save(folder / "train" / f"{i}.jpg", exif=where)
+    lines = [json.dumps({"file_name": f"{i}.jpg", "captions": [text]}) for i, text in enumerate(CAPTIONS)]
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    return DataArguments(task="caption", dataset=str(folder), eval_split="train")
+
+
+@pytest.fixture(scope="module")
+def trained(data: DataArguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("machine") / "captioner", data)
+
+
+@pytest.fixture(scope="module")
+def evaluation(data: DataArguments, trained: Path) -> Path:
+    folder = trained.parent / "evaluation"
+    options = {"checkpoint": trained, "task": "caption", "dataset": data.dataset, "eval_split": "train"}
+    options |= {"output_dir": folder, "max_new_tokens": 4}
+    evaluate.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return folder
+
+
+def test_a_card_is_filled_from_the_run(trained: Path, data: DataArguments, tmp_path: Path) -> None:
+    assert write_card(trained, output_dir=tmp_path, repo_id="me/captioner")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["duostream", "vision-language-model"],
+    }
+    rows = load_rows(data, "train")
+    text = card.text
+    assert f"| training | 3 | {rows._fingerprint} |" in text and "my photographs" in text
+    assert "| learning_rate | 0.0003 |" in text and "| training_steps | 2 |" in text
+    log = json.loads((trained / "run.json").read_text())["log_history"]
+    (loss,) = (entry["eval_loss"] for entry in log if "eval_loss" in entry)
+    assert f"| loss | {loss:.4f} |" in text
+    assert "![Loss by step](training_curve.png)" in text and "Its energy was not measured." in text
+    assert Image.open(tmp_path / "training_curve.png").width > 300
+
+
+def test_no_folder_of_the_machine_is_in_what_can_be_pushed(
+    trained: Path, evaluation: Path, data: DataArguments, tmp_path: Path
+) -> None:
+    write_card(trained, [evaluation], tmp_path)
+    for file in (tmp_path / "README.md", trained / "run.json"):
+        text = file.read_text()
+        for folder in (trained.parent, Path(data.dataset).parent, Path.home(), Path.cwd()):
+            assert str(folder) not in text, file
+    command = "duostream evaluate --checkpoint captioner --task caption --dataset 'my photographs' --eval_split train"
+    assert command in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("/home/alice/data", "data"),
+        ("~/data", "data"),
+        ("../alice/data", "data"),
+        ("--dataset=/home/alice/data", "--dataset=data"),
+        ("runs/mine", "runs/mine"),
+        ("Is it a cat / a dog?", "Is it a cat / a dog?"),
+        ("--learning_rate=-1", "--learning_rate=-1"),
+    ],
+)
+def test_a_path_from_outside_is_cut_to_its_last_name(argument: str, shown: str) -> None:
+    assert without_folders(argument) == shown
+
+
+def test_figures_are_those_that_were_measured_and_parse_back(trained: Path, evaluation: Path, tmp_path: Path) -> None:
+    write_card(trained, [evaluation], tmp_path, repo_id="me/captioner", license="mit", language=["en"])
+    measured = json.loads((evaluation / "metrics.json").read_text())
+    header = metadata_load(tmp_path / "README.md")
+    assert header is not None and header["license"] == "mit" and header["language"] == ["en"]
+    name, results = model_index_to_eval_results(header["model-index"])
+    assert name == "captioner" and {result.task_type for result in results} == {"image-to-text"}
+    assert {result.dataset_name for result in results} == {"my photographs"}
+    figures = {result.metric_type: result.metric_value for result in results}
+    assert {"cider_d", "bleu", "chrf", "exact_match", "loss"} <= set(figures)
+    assert figures == pytest.approx({name: measured[name] for name in figures}, abs=1e-4)
+    assert eval_results_to_model_index(name, results) == header["model-index"]
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results == results
+    assert not problems_of((tmp_path / "README.md").read_text())
+
+
+def test_rows_are_shown_with_small_pictures_that_tell_no_place(
+    trained: Path, evaluation: Path, tmp_path: Path
+) -> None:
+    write_card(trained, output_dir=tmp_path)
+    assert not list(tmp_path.glob("sample*")), "only the rows of an evaluation that was named are shown"
+    write_card(trained, [evaluation], tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    names = re.findall(r"!\[A picture of row \d\]\(([\w.]+)\)", text)
+    assert sorted(names) == sorted(path.name for path in tmp_path.glob("sample*")) and len(set(names)) == 3
+    for name in names:
+        picture = Image.open(tmp_path / name)
+        assert max(picture.size) <= 192 and not picture.getexif() and b"Alice" not in (tmp_path / name).read_bytes()
+    for line in (evaluation / "predictions.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        assert f"| {as_text(result['reference'])} | {as_text(result['prediction'])} |" in text
+
+
+def test_what_rows_say_is_shown_as_it_is() -> None:
+    assert as_text(CAPTIONS[0]) == r"a red \| circle"
+    assert as_text(CAPTIONS[1]) == r"a !\[dot\](http://evil/p.png)"
+    assert as_text(CAPTIONS[2]) == "&lt;b&gt;two&lt;/b&gt; squares"
+    assert as_text("one\n\n# two") == "one # two" and as_text("x" * 400).endswith("x …")
+
+
+def test_a_card_that_was_changed_is_left_as_it_is(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    for _ in range(2):
+        assert write_card(trained, output_dir=tmp_path) and not is_by_hand(path)
+    path.write_text(path.read_text().replace("# captioner", "# My captioner"))
+    changed = path.read_text()
+    assert not write_card(trained, output_dir=tmp_path) and path.read_text() == changed
+
+
+def test_energy_is_that_of_this_run_if_it_was_measured(data: DataArguments, tmp_path: Path) -> None:
+    train(tmp_path, data, [Measured()])
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.co2_eq_emissions == {"emissions": 12.5, "source": "CodeCarbon"}
+    assert "0.050 kWh and 12.5 g of CO2 equivalents in 36 s" in card.text
+    assert not re.search(r"Norway|10\.75", card.content + (tmp_path / "run.json").read_text())
+    train(tmp_path, data)
+    write_card(tmp_path)
+    assert "Its energy was not measured." in (tmp_path / "README.md").read_text()
+
+
+def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(trained: Path, tmp_path: Path) -> None:
+    run = json.loads((trained / "run.json").read_text())
+    names = ("license", "language", "datasets", "base_model")
+    for name, kind, base_models, expected in (
+        ("scenes", "scenes", [], {"license": "apache-2.0", "language": ["en"]}),
+        ("scenes", "scenes", ["me/text", "me/vision"], {"base_model": ["me/text", "me/vision"]}),
+        ("nyu-mll/glue", "hub", [], {"datasets": ["nyu-mll/glue"]}),
+    ):
+        for file in trained.glob("*.json"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        run |= {"sources": [{**run["sources"][0], "name": name, "kind": kind}], "base_models": base_models}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        write_card(tmp_path)
+        header = metadata_load(tmp_path / "README.md")
+        assert header is not None and {key: header[key] for key in names if key in header} == expected
+
+
+@pytest.mark.parametrize("reads_pictures", [True, False])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_block_about_use_runs_as_it_is_shown(
+    head: str,
+    reads_pictures: bool,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    processor = DuoStreamProcessor.from_pretrained(trained)
+    config = DuoStreamConfig.from_pretrained(trained)
+    small_model(
+        "tiny",
+        getattr(duostream, head),
+        **{
+            "vocab_size": len(processor.tokenizer),
+            "image_token_id": config.image_token_id,
+            "vision_config": {"image_size": 24},
+        },
+    ).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    run = json.loads((trained / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**run, "reads_pictures": reads_pictures}))
+    write_card(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), flags=re.DOTALL)
+    assert 'checkpoint = "."' in block and "trust_remote_code=True" in block
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    assert type(namespace["model"]).__name__ == head.replace("PreTraining", "Model").replace("ForModel", "Model")
+    assert capsys.readouterr().out.strip()
+
+
+def test_figures_of_other_weights_are_not_pushed(trained: Path, evaluation: Path, tmp_path: Path) -> None:
+    record = json.loads((evaluation / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps({**record, "weights_fingerprint": "0"}))
+    (tmp_path / "predictions.jsonl").write_bytes((evaluation / "predictions.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="measured other weights"):
+        push(PushArguments(str(trained), "me/captioner", evaluations=[str(tmp_path)]))
+    with pytest.raises(ValueError, match="expected an `output_dir` of `duostream evaluate`"):
+        push(PushArguments(str(trained), "me/captioner", evaluations=[str(tmp_path / "nothing")]))
+
+
+def test_figures_go_into_no_card_of_somebodys_own(trained: Path, evaluation: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.md").write_text("# Mine")
+    with pytest.raises(ValueError, match=r"`evaluations` is for a card that is filled: .*mine\.md"):
+        push(PushArguments(str(trained), "me/a", card=str(tmp_path / "mine.md"), evaluations=[str(evaluation)]))
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("license: mine", "license"),
+        ("pipeline_tag: seeing", "pipeline_tag"),
+        ("base_model: /home/alice/llama", "base_model"),
+        ("datasets: [my photographs]", "datasets"),
+        ("language: english", "language"),
+        ("model-index: [{name: a, results: [{task: {type: b}}]}]", "model-index"),
+        ("- a list", "mapping"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_a_problem(header: str, problem: str) -> None:
+    (found,) = problems_of(f"---\n{header}\n---\n# A card\n")
+    assert problem in found
