@@ -325,8 +325,9 @@ def _make_rows(
         rows = _join_image_dir(rows, args.image_column, args.image_dir)
     features: dict[str, Any] = {"source": Value("int64"), "length": Value("int64")}
     if has_images:
-        is_list = isinstance(rows.features[args.image_column], List) if rows.features else False
-        rows = rows.cast_column(args.image_column, List(UNDECODED) if is_list else UNDECODED)
+        if rows.features is not None:  # of a stream they may be unknown
+            is_list = isinstance(rows.features[args.image_column], List)
+            rows = rows.cast_column(args.image_column, List(UNDECODED) if is_list else UNDECODED)
         features["images"] = List(UNDECODED)
     if kind == "generated":
         features |= {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
@@ -384,7 +385,7 @@ def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
     def join(batch: dict[str, list]) -> dict[str, list]:
         return {column: [path_of(name) for name in batch[column]]}
 
-    return rows.map(join, batched=True)
+    return rows.map(join, batched=True, features=rows.features)
 
 
 def _prompt_of(row: dict, args: DataArguments, index: int) -> str:

@@ -17,7 +17,7 @@ from duostream.scripts import pretrain
 from duostream.scripts.checkpoints import check_files
 
 NUM_KILLS = 20
-NUM_STEPS = 36
+NUM_STEPS = 24
 
 # Weights depend on each random state there is: dropout's, the masks', and that of the rows' order
 STACK = {
@@ -105,7 +105,9 @@ def folder(tmp_path_factory):
     rows = []
     for i in range(10):
         Image.new("RGB", (20, 20), (25 * i, 200 - 20 * i, 40)).save(folder / f"{i}.png")
-        rows.append({"image": f"{i}.png", "question": f"Which of ten {'is' * i}?", "answer": f"number {i}, " * (i + 1)})
+        rows.append(
+            {"image": f"{i}.png", "question": f"Which of ten {'is' * i}?", "answer": f"number {i}, " * (i + 1)}
+        )
     for name, some in (("rows.jsonl", rows), ("other.jsonl", rows[:3])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))
     (folder / "other.yaml").write_text("{task: vqa, dataset: other.jsonl, image_dir: ., prompt: Say it.}")

@@ -1,8 +1,12 @@
 import json
 import logging
+import os
+import resource
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -10,6 +14,8 @@ from duostream import (
     DuoStreamConfig,
     DuoStreamDataCollator,
     DuoStreamForConditionalGeneration,
+    DuoStreamForMaskedLM,
+    DuoStreamMaskedLMCollator,
     DuoStreamProcessor,
     train_tokenizer,
 )
@@ -62,7 +68,7 @@ def new_parts(rows):
     """Makes a model, always with the same weights, and its processor."""
     tokenizer = train_tokenizer(texts_of(rows), 320)
 
-    def new_parts(vision="transformer"):
+    def new_parts(vision="transformer", cls=DuoStreamForConditionalGeneration):
         set_seed(0)
         config = DuoStreamConfig(
             text_config={**LLAMA, "vocab_size": len(tokenizer)},
@@ -71,7 +77,7 @@ def new_parts(rows):
         )
         image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
         processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
-        return DuoStreamForConditionalGeneration(config), processor
+        return cls(config), processor
 
     return new_parts
 
@@ -154,6 +160,192 @@ def test_an_interrupted_run_that_is_resumed_ends_where_an_uninterrupted_one_does
     assert_same_weights(resumed.model, whole.model)
     with pytest.raises(AssertionError):
         assert_same_weights(cut.model, whole.model)
+
+
+@pytest.mark.parametrize(
+    ("is_stream", "kwargs"),
+    [
+        (True, {}),
+        (True, {"dataloader_num_workers": 1}),
+        (False, {"train_sampling_strategy": "group_by_length"}),
+        (False, {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}),
+        (False, {"eval_strategy": "epoch"}),
+    ],
+    ids=str,
+)
+def test_rows_their_order_and_what_is_masked_are_those_of_an_uninterrupted_run(
+    new_parts, rows, tmp_path, is_stream, kwargs
+):
+    # Three batches are an epoch, and the last of them is smaller; four steps are in the middle of the second
+    rows = rows.add_column("length", [len(str(row["messages"])) for row in rows])
+    train_rows = rows.to_iterable_dataset() if is_stream else rows
+
+    def run(folder, callbacks=None, **more):
+        model, processor = new_parts(cls=DuoStreamForMaskedLM)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+        more |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "per_device_train_batch_size": 3, **kwargs}
+        collator = DuoStreamMaskedLMCollator(processor, mlm_probability=0.5)
+        args = options(tmp_path / folder, **more)
+        return train(model, processor, args, train_rows, rows.select(range(2)), collator, callbacks=callbacks)
+
+    whole = run("whole")
+    for last in (2, 4):
+        run("cut", callbacks=[Interruption(last)], resume=True)
+    resumed = run("cut", resume=True)
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(resumed.model, whole.model, rtol=0, atol=0)
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_takes_no_step_more(new_parts, rows, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    whole = train(*new_parts(), options(tmp_path, **saving), rows)
+    steps = Steps()
+    again = train(*new_parts(), options(tmp_path, resume=True, **saving), rows, callbacks=[steps])
+    assert steps.taken == [] and again.state.global_step == 3
+    assert_same_weights(again.model, whole.model, rtol=0, atol=0)
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_exits_and_the_same_command_goes_on(new_parts, rows, tmp_path):
+    whole = train(*new_parts(), options(tmp_path / "whole", max_steps=5), rows)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        train(*new_parts(), options(tmp_path / "cut", max_steps=5, resume=True), rows, callbacks=[Signal(3)])
+    assert exit.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    resumed = train(*new_parts(), options(tmp_path / "cut", max_steps=5, resume=True), rows)
+    assert_same_weights(resumed.model, whole.model, rtol=0, atol=0)
+
+
+class FullDisk(TrainerCallback):
+    """Lets no file grow beyond so many bytes, from a step on."""
+
+    def __init__(self, step, num_bytes):
+        self.step, self.num_bytes = step, num_bytes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, resource.RLIM_INFINITY))
+
+
+# The weights, the optimizer's state, and the config are too large
+@pytest.mark.parametrize("num_bytes", [100_000, 300_000, 1_000])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_an_error_and_those_before_it_stay(
+    new_parts, rows, tmp_path, num_bytes
+):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "resume": True}
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-3 can't be saved: .*Earlier checkpoints are as they were"):
+            train(*new_parts(), options(tmp_path, **saving), rows, callbacks=[FullDisk(3, num_bytes)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list(tmp_path.glob("_unfinished/*"))
+    steps = Steps()
+    train(*new_parts(), options(tmp_path, **saving), rows, callbacks=[steps])
+    assert steps.taken == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_broken_file_of_the_checkpoint_to_resume_from_is_named(new_parts, rows, tmp_path, name):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "resume": True}
+    train(*new_parts(), options(tmp_path, **saving), rows)
+    path = tmp_path / "checkpoint-2" / name
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=f"{path} is broken, cut short or overwritten"):
+        train(*new_parts(), options(tmp_path, **saving), rows)
+
+
+def test_weights_that_the_checkpoint_to_resume_from_lacks_are_named(new_parts, rows, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "resume": True}
+    train(*new_parts(), options(tmp_path, **saving), rows)
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if ".fusion_model." in name)
+    save_file({each: weight for each, weight in weights.items() if each != name}, path)
+    with pytest.raises(ValueError, match=f"lacks weights: {name}"):
+        train(*new_parts(), options(tmp_path, **saving), rows)
+
+
+class Poisoned(DuoStreamDataCollator):
+    """A picture of row 5 is no number, which no picture in a file can be."""
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        if 5 in [row["row"] for row in rows]:
+            batch["pixel_values"][0] = float("nan")
+        return batch
+
+
+def test_a_loss_that_is_no_number_stops_training_and_names_step_and_rows(new_parts, rows, tmp_path):
+    model, processor = new_parts()
+    args = options(tmp_path, train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match=r"Step 2: the loss is nan on rows \[4, 5, 6, 7\]"):
+        train(model, processor, args, rows, collator=Poisoned(processor))
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+class Weights(TrainerCallback):
+    """Everything the model keeps, step by step."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.kept.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_number_is_skipped_and_changes_nothing(new_parts, rows, tmp_path, vision, accumulation):
+    model, processor = new_parts(vision)
+    args = options(
+        tmp_path,
+        on_nan_loss="skip",
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        weight_decay=0.1,
+    )
+    weights = Weights()
+    train(model, processor, args, rows, collator=Poisoned(processor), callbacks=[weights])
+    first, second, third, _ = weights.kept
+    is_statistic = [name for name in first if "running_" in name or "num_batches" in name]
+    for name in first:
+        # Statistics have read the first half of the step
+        assert torch.equal(first[name], second[name]) or (accumulation == 2 and name in is_statistic), name
+        assert third[name].isfinite().all()
+    assert any(not torch.equal(second[name], third[name]) for name in first)
+    written = [json.loads(line) for line in (tmp_path / "bad_losses.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["loss"]) for each in written] == [(2, "nan"), (4, "nan")]
+    assert all(5 in each["rows"] for each in written)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"on_nan_loss": "hide"}, "`on_nan_loss` is 'hide'; there are 'stop' and 'skip'"),
+        ({"resume": True, "save_only_model": True}, "`resume` needs the optimizer's state"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "`hub_strategy` 'checkpoint' uploads the optimizer's"),
+    ],
+)
+def test_options_that_would_lose_or_give_away_a_state_are_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        options(tmp_path, **wrong)
 
 
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(new_parts, rows, tmp_path):
