@@ -1,7 +1,6 @@
 """Runs the README's Python blocks one after the other, as a reader would, and the examples of the docstrings."""
 
 import doctest
-import json
 import re
 from pathlib import Path
 
@@ -87,26 +86,6 @@ def test_the_examples_in_docstrings_run(folder):
 def test_the_api_page_shows_every_public_name():
     page = (README.parent / "docs/index.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: duostream\.(\w+)$", page, flags=re.MULTILINE)) == sorted(duostream.__all__)
-
-
-def test_the_page_about_photographs_finds_those_that_are_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for split, number in (("train", "11"), ("validation", "22")):
-        folder = tmp_path / "path/to/flickr8k" / split
-        folder.mkdir(parents=True)
-        metadata = {"image_id": number, "file_name": f"photographs/{number}_ab.jpg"}
-        (folder / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
-        (tmp_path / "path/to/multi30k").mkdir(exist_ok=True)
-        sentences = [{"en": f"a {name}", "de": f"ein {name}", "image": f"{name}.jpg"} for name in ("11", "22", "33")]
-        lines = "".join(json.dumps(row) + "\n" for row in sentences)
-        (tmp_path / "path/to/multi30k" / f"{split}.jsonl").write_text(lines)
-    page = (README.parent / "docs/rows_with_photographs.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(block, "rows_with_photographs.md", "exec"), {})
-    for split in ("train", "validation"):
-        rows = [json.loads(line) for line in Path(f"rows/{split}.jsonl").read_text().splitlines()]
-        expected = ["train/photographs/11_ab.jpg", "validation/photographs/22_ab.jpg", None]
-        assert [row["image"] for row in rows] == expected and [row["en"] for row in rows] == ["a 11", "a 22", "a 33"]
 
 
 def test_the_commands_of_the_readme_are_targets_and_scripts_that_exist():
