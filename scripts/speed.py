@@ -1,0 +1,346 @@
+"""
+Measures speed and memory: DuoStream, whose upper layers alone read pictures, beside models of `transformers` that send
+image tokens through all layers, around the same language model and vision model, with random weights.
+
+prefill     reading a picture and a text, up to the first token
+decode      the tokens behind it, one by one
+memory      the keys and values that are cached, and the peak of a prefill
+training    a step's time and peak memory
+overhead    the model's forward over its three backbones run by hand on the same tokens
+
+Figures are written as JSON, with a Markdown table and a plot beside it.
+
+Example:
+
+    duostream benchmark prefill --image_tokens 576 --batch_sizes 1 8 --peers llava --output runs/benchmark/prefill.json
+"""
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Cache, CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers.masking_utils import create_masks_for_generate
+
+from ..modeling.stream_layout_duostream import block_sequence_ids
+from ..processing.data_collator_duostream import IGNORE_INDEX
+from .arguments import parse
+from .comparison import CLOCKS, Row, compare, in_turn, peak_bytes, synchronize, timer, write_rows
+from .peers import IMAGE_TOKEN_ID, PEERS, check_preset, freeze, make_inputs, make_sides, with_features
+
+
+@dataclass
+class SpeedArguments:
+    """
+    Which models, on how much, how often.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    preset: str = field(
+        default="smollm2", metadata={"help": "`smollm2`: as large as SmolLM2-135M and SigLIP-B/16; or `tiny`."}
+    )
+    peers: list[str] = field(
+        default_factory=lambda: list(PEERS),
+        metadata={"help": "llava; paligemma, whose language model is a Gemma of that size; smolvlm."},
+    )
+    fusion_layers: list[int] = field(
+        default_factory=lambda: [8, 4], metadata={"help": "How many of the language model's layers read pictures."}
+    )
+    image_tokens: list[int] = field(
+        default_factory=lambda: [196, 576, 2304], metadata={"help": "Tokens of a picture: square numbers."}
+    )
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8], metadata={"help": "Rows, with one picture each, in front of the text."}
+    )
+    max_image_tokens: int = field(
+        default=5000, metadata={"help": "Leave out batches with more: 8 rows of 2304 take a minute for each run."}
+    )
+    attn_implementations: list[str] = field(
+        default_factory=lambda: ["sdpa"], metadata={"help": "sdpa, eager, ...; of all sides."}
+    )
+    text_len: int = field(default=32, metadata={"help": "Text tokens a row."})
+    repeats: int = field(default=3, metadata={"help": "How often each side is run, after one run to warm up."})
+    clock: str = field(
+        default="wall",
+        metadata={"help": "wall; or cpu, the time of this process alone, where others are in the way."},
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, ..."})
+    seed: int = field(default=0, metadata={"help": "Of weights and inputs."})
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file for the figures: runs/benchmark/PART.json by default."}
+    )
+
+    def __post_init__(self) -> None:
+        check_preset(self.preset, self.peers, self.image_tokens)
+        if self.repeats < 2:
+            raise ValueError(f"`repeats` is {self.repeats}; expected 2 or more, for quartiles")
+        if self.clock not in CLOCKS:
+            raise ValueError(f"`clock` is {self.clock!r}; there are {', '.join(map(repr, CLOCKS))}")
+
+
+@dataclass
+class PrefillArguments(SpeedArguments):
+    vision: list[str] = field(
+        default_factory=lambda: ["left out"],
+        metadata={"help": "Whether the vision model's time, about the same on all sides, is `counted` or `left out`."},
+    )
+
+
+@dataclass
+class DecodeArguments(SpeedArguments):
+    image_tokens: list[int] = field(default_factory=lambda: [196, 576], metadata={"help": "As in `prefill`."})
+    new_tokens: int = field(default=24, metadata={"help": "How many tokens are written."})
+    caches: list[str] = field(
+        default_factory=lambda: ["dynamic"], metadata={"help": "dynamic; static, where a step is compiled."}
+    )
+
+
+@dataclass
+class TrainingStepArguments(SpeedArguments):
+    peers: list[str] = field(default_factory=lambda: ["llava"], metadata={"help": "As in `prefill`."})
+    image_tokens: list[int] = field(default_factory=lambda: [576], metadata={"help": "As in `prefill`."})
+    batch_sizes: list[int] = field(default_factory=lambda: [2], metadata={"help": "As in `prefill`."})
+    frozen: list[str] = field(
+        default_factory=lambda: ["nothing", "vision", "language"],
+        metadata={"help": "nothing; vision; language, and vision: then the projector alone is trained."},
+    )
+    checkpointing: list[str] = field(
+        default_factory=lambda: ["off", "on"], metadata={"help": "Gradient checkpointing: off, on."}
+    )
+
+
+@dataclass
+class OverheadArguments(SpeedArguments):
+    peers: list[str] = field(default_factory=list, metadata={"help": "None: it is compared with its parts."})
+    fusion_layers: list[int] = field(default_factory=lambda: [8], metadata={"help": "As in `prefill`."})
+    image_tokens: list[int] = field(default_factory=lambda: [196, 576], metadata={"help": "As in `prefill`."})
+    repeats: int = field(default=7, metadata={"help": "As in `prefill`."})
+
+
+Cell = tuple[Row, dict[str, PreTrainedModel], dict[str, dict[str, Any]]]
+
+
+def cells(args: SpeedArguments) -> Iterator[Cell]:
+    """Each case: what it is, the models of all sides, and their inputs."""
+    for attention, image_tokens in product(args.attn_implementations, args.image_tokens):
+        batch_sizes = [size for size in args.batch_sizes if size * image_tokens <= args.max_image_tokens]
+        if not batch_sizes:
+            continue
+        set_seed(args.seed)
+        sides = make_sides(args.preset, image_tokens, args.fusion_layers, args.peers)
+        for model in sides.values():
+            model.to(args.device, getattr(torch, args.dtype)).eval()
+            model.set_attn_implementation(attention)
+            model.generation_config.eos_token_id = None  # all write as many tokens
+        for batch_size in batch_sizes:
+            told = {"attention": attention, "image_tokens": image_tokens, "batch_size": batch_size}
+            inputs = {
+                name: make_inputs(model, image_tokens, batch_size, args.text_len) for name, model in sides.items()
+            }
+            yield told, sides, inputs
+
+
+def pairs(args: SpeedArguments) -> Iterator[tuple[str, str, Row]]:
+    """Each of ours with each peer."""
+    for number, peer in product(args.fusion_layers, args.peers):
+        yield str(number), peer, {"fusion_layers": number, "peer": peer}
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
+    return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def measure_prefill(args: PrefillArguments) -> Iterator[Row]:
+    bars = {("8", 196): 2.5, ("8", 576): 3.0, ("8", 2304): 3.5, ("4", 196): 3.3, ("4", 576): 4.5, ("4", 2304): 5.5}
+    for cell, sides, inputs in cells(args):
+        for vision in args.vision:
+            is_counted = vision == "counted"
+            given = {name: inputs[name] if is_counted else with_features(sides[name], inputs[name]) for name in sides}
+            runs = {name: timer(partial(read, sides[name], given[name]), args.clock) for name in sides}
+            seconds = in_turn(runs, args.repeats)
+            for ours, peer, told in pairs(args):
+                bar = None if is_counted else bars.get((ours, cell["image_tokens"]))
+                yield {**cell, "vision": vision, **told, **compare(seconds, ours, peer), "at_least": bar}
+
+
+class Stamps(StoppingCriteria):
+    """Notes when each token is there."""
+
+    def __init__(self, clock: str):
+        self.clock = CLOCKS[clock]
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        synchronize()
+        self.seconds.append(self.clock())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def seconds_per_token(
+    model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, cache: str, clock: str
+) -> float:
+    """The median time that `generate` takes for a token behind the first."""
+    options: dict[str, Any] = {}
+    if cache == "static":
+        options = {"cache_implementation": "static", "compile_config": CompileConfig()}
+        options["compile_config"]._compile_all_devices = True  # by itself the library compiles on accelerators alone
+    stamps = Stamps(clock)
+    model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([stamps]),
+        **options,
+    )
+    return statistics.median(b - a for a, b in zip(stamps.seconds, stamps.seconds[1:], strict=False))
+
+
+def measure_decode(args: DecodeArguments) -> Iterator[Row]:
+    for cell, sides, inputs in cells(args):
+        given = {name: with_features(sides[name], inputs[name]) for name in sides}
+        for cache in args.caches:
+            runs = {
+                name: partial(seconds_per_token, sides[name], given[name], args.new_tokens, cache, args.clock)
+                for name in sides
+            }
+            seconds = in_turn(runs, args.repeats)
+            bar = 1.25 if (cell["image_tokens"], cell["batch_size"]) == (576, 8) else 1.0
+            for ours, peer, told in pairs(args):
+                figures = compare(seconds, ours, peer)
+                for side in ("ours", "theirs"):
+                    figures[f"tokens_per_second_{side}"] = cell["batch_size"] / figures.pop(f"seconds_{side}")
+                yield {**cell, "cache": cache, **told, **figures, "at_least": bar}
+
+
+def cache_bytes(cache: Cache) -> int:
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+
+
+def measure_memory(args: SpeedArguments) -> Iterator[Row]:
+    for cell, sides, inputs in cells(args):
+        given = {name: with_features(sides[name], inputs[name]) for name in sides}
+        cached = {name: cache_bytes(read(sides[name], given[name])) for name in sides}
+        peaks = {name: peak_bytes(partial(read, sides[name], given[name]), args.device) for name in sides}
+        for ours, peer, told in pairs(args):
+            figures = {"cache_bytes_ours": cached[ours], "cache_bytes_theirs": cached[peer]}
+            peak = {"peak_bytes_ours": peaks[ours], "peak_bytes_theirs": peaks[peer]}
+            bar = {"8": 3.0, "4": 5.0}.get(ours) if cell["image_tokens"] == 576 else None
+            yield {**cell, **told, **figures, **peak, "ratio": cached[peer] / cached[ours], "at_least": bar}
+
+
+def training_step(
+    model: PreTrainedModel, inputs: dict[str, Any], num_labels: int, frozen: str, is_checkpointing: bool
+) -> Callable[[], None]:
+    """Forward, backward and AdamW, on labels at the end of the text."""
+    labels = inputs["input_ids"].clone()
+    labels[:, :-num_labels] = IGNORE_INDEX
+    batch: dict[str, Any] = {**inputs, "labels": labels}
+    if "mm_token_type_ids" in inputs:
+        # Our collator says these
+        batch |= {"targets_per_row": num_labels, "images_per_row": 1}
+    freeze(model, frozen)
+    model.train()
+    (model.gradient_checkpointing_enable if is_checkpointing else model.gradient_checkpointing_disable)()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
+    for cell, sides, inputs in cells(args):
+        for frozen, checkpointing in product(args.frozen, args.checkpointing):
+            steps = {
+                name: training_step(model, inputs[name], args.text_len // 2, frozen, checkpointing == "on")
+                for name, model in sides.items()
+            }
+            seconds = in_turn({name: timer(step, args.clock) for name, step in steps.items()}, args.repeats)
+            peaks = {name: peak_bytes(step, args.device) for name, step in steps.items()}
+            bar = 2.0 if frozen == "nothing" and cell["image_tokens"] == 576 else None
+            for ours, peer, told in pairs(args):
+                peak = {"peak_bytes_ours": peaks[ours], "peak_bytes_theirs": peaks[peer]}
+                case = {**cell, "frozen": frozen, "checkpointing": checkpointing, **told}
+                yield {**case, **peak, **compare(seconds, ours, peer), "at_least": bar}
+
+
+def measure_overhead(args: OverheadArguments) -> Iterator[Row]:
+    """
+    `DuoStreamModel.forward` over its three backbones run by hand: the text stream on the text, the vision stream on
+    the pictures, the fusion stack on states of the joined length, with a mask that is ready. What is over is the
+    projector, dealing out and joining the tokens, and making the mask.
+    """
+    for cell, sides, inputs in cells(args):
+        for name in map(str, args.fusion_layers):
+            runs = {"parts": by_hand(sides[name], inputs[name]), "whole": at_once(sides[name], inputs[name])}
+            seconds = in_turn({name: timer(run, args.clock) for name, run in runs.items()}, args.repeats)
+            figures = compare(seconds, "parts", "whole", names=("parts", "whole"))
+            bar = 1.02 if (cell["image_tokens"], cell["batch_size"]) == (576, 8) else 1.05
+            yield {**cell, "fusion_layers": int(name), **figures, "at_most": bar}
+
+
+def at_once(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], None]:
+    given = {name: inputs[name] for name in ("input_ids", "pixel_values")}
+
+    @torch.no_grad()
+    def run() -> None:
+        model.model(**given, use_cache=False, images_per_row=1)
+
+    return run
+
+
+def by_hand(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], None]:
+    config, input_ids = model.config, inputs["input_ids"]
+    text = input_ids[:, config.image_seq_length :]
+    states = torch.randn(*input_ids.shape, config.text_config.hidden_size, device=model.device, dtype=model.dtype)
+    mask = create_masks_for_generate(
+        config=config.fusion_stack_config,
+        inputs_embeds=states,
+        attention_mask=None,
+        past_key_values=None,
+        block_sequence_ids=block_sequence_ids(input_ids == IMAGE_TOKEN_ID, config.image_seq_length),
+    )
+
+    @torch.no_grad()
+    def run() -> None:
+        model.model.text_model(input_ids=text, use_cache=False)
+        model.model.vision_model(pixel_values=inputs["pixel_values"])
+        model.model.fusion_model(inputs_embeds=states, attention_mask=mask, use_cache=False)
+
+    return run
+
+
+PARTS: dict[str, tuple[type[SpeedArguments], Callable[[Any], Iterator[Row]]]] = {
+    "prefill": (PrefillArguments, measure_prefill),
+    "decode": (DecodeArguments, measure_decode),
+    "memory": (SpeedArguments, measure_memory),
+    "training": (TrainingStepArguments, measure_training),
+    "overhead": (OverheadArguments, measure_overhead),
+}
+
+
+def main(part: str, args: list[str] | None = None) -> None:
+    arguments, measure = PARTS[part]
+    (speed_args,) = parse(arguments, args=args, doc=__doc__)
+    record = {
+        "part": part,
+        "command": sys.argv[1:] if args is None else args,
+        "arguments": asdict(speed_args),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("duostream", "transformers", "torch")},
+    }
+    write_rows(Path(speed_args.output or f"runs/benchmark/{part}.json"), record, measure(speed_args))
