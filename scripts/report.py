@@ -1,20 +1,23 @@
 """Reports: one HTML file each, with its plots and pictures inside."""
 
 import base64
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset
 from jinja2 import Environment, PackageLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_picture
 
 PICTURE_SIDE = 144  # pixels on the page
@@ -31,27 +34,108 @@ def attended_tokens(checkpoint: Path, picture: PIL.Image.Image, result: dict[str
         result (`dict`): With `prompt`, the question.
 
     Returns:
-        `torch.Tensor` of shape `(rows, columns)`: the mean over the fusion stack's layers and heads of the attention
-        of the token that predicts the answer, over the square grid of image tokens. Sums up to 1 or, where it attended
-        to text too, less.
+        `torch.Tensor` of shape `(rows, columns)`: see [`attention_to_pictures`].
     """
     # Only the eager implementation returns attentions
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    processor = AutoProcessor.from_pretrained(checkpoint)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": result["prompt"]}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+    inputs = prompt_inputs(AutoProcessor.from_pretrained(checkpoint), [{"role": "user", "content": content}])
+    # Whatever is answered is not read
+    return attention_to_pictures(model, inputs, new_tokens=inputs["input_ids"][:, :1])[0, 0]
+
+
+def prompt_inputs(processor: DuoStreamProcessor, conversation: list[dict]) -> BatchFeature:
+    """A model's inputs for the next answer in a conversation, whose picture parts carry their picture."""
+    return processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    with torch.no_grad():
-        outputs = model(**inputs, output_attentions=True)
-    attention = torch.stack(outputs.attentions).mean(dim=(0, 2))[0, -1]  # (seq_len,)
-    attention = attention[inputs["input_ids"][0] == processor.image_token_id]  # (image_seq_length,)
-    side = int(attention.numel() ** 0.5)
-    return attention[-side * side :].view(side, side)  # (rows, columns)
+
+
+@torch.no_grad()
+def attention_to_pictures(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], new_tokens: torch.Tensor
+) -> torch.Tensor:
+    """
+    How much each token of an answer, in the position that predicts it, attended to each image token.
+
+    Args:
+        model ([`DuoStreamForConditionalGeneration`]): With `attn_implementation="eager"`.
+        inputs (`Mapping`): The prompt, one row with a picture or more.
+        new_tokens (`torch.LongTensor` of shape `(1, num_tokens)`): The answer.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, num_images, rows, columns)`: the mean over the fusion stack's layers and
+        heads, over each picture's square grid of image tokens. Of each token it sums up to 1 or, where it attended to
+        text too, less.
+    """
+    num_tokens = new_tokens.shape[1]
+    # The last token predicts nothing
+    whole = {"input_ids": torch.cat([inputs["input_ids"], new_tokens[:, :-1]], dim=1)}
+    if "token_type_ids" in inputs:
+        whole["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, num_tokens - 1), value=1)
+    outputs = model(**whole, pixel_values=inputs["pixel_values"], output_attentions=True, use_cache=False)
+    attention = torch.stack([layer[0, :, -num_tokens:].mean(dim=0) for layer in outputs.attentions]).mean(dim=0)
+    attention = attention[:, whole["input_ids"][0] == model.config.image_token_id].float()
+    attention = attention.unflatten(1, (-1, model.config.image_seq_length))  # (num_tokens, num_images, image_seq)
+    side = int(attention.shape[-1] ** 0.5)
+    # Behind a class token, where there is one
+    return attention[..., -side * side :].unflatten(-1, (side, side))  # (num_tokens, num_images, rows, columns)
+
+
+def show_attention(
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    pictures: list[PIL.Image.Image],
+    inputs: Mapping[str, torch.Tensor],
+    new_tokens: torch.Tensor,
+) -> str:
+    """
+    Where an answer looked, as HTML: the pictures as the model sees them, and an overlay for each token.
+
+    Args:
+        model, inputs, new_tokens: See [`attention_to_pictures`].
+        processor ([`DuoStreamProcessor`]): Of the model.
+        pictures (`list[PIL.Image.Image]`): Of the prompt.
+    """
+    maps = attention_to_pictures(model, inputs, new_tokens).cpu()  # (num_tokens, num_images, rows, columns)
+    seen = processor.image_processor(pictures, do_rescale=False, do_normalize=False, return_tensors="pt")
+    strip = side_by_side(seen["pixel_values"].clamp(0, 255)).byte()  # (channels, height, num_images * width)
+    tokens = [
+        {"text": text, "share": float(heat.sum()), "heat": embed(draw_heat(heat))}
+        for text, heat in zip(pieces_of(processor, new_tokens[0]), maps, strict=True)
+        if text
+    ]
+    return render(
+        "attention.html.jinja",
+        picture=embed(PIL.Image.fromarray(strip.permute(1, 2, 0).numpy())),
+        width=strip.shape[2],
+        height=strip.shape[1],
+        num_pictures=len(pictures),
+        mean=embed(draw_heat(maps.mean(dim=0))),
+        tokens=tokens,
+    )
+
+
+def side_by_side(pictures: torch.Tensor) -> torch.Tensor:
+    """`(num_images, ..., height, width)` as `(..., height, num_images * width)`."""
+    return torch.cat(tuple(pictures), dim=-1)
+
+
+def draw_heat(heat: torch.Tensor) -> PIL.Image.Image:
+    """Attention of shape `(num_images, rows, columns)` in colours, from none to the most there is in it."""
+    colors = matplotlib.colormaps["magma"]((side_by_side(heat) / heat.max().clamp(min=1e-9)).numpy(), bytes=True)
+    return PIL.Image.fromarray(np.ascontiguousarray(colors[..., :3]))
+
+
+def pieces_of(processor: DuoStreamProcessor, tokens: torch.Tensor) -> list[str]:
+    """What each token adds to the text: nothing, where it is a special one or a part of a character."""
+    pieces, text = [], ""
+    for end in range(1, len(tokens) + 1):
+        longer = processor.decode(tokens[:end], skip_special_tokens=True)
+        is_whole = not longer.endswith("\N{REPLACEMENT CHARACTER}")
+        pieces.append(longer[len(text) :] if is_whole else "")
+        text = longer if is_whole else text
+    return pieces
 
 
 def write_report(
