@@ -432,6 +432,8 @@ def train(
         callbacks=callbacks,
         **kwargs,
     )
+    # Another rank may not have made it yet
+    Path(str(training_args.output_dir)).mkdir(parents=True, exist_ok=True)
     checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
     if checkpoint is not None:
         check_files(Path(checkpoint))

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from duostream import DuoStreamForPreTraining
 from duostream.scripts import pretrain
-from duostream.scripts.checkpoints import check_files
+from duostream.scripts.checkpoints import check_files, load_model, publish_files
 
 NUM_KILLS = 20
 NUM_STEPS = 24
@@ -127,6 +130,77 @@ def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_left_alo
     assert reached.keys() == KINDS.keys()
     for kind, steps in reached.items():
         assert len(steps) == NUM_KILLS and len(set(steps)) > 5 and steps[-1] < NUM_STEPS, kind
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from tiny_models import small_model  # not where this file is a command
+
+    small_model(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+@pytest.mark.parametrize("break_it", ["cut", "emptied", "overwritten"])
+def test_a_broken_file_of_a_checkpoint_is_named(checkpoint, name, break_it):
+    path = checkpoint / name
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[: len(content) // 2], "emptied": b"", "overwritten": b"\xff\x00" * 99}[break_it])
+    with pytest.raises(ValueError, match=f"{path} is broken, cut short or overwritten"):
+        load_model(AutoModelForImageTextToText, str(checkpoint))
+
+
+def without(path, name):
+    weights = load_file(path)
+    assert name in weights
+    save_file({each: weight for each, weight in weights.items() if each != name}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.fusion_model.norm.weight", "lm_head.weight"])
+def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, name):
+    assert load_model(AutoModelForImageTextToText, str(checkpoint)).config.architectures
+    without(checkpoint / "model.safetensors", name)
+    with pytest.raises(ValueError, match=f"{checkpoint} lacks weights of DuoStreamForConditionalGeneration: {name}"):
+        load_model(AutoModelForImageTextToText, str(checkpoint))
+
+
+def test_a_head_that_is_new_may_be_missing_but_nothing_below_it(checkpoint):
+    model = load_model(AutoModelForSequenceClassification, str(checkpoint), num_labels=3)
+    assert model.config.num_labels == 3
+    assert load_model(AutoModelForMaskedLM, str(checkpoint))
+    without(checkpoint / "model.safetensors", "model.fusion_model.norm.weight")
+    with pytest.raises(ValueError, match=r"lacks weights of DuoStreamForSequenceClassification: model\.fusion"):
+        load_model(AutoModelForSequenceClassification, str(checkpoint), num_labels=3)
+
+
+def test_heads_of_pretraining_load_into_others(tmp_path):
+    from tiny_models import small_model
+
+    small_model(cls=DuoStreamForPreTraining).save_pretrained(tmp_path)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSequenceClassification):
+        assert load_model(auto_class, str(tmp_path))
+
+
+def test_weights_never_stand_beside_the_config_of_others(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "_unfinished" / "model"
+    for folder, text in ((old, "old"), (new, "new")):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (folder / name).write_text(text)
+    seen = []
+    replace = Path.replace
+
+    def watch(self, target):
+        # What a process that ends here would leave
+        seen.append({path.name: path.read_text() for path in old.iterdir()})
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watch)
+    publish_files(new, old)
+    assert len(seen) == 3 and not any("model.safetensors" in files for files in seen)
+    assert {path.name: path.read_text() for path in old.iterdir()} == dict.fromkeys(
+        seen[0] | {"model.safetensors": 0}, "new"
+    )
 
 
 if __name__ == "__main__":
