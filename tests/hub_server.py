@@ -169,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         if self.hub.drops_uploads:
-            self.rfile.read(64)
+            self.rfile.read(1)
             self.close_connection = True
             return
         data = self.body()
