@@ -136,7 +136,7 @@ class DuoStreamTrainer(Trainer):
             names = " and ".join(each.__name__ for each in SMOOTHED)
             raise ValueError(f"`label_smoothing_factor` is for {names}: the losses of others know no smoothing")
         is_stream = isinstance(self.train_dataset, IterableDataset)
-        self.data_collator = ReproducibleCollator(self.data_collator, self.args.seed, is_stream)
+        self.data_collator: Any = ReproducibleCollator(self.data_collator, self.args.seed, is_stream)
         self.epoch_sampler: EpochSampler | None = None
         self.is_saving = self.has_bad_loss = False
         self.rows_at_hand: torch.Tensor | None = None
@@ -200,8 +200,13 @@ class DuoStreamTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            shutil.rmtree(written, ignore_errors=True)
-            raise OSError(f"{place} can't be saved: {error}. Earlier checkpoints are as they were") from error
+            # What the library says of a full disk may be a file's position
+            free = shutil.disk_usage(run_dir).free
+            shutil.rmtree(written.parent, ignore_errors=True)
+            raise OSError(
+                f"{place} can't be saved, with {free:,} bytes free on its disk: {error}. Earlier checkpoints are as "
+                "they were"
+            ) from error
         finally:
             self.is_saving = False
         if self.state.best_model_checkpoint == str(written):
