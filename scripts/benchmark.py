@@ -3,6 +3,8 @@ Measures each thing beside what it is compared with, in one process. The first a
 
 prefill, decode, memory, training    DuoStream beside LLaVA, PaliGemma and SmolVLM
 overhead                             the model's forward over its three backbones run by hand on the same tokens
+input                                the processor beside stock ones; how much of training waits for batches
+speed                                prefill, decode, memory, training and overhead, with the options that all have
 quality                              DuoStream and a model of `transformers` as large, trained for the same minutes
 
 Each has options of its own (`duostream benchmark decode --help`), and sides that run in turn.
@@ -16,10 +18,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from . import quality, speed
+from . import input_speed, quality, speed
 
 PARTS: dict[str, Callable[[list[str]], None]] = {
     **{part: partial(speed.main, part) for part in speed.PARTS},
+    "input": input_speed.main,
+    "speed": speed.all_parts,
     "quality": quality.main,
 }
 

@@ -117,7 +117,8 @@ def as_table(rows: Sequence[Row]) -> str:
     def shown(value: Any) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([shown(row.get(name)) for name in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -125,14 +126,14 @@ def draw(rows: Sequence[Row]) -> plt.Figure:
     """Each row's ratio with its quartiles, and its bar."""
     fields = [name for name, value in rows[0].items() if not isinstance(value, float) and "bytes" not in name]
     varied = [name for name in fields if len({row[name] for row in rows}) > 1 and not name.startswith("at_")]
-    labels = [", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in varied) for row in rows]
+    labels = [", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in varied if row[name]) for row in rows]
     ratios = [row["ratio"] for row in rows]
     spread = [[row["ratio"] - row.get("ratio_quartile_1", row["ratio"]) for row in rows]]
     spread += [[row.get("ratio_quartile_3", row["ratio"]) - row["ratio"] for row in rows]]
     figure, axis = plt.subplots(figsize=(10, 1 + 0.25 * len(rows)), layout="constrained")
     axis.barh(range(len(rows)), ratios, xerr=spread, color="tab:blue", ecolor="black")
-    bars = [(i, row.get("at_least", row.get("at_most"))) for i, row in enumerate(rows)]
-    for i, bar in bars:
+    for i, row in enumerate(rows):
+        bar = row.get("at_least", row.get("at_most"))
         if bar is not None:
             axis.vlines(bar, i - 0.4, i + 0.4, color="tab:red", linewidth=2)
     axis.axvline(1, color="gray", linewidth=1)

@@ -251,7 +251,7 @@ def training_step(
         batch |= {"targets_per_row": num_labels, "images_per_row": 1}
     freeze(model, frozen)
     model.train()
-    (model.gradient_checkpointing_enable if is_checkpointing else model.gradient_checkpointing_disable)()
+    (model.activation_checkpointing_enable if is_checkpointing else model.activation_checkpointing_disable)()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
 
     def step() -> None:
@@ -344,3 +344,14 @@ def main(part: str, args: list[str] | None = None) -> None:
         "versions": {name: version(name) for name in ("duostream", "transformers", "torch")},
     }
     write_rows(Path(speed_args.output or f"runs/benchmark/{part}.json"), record, measure(speed_args))
+
+
+def all_parts(args: list[str]) -> None:
+    """
+    Raises:
+        ValueError: There is one `output`, which each part would write anew.
+    """
+    if any(arg.startswith("--output") for arg in args):
+        raise ValueError("`speed` writes runs/benchmark/PART.json for each of its parts: it takes no `output`")
+    for part in PARTS:
+        main(part, args)
