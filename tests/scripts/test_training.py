@@ -162,6 +162,7 @@ def test_an_interrupted_run_that_is_resumed_ends_where_an_uninterrupted_one_does
         assert_same_weights(cut.model, whole.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("is_stream", "kwargs"),
     [
