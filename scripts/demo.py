@@ -227,6 +227,15 @@ def told() -> Iterator[None]:
         raise Error(escape(message), duration=None, print_exception=is_defect) from error
 
 
+def import_gradio() -> Any:
+    try:
+        return import_module("gradio")
+    except ImportError as error:
+        raise ImportError(
+            "The page needs more packages: pip install 'duostream[demo]' (in a clone: pip install -e '.[demo]')"
+        ) from error
+
+
 def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens) -> Any:
     """
     The page of a checkpoint, a `gradio.Blocks`.
@@ -235,12 +244,7 @@ def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens) -
         ImportError: Gradio isn't installed.
         ValueError: The checkpoint can neither write nor find pictures.
     """
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ImportError(
-            "`duostream demo` needs more packages: pip install 'duostream[demo]' (in a clone: '.[demo]')"
-        ) from error
+    gr = import_gradio()
     writer, finder, processor = load(checkpoint)
 
     def chat(message: dict, turns: list[dict]) -> Iterator[tuple[list[dict], Any, str]]:
@@ -342,9 +346,11 @@ def space_files(repo_id: str) -> dict[str, str]:
     """
     What a Space on the Hub needs to show the page of the model `repo_id`, by path: the app, its requirements, its
     card, and this package, so that the checkpoint's own code isn't trusted.
-    """
-    import gradio
 
+    Raises:
+        ImportError: Gradio, whose version it names, isn't installed.
+    """
+    gradio = import_gradio()
     card = SpaceCardData(
         title=repo_id.split("/")[-1],
         sdk="gradio",

@@ -7,6 +7,7 @@ Example:
     duostream push --checkpoint runs/finetuned --repo_id me/my-duostream --evaluations runs/evaluation --private true
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import AutoConfig, AutoProcessor
 
 import duostream
 
 from .arguments import parse
 from .card import CARD, PICTURES, is_by_hand, read_evaluation, weights_fingerprint, write_card
+from .demo import space_files
 
 # What pushing again replaces
 OURS = (
@@ -65,8 +67,13 @@ class PushArguments:
     language: list[str] = field(
         default_factory=list, metadata={"help": "Of the texts, for the card: codes such as `en`."}
     )
+    space: str | None = field(
+        default=None,
+        metadata={"help": "Name of a Space, `user/name`, that is made or renewed, too: a page to try the model."},
+    )
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
     commit_message: str = field(default="Upload DuoStream", metadata={"help": "Of the commit."})
+    json: bool = field(default=False, metadata={"help": "Print what was uploaded as JSON."})
 
 
 def is_ours(name: str, patterns: Sequence[str] = OURS) -> bool:
@@ -150,14 +157,27 @@ def push(args: PushArguments) -> tuple[str, str]:
     return str(commit), told
 
 
+def push_space(space: str, files: dict[str, str], repo_id: str, private: bool | None = None) -> str:
+    """Uploads the app of a Space that shows the page of the model `repo_id`; the address of the commit."""
+    api = HfApi()
+    space = api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True).repo_id
+    operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
+    message = f"A page to try {repo_id}"
+    return str(api.create_commit(space, operations, repo_type="space", commit_message=message))
+
+
 OPTIONS = (PushArguments,)
 
 
 def main(args: list[str] | None = None) -> None:
     (push_args,) = parse(*OPTIONS, args=args, doc=__doc__)
+    # First, so that what is missing for it is told before anything is uploaded
+    space = space_files(push_args.repo_id) if push_args.space is not None else None
     address, told = push(push_args)
-    print(told)
-    print(address)
+    uploaded = {"card": told, "commit": address}
+    if space is not None:
+        uploaded["space"] = push_space(push_args.space, space, push_args.repo_id, push_args.private)
+    print(json.dumps(uploaded) if push_args.json else "\n".join(uploaded.values()))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ class Repository:
 
 
 class Hub:
-    """What the server holds, for tests to look at, and whether it drops large uploads half-way."""
+    """
+    What the server holds, for tests to look at, Spaces as `spaces/user/name`; and whether it drops large uploads
+    half-way.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -113,6 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if asked.get("type") == "space":
+                repo_id = f"spaces/{repo_id}"
             if repo_id in self.hub.repositories:
                 return self.answer({"url": f"{self.hub.address}/{repo_id}"}, 409)
             repository = self.hub.repositories[repo_id] = Repository()
@@ -131,7 +136,9 @@ class Handler(BaseHTTPRequestHandler):
                     {**each, **({} if each["oid"] in self.hub.objects else {"actions": {"upload": upload}})}
                 )
             return self.answer({"transfer": "basic", "objects": objects})
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch|tag)/(.+)", path)
+        found = re.fullmatch(
+            r"/api/((?:spaces/)?[^/]+/[^/]+)/(preupload|commit|branch|tag)/(.+)", path.replace("/models/", "/", 1)
+        )
         if found is None or found[1] not in self.hub.repositories:
             return self.refuse("RepoNotFound")
         repository, revision = self.hub.repositories[found[1]], unquote(found[3])

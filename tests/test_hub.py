@@ -231,8 +231,12 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     # Whole again, in place of the shards, which must not stay beside; what is somebody's own stays
     others = {"handler.py": b"", "lora/adapter_model.safetensors": b"", "onnx/config.json": b""}
     hub.repositories["me/shards"].add("first", others)
-    whole = [*options[:4], "--revision", "first"]
-    assert run("duostream.scripts.push", *whole).returncode == 0
+    whole = [*options[:4], "--revision", "first", "--space", "me/page", "--json", "true"]
+    pushed = run("duostream.scripts.push", *whole)
+    assert pushed.returncode == 0, pushed.stderr[-3000:]
+    assert set(json.loads(pushed.stdout.splitlines()[-1])) == {"card", "commit", "space"}
+    page = hub.files("spaces/me/page")
+    assert b"me/shards" in page["app.py"] and "requirements.txt" in page and "duostream/scripts/demo.py" in page
     files = hub.files("me/shards", "first")
     assert set(files) >= WHOLE | set(others) | {"README.md"} and "model.safetensors.index.json" not in files
     assert {name for name in files if name.startswith("model")} == {"model.safetensors", "modeling_duostream.py"}
