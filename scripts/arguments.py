@@ -53,7 +53,7 @@ class DataArguments:
     weight: float = field(default=1.0, metadata={"help": "How often rows of this data set are drawn in a mixture."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; slices like `train[:90%%]` work."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    eval_split: str = field(default="validation", metadata={"help": 'Split to evaluate on; "" for none.'})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a local copy."})
     image_column: str = field(
         default="image", metadata={"help": 'Column with a picture, or a list of them; "" reads text only.'}

@@ -32,11 +32,11 @@ def main(args: list[str] | None = None) -> None:
     part, *options = (sys.argv[1:] if args is None else args) or ["--help"]
     if part in ("-h", "--help"):
         print((__doc__ or "").strip())
-    elif part in PARTS:
-        PARTS[part](options)
-    else:
+        sys.exit()
+    if part not in PARTS:
         print(f"There is no benchmark {part!r}; there are {', '.join(PARTS)}", file=sys.stderr)
         sys.exit(2)
+    PARTS[part](options)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures
 from . import metrics
 from .arguments import DataArguments, parse
 from .card import save_samples, source_of, weights_fingerprint
+from .checkpoints import load_model
 from .data import Rows, load_rows
 from .generate import answer
 from .report import write_evaluation
@@ -298,7 +299,7 @@ def main(args: list[str] | None = None) -> None:
     started = time.time()
     set_seed(evaluate_args.seed)
     task, batch_size = task_of(data_args.task), evaluate_args.batch_size
-    model = task.auto_class.from_pretrained(evaluate_args.checkpoint)
+    model = load_model(task.auto_class, evaluate_args.checkpoint)
     processor = AutoProcessor.from_pretrained(evaluate_args.checkpoint)
     classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []
     split, max_rows = data_args.eval_split, data_args.max_eval_rows

@@ -8,14 +8,19 @@ Example:
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, set_seed
+from transformers.utils import logging
 
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
 from .tasks import task_of
 from .training import bad_rows_of, collator_of, train
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -49,17 +54,25 @@ def main(args: list[str] | None = None) -> None:
     classes = read_classes(data_args) if is_classification else []
     bad_rows = bad_rows_of(data_args, training_args)
     rows = load_mixture(data_args, classes, training_args.seed, bad_rows)
-    eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, classes=classes)
-    metric_rows = None
+    eval_rows, metric_rows = None, None
+    if data_args.eval_split:
+        eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, classes=classes)
+        if Path(data_args.dataset).is_file() and "[" not in data_args.train_split + data_args.eval_split:
+            logger.warning(
+                f"{data_args.dataset} is one file: it is evaluated on the rows it is trained on. Part it, as in "
+                "`--train_split 'train[:90%]' --eval_split 'train[90%:]'`, or evaluate nothing by `--eval_split ''`"
+            )
+    elif training_args.metric_rows:
+        raise ValueError("`metric_rows` are of `eval_split`, which is empty")
     if training_args.metric_rows:
         metric_rows = load_rows(
             data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, classes=classes
         )
-    options = class_options(classes, next(iter(eval_rows))["label"]) if is_classification else {}
+    options = class_options(classes, next(iter(rows))["label"]) if is_classification else {}
     if is_classification:
         # A head for other classes is made anew, which the loading reports
         options["ignore_mismatched_sizes"] = True
-    model = task_of(data_args.task).auto_class.from_pretrained(finetune_args.checkpoint, **options)
+    model = load_model(task_of(data_args.task).auto_class, finetune_args.checkpoint, **options)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)

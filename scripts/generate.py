@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_pictures
 from .arguments import parse
+from .checkpoints import load_model
 
 
 @dataclass
@@ -58,7 +59,7 @@ OPTIONS = (GenerateArguments,)
 
 def main(args: list[str] | None = None) -> None:
     (generate_args,) = parse(*OPTIONS, args=args, doc=__doc__)
-    model = AutoModelForImageTextToText.from_pretrained(generate_args.checkpoint).eval()
+    model = load_model(AutoModelForImageTextToText, generate_args.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(generate_args.checkpoint)
     pictures = [{"type": "image", "image": each} for each in load_pictures(generate_args.image, "`image`")]
     conversation = [{"role": "user", "content": [*pictures, {"type": "text", "text": generate_args.prompt}]}]

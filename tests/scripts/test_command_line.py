@@ -342,7 +342,7 @@ def test_evaluation_writes_only_where_it_is_told_to(pretrained, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     evaluate.main(arguments(checkpoint=pretrained, max_eval_rows=1, output_dir="here", max_new_tokens=2))
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"metrics.json", "predictions.jsonl"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"metrics.json", "predictions.jsonl", "samples"}
 
 
 def test_evaluation_of_photographs_gives_a_prediction_for_each_against_all_of_its_captions(
