@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> None:
     part, *options = (sys.argv[1:] if args is None else args) or ["--help"]
     if part in ("-h", "--help"):
         print((__doc__ or "").strip())
-        sys.exit()
+        sys.exit(0)
     if part not in PARTS:
         print(f"There is no benchmark {part!r}; there are {', '.join(PARTS)}", file=sys.stderr)
         sys.exit(2)
