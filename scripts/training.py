@@ -131,6 +131,8 @@ class DuoStreamTrainer(Trainer):
 
     def __init__(self, *args: Any, task: str = "chat", metric_rows: Dataset | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Of a stream one rank would read all batches, and deal out pictures as if there were one in each row
+        self.accelerator.dataloader_config.dispatch_batches = False
         if self.args.label_smoothing_factor and not isinstance(self.model, SMOOTHED):
             # The library would take the labels away, and with them these losses
             names = " and ".join(each.__name__ for each in SMOOTHED)
@@ -369,9 +371,15 @@ class DuoStreamTrainer(Trainer):
         was_training = self.model.training
         batch_size = self.args.per_device_eval_batch_size
         if task_of(self.task).auto_class is WRITER:
-            own = range(self.args.process_index, len(rows), self.args.world_size)
-            options = {"max_new_tokens": self.args.max_new_tokens}
-            results = generate_answers(self.model, self.processing_class, rows.select(own), batch_size, **options)
+            own = list(range(self.args.process_index, len(rows), self.args.world_size))
+            # As many on each rank: those that share weights read each batch together
+            num_missing = -(-len(rows) // self.args.world_size) - len(own)
+            asked = rows.select(own + [0] * num_missing)
+            options: dict[str, Any] = {"max_new_tokens": self.args.max_new_tokens}
+            if self.is_fsdp_enabled and self.args.world_size > 1:
+                # Of FSDP2 by `accelerate` the library's `generate` doesn't know
+                options["synced_gpus"] = True
+            results = generate_answers(self.model, self.processing_class, asked, batch_size, **options)[: len(own)]
             if self.args.world_size > 1:
                 results = gather_object(results)
             figures = score_answers(results, self.task)
@@ -427,6 +435,9 @@ def train(
     if isinstance(train_rows, IterableDataset):
         # Where one ends, the library begins anew within what it counts as one epoch, and resuming can't tell where
         train_rows = train_rows.repeat(None)
+    if isinstance(eval_rows, IterableDataset) and training_args.world_size > 1:
+        # Ranks whose parts of a stream differ in length would wait for each other
+        eval_rows = Dataset.from_list(list(eval_rows))
     trainer = DuoStreamTrainer(
         model=model,
         args=training_args,
