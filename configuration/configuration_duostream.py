@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.dataclasses import type_validator
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -16,8 +18,15 @@ from transformers.utils import CONFIG_NAME
 from .image_tokens_duostream import image_size_of, image_token_shape
 from .saved_code_duostream import AUTO_MAP, is_foreign, save_code
 
-CHOICES = {"projector_type": ("mlp", "linear", "none"), "contrastive_loss": ("sigmoid", "softmax")}
+CHOICES = {
+    "projector_type": ("mlp", "linear", "none"),
+    "contrastive_loss": ("sigmoid", "softmax"),
+    "projector_hidden_act": tuple(ACT2FN),
+}
+WEIGHTS = ("lm_weight", "mlm_weight", "itc_weight", "itm_weight")
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
+# Of what a config has as many Python objects as it says: more would hang whoever reads it
+MAX_LAYERS, MAX_LABELS = 1000, 1_000_000
 
 # Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
 SMALL_STACK: dict[str, Any] = {
@@ -141,6 +150,8 @@ class DuoStreamConfig(PreTrainedConfig):
             Dropout before the classifier of [`DuoStreamForSequenceClassification`].
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the new weights outside the three backbones.
+        base_models (`list[str]`, *optional*):
+            Which models on the Hub it was composed from, for the card. Local ones are not named.
 
     Raises:
         ValueError: the parts don't fit together; the message names the fields.
@@ -193,29 +204,40 @@ class DuoStreamConfig(PreTrainedConfig):
     restart_positions: bool = False
     projection_dim: int = 256
     contrastive_loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    lm_weight: float = 1.0
-    mlm_weight: float = 1.0
-    itc_weight: float = 1.0
-    itm_weight: float = 1.0
-    classifier_dropout: float = 0.0
+    lm_weight: float | int = 1.0
+    mlm_weight: float | int = 1.0
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    classifier_dropout: float | int = 0.0
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
+    base_models: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
+        for name, expected in DuoStreamConfig.__annotations__.items():
+            type_validator(name, getattr(self, name), expected)
         for name in SUB_CONFIGS:
-            sub_config = getattr(self, name)
-            model_type = sub_config.get("model_type") if isinstance(sub_config, dict) else None
-            if model_type is not None and model_type not in CONFIG_MAPPING:
-                raise ValueError(f"`{name}.model_type` is {model_type!r}, which is no type that `AutoConfig` knows")
-        super().__post_init__(**kwargs)
+            self._make_sub_config(name)
+        if (kwargs.get("num_labels") or 0) > MAX_LABELS:
+            raise ValueError(f"`num_labels` is {kwargs['num_labels']}; expected {MAX_LABELS} at most")
+        try:
+            super().__post_init__(**kwargs)
+        except Exception as error:
+            fields = ", ".join(f"`{name}`" for name in ("dtype", "id2label", *kwargs))
+            raise ValueError(f"one of {fields} can't be read: {error}") from error
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are {', '.join(map(repr, known))}")
-        for name in ("lm_weight", "mlm_weight", "itc_weight", "itm_weight"):
-            if getattr(self, name) < 0:
+        for name in (*WEIGHTS, "initializer_range"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 (off) or more")
+        if not 0 <= self.classifier_dropout <= 1:
+            raise ValueError(f"`classifier_dropout` is {self.classifier_dropout}; expected a share, from 0 to 1")
+        for name in ("projection_dim", "projector_hidden_size", "image_seq_length", "image_hidden_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more")
         self._check_widths()
         self._check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:
@@ -227,6 +249,24 @@ class DuoStreamConfig(PreTrainedConfig):
                 f"`vision_config` gives tokens of width {self.image_hidden_size}, `fusion_stack_config.hidden_size` "
                 f'is {self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
+
+    def _make_sub_config(self, name: str) -> None:
+        sub_config = getattr(self, name)
+        if isinstance(sub_config, dict):
+            model_type = sub_config.get("model_type")
+            if model_type is not None and model_type not in list(CONFIG_MAPPING):
+                raise ValueError(f"`{name}.model_type` is {model_type!r}, which is no type that `AutoConfig` knows")
+            for field, value in sub_config.items():
+                counts = value if isinstance(value, list) else [value]
+                if ("layer" in field or "depth" in field) and any(
+                    isinstance(count, int) and count > MAX_LAYERS for count in counts
+                ):
+                    raise ValueError(f"`{name}.{field}` is {value!r:.100}; expected {MAX_LAYERS} at most")
+        try:
+            sub_config, _ = self.sub_configs_defaults[name].create_subconfig(name, sub_config)
+        except Exception as error:
+            raise ValueError(f"`{name}` can't be read: {error}") from error
+        setattr(self, name, sub_config)
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         # Every save and every push writes the config here. The library's own `custom_object_save` expects the modules

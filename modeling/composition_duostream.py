@@ -134,6 +134,10 @@ def compose_config(
     """
     if (num_fusion_layers is None) == (fusion_config is None):
         raise ValueError("Exactly one of `num_fusion_layers` and `fusion_config` must be given")
+    # What is no folder here came from the Hub
+    names = [str(config.name_or_path) for config in (text_config, vision_config)]
+    on_hub = [name for name in names if re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name) and not os.path.exists(name)]
+    kwargs.setdefault("base_models", on_hub or None)
     text_config = copy.deepcopy(text_config.get_text_config(decoder=True))
     vision_config = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
     if type(vision_config) not in MODEL_MAPPING:

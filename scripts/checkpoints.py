@@ -39,9 +39,13 @@ def publish_files(written: Path, folder: Path) -> None:
     shutil.rmtree(written.parent)
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, has_states: bool = False) -> None:
     """
     Looks whether the files of a checkpoint can be read, without reading the weights.
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+        has_states (`bool`, *optional*): Whether to look at those of optimizer, schedule and random numbers, too.
 
     Raises:
         ValueError: One can't, which is named; the library's messages don't, or it goes on without the file.
@@ -53,7 +57,7 @@ def check_files(folder: Path) -> None:
                     pass
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix in (".pt", ".pth") and not is_zipfile(path):
+            elif has_states and path.suffix in (".pt", ".pth") and not is_zipfile(path):
                 raise ValueError("it has no end")
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is broken, cut short or overwritten: {error}") from error

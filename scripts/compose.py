@@ -110,6 +110,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         dtype=args.dtype,
     )
     if args.from_scratch:
+        model.config.base_models = None
         model = model_class(model.config).to(model.dtype)
     processor.image_seq_length = model.config.image_seq_length
     return model, processor

@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)
-    options = {"task": data_args.task, "metric_rows": metric_rows, "bad_rows": bad_rows}
+    options = {"task": data_args.task, "metric_rows": metric_rows, "bad_rows": bad_rows, "data": data_args}
     train(model, processor, training_args, rows, eval_rows, collator, **options)
 
 

@@ -9,6 +9,7 @@ Example:
 import json
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -77,6 +78,7 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     }
     if args.vision is not None:
         image_processor, fields["vision_config"] = load_vision(args.vision)
+        fields["base_models"] = None if Path(args.vision).exists() else [args.vision]
     config = DuoStreamConfig.from_preset(args.preset, vocab_size=len(tokenizer), **fields)
     if args.vision is None:
         size = config.vision_config.image_size
@@ -129,7 +131,7 @@ def main(args: list[str] | None = None) -> None:
             mlm=bool(pretrain_args.mlm_weight),
             pairs=bool(pretrain_args.itc_weight or pretrain_args.itm_weight),
         )
-    train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows)
+    train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows, data=data_args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 
 from .. import DuoStreamProcessor, __version__
-from .arguments import DuoStreamTrainingArguments, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .data import blank, number_rows, pack_rows
 from .evaluate import exact_match, generate_answers, text_of
 from .generate import answer
@@ -32,6 +32,8 @@ from .pretrain import PretrainArguments, new_model
 from .report import NUM_SHOWN, attended_tokens, pick, write_report
 from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows, training_rows
 from .training import train
+
+SCENES = DataArguments(dataset="scenes")
 
 
 @dataclass
@@ -155,7 +157,7 @@ def main(args: list[str] | None = None) -> None:
             weight_decay=1.0,
             seed=seed,
         )
-        pretraining = train(model, processor, pretrain_args, captions)
+        pretraining = train(model, processor, pretrain_args, captions, data=SCENES)
 
     # Captions go through the objects in order, questions look for one by what it is: that is learnt far sooner where
     # captions don't come between, and both together while the learning rate falls
@@ -167,7 +169,7 @@ def main(args: list[str] | None = None) -> None:
             lr_scheduler_type="constant_with_warmup",
             seed=seed,
         )
-        questioning = train(model, processor, question_args, number_rows(questions))
+        questioning = train(model, processor, question_args, number_rows(questions), data=SCENES)
 
     with watch.stage("fine-tune"):
         finetune_args = training_arguments(
@@ -178,7 +180,7 @@ def main(args: list[str] | None = None) -> None:
             train_sampling_strategy="group_by_length",
             seed=seed,
         )
-        finetuning = train(model, processor, finetune_args, rows)
+        finetuning = train(model, processor, finetune_args, rows, data=SCENES)
 
     with watch.stage("load"):
         model = AutoModelForImageTextToText.from_pretrained(output_dir / "finetuned").eval()

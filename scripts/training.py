@@ -36,6 +36,7 @@ from ..processing import (
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
+from .card import write_card, write_run
 from .checkpoints import UNFINISHED, check_files, publish, publish_files
 from .data import Rows
 from .evaluate import evaluate, generate_answers, score_answers
@@ -43,6 +44,8 @@ from .tasks import WRITER, task_of
 
 logger = logging.get_logger(__name__)
 
+# What is not uploaded: a pickle, paths and place of this machine, and rows of the user's
+STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, "emissions.csv", "bad_rows.jsonl", "bad_losses.jsonl")
 SMOOTHED = (DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification)
 OBJECTIVES = ("lm_loss", "mlm_loss", "itc_loss", "itm_loss")
 
@@ -127,9 +130,17 @@ class DuoStreamTrainer(Trainer):
         task (`str`, *optional*): Measured at each evaluation, if there are `metric_rows`.
         metric_rows (`Dataset`, *optional*): Rows with all of their references. Answers are generated from prompts
             without them, shared out over the ranks.
+        data (`DataArguments`, *optional*): Where the rows came from, for the card.
     """
 
-    def __init__(self, *args: Any, task: str = "chat", metric_rows: Dataset | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        task: str = "chat",
+        metric_rows: Dataset | None = None,
+        data: DataArguments | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         # Of a stream one rank would read all batches, and deal out pictures as if there were one in each row
         self.accelerator.dataloader_config.dispatch_batches = False
@@ -151,7 +162,7 @@ class DuoStreamTrainer(Trainer):
             head = self.model.image_text_head
             head.requires_grad_(self.model.config.itc_weight > 0)
             head.matching.requires_grad_(self.model.config.itm_weight > 0)
-        self.task, self.metric_rows = task, metric_rows
+        self.task, self.metric_rows, self.data = task, metric_rows, data
         config = self.model.config
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
         self.objective_sums = torch.zeros(len(self.objectives))
@@ -303,12 +314,18 @@ class DuoStreamTrainer(Trainer):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         super().init_hf_repo(*args, **kwargs)
-        # The library saves its arguments as a pickle, with this machine's paths in it: it stays here
         path = Path(str(self.args.output_dir)) / ".gitignore"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if self.is_world_process_zero() and TRAINING_ARGS_NAME not in lines:
+        if self.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join([*lines, TRAINING_ARGS_NAME, ""]), encoding="utf-8")
+            path.write_text("\n".join([*dict.fromkeys([*lines, *STAYS_HERE]), ""]), encoding="utf-8")
+
+    def create_model_card(self, license: str | None = None, language: str | None = None, **kwargs: Any) -> None:
+        # The library's card says nothing of the data, the curve, or what DuoStream is. Uploading makes it.
+        if self.is_world_process_zero():
+            write_run(self, self.data)
+            folder = Path(str(self.args.output_dir))
+            write_card(folder, repo_id=self.hub_model_id, license=license, language=language)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         self.steps_since_log += 1
@@ -452,7 +469,7 @@ def train(
     Path(str(training_args.output_dir)).mkdir(parents=True, exist_ok=True)
     checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
     if checkpoint is not None:
-        check_files(Path(checkpoint))
+        check_files(Path(checkpoint), has_states=True)
     elif trainer.is_world_process_zero():
         trainer.bad_losses.unlink(missing_ok=True)
     with SaveWhenTerminated(trainer.accelerator) as termination:
@@ -469,6 +486,7 @@ def train(
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model()
+    trainer.create_model_card()
     if bad_rows is not None:
         bad_rows.report()
     if trainer.bad_losses.exists():

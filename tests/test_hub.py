@@ -202,7 +202,9 @@ def test_the_trainer_pushes_what_it_trained_and_none_of_its_states(
 ) -> None:
     trained = run(TRAIN, checkpoint, tmp_path / "run", "me/trained")
     assert trained.returncode == 0, trained.stderr[-3000:]
-    assert set(hub.files("me/trained")) >= WHOLE | {"README.md"}
+    files = set(hub.files("me/trained"))
+    assert files >= WHOLE | {"README.md", "run.json"} and not files & {"training_args.bin", "trainer_state.json"}
+    assert b'checkpoint = "me/trained"' in hub.files("me/trained")["README.md"]
     check_clean(hub, checkpoint, tmp_path)
     loaded = run(LOAD, "me/trained", "main", "no plugin", "trust")
     assert loaded.returncode == 0, loaded.stderr[-3000:]
