@@ -280,7 +280,7 @@ def _load(args: DataArguments, split: str) -> Rows:
     pictures = suffixes & {".jpg", ".jpeg", ".png", ".webp"}
     if path.is_dir() and pictures:
         return load_dataset("imagefolder", data_dir=args.dataset, **options)
-    for builder, known in (("json", {".jsonl", ".json"}), ("parquet", {".parquet"})):
+    for builder, known in (("json", {".jsonl", ".json"}), ("parquet", {".parquet"}), ("webdataset", {".tar"})):
         if suffixes & known:
             if path.is_file():
                 # A file is one split, whatever its name
@@ -288,7 +288,7 @@ def _load(args: DataArguments, split: str) -> Rows:
             return load_dataset(builder, data_dir=args.dataset, **options)
     raise ValueError(
         f"`dataset` {args.dataset!r} has files of types {sorted(suffixes)}; expected pictures with a "
-        "metadata file, JSONL or Parquet"
+        "metadata file, JSONL, Parquet, or WebDataset's tar files"
     )
 
 

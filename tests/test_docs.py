@@ -149,7 +149,7 @@ def test_every_page_with_code_is_run_here():
     with_code = {
         page.stem for page in PAGES if any(language in ("python", "bash") for language, *_ in blocks_of(page))
     }
-    assert with_code == {"own_data", "from_other_models", "fusion_depth", "rows_with_photographs"}
+    assert with_code == {"own_data", "from_other_models", "fusion_depth", "rows_with_photographs", "large_data"}
 
 
 @pytest.mark.slow
@@ -182,6 +182,13 @@ def test_the_page_on_the_fusion_depth_prints_what_it_shows(workplace, capsys):
     assert shown in printed
     # Four image tokens in the fusion layers alone
     assert "2 [9, 9, 5, 5, 5, 5, 5, 5, 5]" in printed
+
+
+def test_the_page_on_large_data_prints_what_it_shows(capsys):
+    page = ROOT / "docs/large_data.md"
+    run_page(page)
+    (shown,) = [content for language, content, _ in blocks_of(page) if language == "text"]
+    assert capsys.readouterr().out == shown
 
 
 def test_the_page_about_photographs_finds_those_that_are_there(tmp_path, monkeypatch):
