@@ -5,7 +5,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ def timer(run: Callable[[], Any], clock: str = "wall") -> Callable[[], float]:
     return timed
 
 
-def in_turn(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def in_turn(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """What each run measures, all in turn (A B C, C B A, ...), so that all meet the machine in the same moods."""
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 1):
-        for name in list(runs) if i % 2 else reversed(runs):
+        for name in list(runs) if i % 2 else reversed(list(runs)):
             value = runs[name]()
             # The first round warms up
             if i > 0:

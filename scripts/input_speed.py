@@ -29,6 +29,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from .. import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from ..configuration.image_tokens_duostream import image_token_shape
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .comparison import CLOCKS, Row, compare, in_turn, timer, write_rows
 from .data import load_rows
@@ -143,7 +144,7 @@ def share_waited(args: InputArguments, data_args: DataArguments) -> Row:
     processor = DuoStreamProcessor(
         SiglipImageProcessorPil(size={"height": args.image_size, "width": args.image_size}),
         train_tokenizer([CAPTION], vocab_size=1024),
-        image_seq_length=config.image_seq_length,
+        image_seq_length=image_token_shape(config.vision_config)[0],
     )
     config.image_token_id = processor.image_token_id
     model = DuoStreamForConditionalGeneration(config)

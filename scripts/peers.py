@@ -86,7 +86,7 @@ def make_sides(
 def make_peer(name: str, language: LlamaForCausalLM, vision: SiglipVisionModel) -> PreTrainedModel:
     """A peer that has the given parts' weights, where it can."""
     text_config, vision_config = language.config, vision.config
-    options = {"image_token_id": IMAGE_TOKEN_ID, "tie_word_embeddings": True}
+    options: dict[str, Any] = {"image_token_id": IMAGE_TOKEN_ID, "tie_word_embeddings": True}
     model: PreTrainedModel
     if name == "llava":
         options |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
