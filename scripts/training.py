@@ -144,6 +144,9 @@ class DuoStreamTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # Of a stream one rank would read all batches, and deal out pictures as if there were one in each row
         self.accelerator.dataloader_config.dispatch_batches = False
+        # FSDP looks for each of these layers, and RegNet names one that not all of its kinds have
+        kinds = {type(module).__name__ for module in self.model.modules()}
+        self.model._no_split_modules = set(self.model._no_split_modules or ()) & kinds
         if self.args.label_smoothing_factor and not isinstance(self.model, SMOOTHED):
             # The library would take the labels away, and with them these losses
             names = " and ".join(each.__name__ for each in SMOOTHED)
