@@ -199,7 +199,8 @@ class ScreenHelp(argparse.Action):
             if action.required:
                 told = f"(required) {told}"
             elif action.default not in (None, False, "", "{}", []):
-                told = f"[{action.default}] {told}"
+                default = action.default if isinstance(action.default, list) else [action.default]
+                told = f"[{' '.join(map(str, default))}] {told}"
             print(f"  --{action.dest}".ljust(column) + shorten(told, width - column, placeholder=" ..."))
         if rare:
             print("\n" + fill(f"Needed more rarely: {', '.join(rare)}.", width, break_on_hyphens=False))
