@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -220,13 +221,16 @@ class DuoStreamConfig(PreTrainedConfig):
             type_validator(name, getattr(self, name), expected)
         for name in SUB_CONFIGS:
             self._make_sub_config(name)
-        if (kwargs.get("num_labels") or 0) > MAX_LABELS:
-            raise ValueError(f"`num_labels` is {kwargs['num_labels']}; expected {MAX_LABELS} at most")
+        num_labels = kwargs.get("num_labels", 0)
+        if not isinstance(num_labels, int) or not 0 <= num_labels <= MAX_LABELS:
+            raise ValueError(f"`num_labels` is {num_labels!r:.100}; expected a number, {MAX_LABELS} at most")
         try:
             super().__post_init__(**kwargs)
         except Exception as error:
             fields = ", ".join(f"`{name}`" for name in ("dtype", "id2label", *kwargs))
             raise ValueError(f"one of {fields} can't be read: {error}") from error
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"`dtype` is {self.dtype!r:.100}; expected one of torch's")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are {', '.join(map(repr, known))}")
@@ -289,10 +293,10 @@ class DuoStreamConfig(PreTrainedConfig):
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; expected a token's number")
-        windows: set[Any] = {getattr(sub_config, "sliding_window", None) for sub_config in (text, fusion)} - {None}
-        if len(windows) > 1:
+        windows = [getattr(sub_config, "sliding_window", None) for sub_config in (text, fusion)]
+        if None not in windows and windows[0] != windows[1]:
             raise ValueError(
-                f"`text_config.sliding_window` and `fusion_stack_config.sliding_window` differ ({sorted(windows)}): "
+                f"`text_config.sliding_window` and `fusion_stack_config.sliding_window` differ ({windows}): "
                 "the layers of both share one cache, which has one window"
             )
 

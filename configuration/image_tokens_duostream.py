@@ -54,11 +54,10 @@ def _image_token_shape(model_type: str, config_json: str, vision_feature_layer: 
 
     vision_config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
     height, width = image_size_of(vision_config)
-    with torch.device("meta"):
-        model = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
-        pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), height, width)
     try:
-        with torch.no_grad():
+        with torch.device("meta"), torch.no_grad():
+            model = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
+            pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), height, width)
             outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1)
         _, image_seq_length, image_hidden_size = image_tokens(outputs, vision_feature_layer).shape
     except Exception as error:
@@ -77,4 +76,8 @@ def image_size_of(vision_config: PreTrainedConfig) -> tuple[int, int]:
             f"`vision_config` of type {vision_config.model_type!r} has no `image_size`: set `vision_config.image_size`"
             " to the height and width of the pictures in pixels"
         )
-    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    sides = [image_size, image_size] if isinstance(image_size, int) else image_size
+    is_pair = isinstance(sides, list | tuple) and len(sides) == 2
+    if not is_pair or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"`vision_config.image_size` is {image_size!r:.100}; expected pixels, or height and width")
+    return sides[0], sides[1]

@@ -8,11 +8,10 @@ from typing import Any
 import datasets
 import PIL.Image
 import torch
-from transformers.image_utils import load_image
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
-from .processing_duostream import DuoStreamProcessor
+from .processing_duostream import DuoStreamProcessor, check_messages, check_text, read_picture
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +20,7 @@ IGNORE_INDEX = -100
 
 def load_picture(image: Any) -> PIL.Image.Image:
     """A picture from a `PIL.Image.Image`, a path, or the bytes and path that `datasets` stores, as streams give it."""
-    return load_image(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
+    return read_picture(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
 
 
 def load_pictures(images: Sequence[Any], name: str) -> list[PIL.Image.Image]:
@@ -46,7 +45,10 @@ def conversations_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """What is said in a row: its `conversations`, which begin alike, or the row itself."""
     if "messages" in row or "prompt" in row:
         return [row]
-    return row.get("conversations") or [row]
+    conversations = row.get("conversations") or [row]
+    if not isinstance(conversations, list) or not all(isinstance(each, dict) for each in conversations):
+        raise ValueError(f"expected a list of `conversations`, not {conversations!r:.100}")
+    return conversations
 
 
 def targets_per_row(labels: torch.Tensor) -> int:
@@ -86,7 +88,12 @@ class DuoStreamDataCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
         # A row may hold several conversations; `owners` are their rows
-        owned = [(i, each) for i, row in enumerate(rows) for each in conversations_of(row)]
+        owned: list[tuple[int, dict[str, Any]]] = []
+        for i, row in enumerate(rows):
+            try:
+                owned += [(i, each) for each in conversations_of(row)]
+            except ValueError as error:
+                raise ValueError(f"{names[i]}: {error}") from error
         owners, conversations = [i for i, _ in owned], [each for _, each in owned]
         pieces: list[tuple[int, str, bool]] = []
         for n, (i, conversation) in enumerate(owned):
@@ -113,6 +120,8 @@ class DuoStreamDataCollator:
             num_markers = input_ids[n].count(self.processor.image_token_id)
             if num_markers != len(images[i]):
                 raise ValueError(f"{names[i]} has {num_markers} picture markers but {len(images[i])} pictures")
+            if not input_ids[n]:
+                raise ValueError(f"{names[i]} has no text and no picture")
             input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i])
 
         batch = self.pad(*self.pack(input_ids, labels, owners, names))
@@ -177,7 +186,12 @@ class DuoStreamDataCollator:
         return shared
 
     def names(self, rows: list[dict[str, Any]]) -> list[str]:
-        """What errors call the rows."""
+        """What errors call the rows. Raises `ValueError` where there is none, or one has no columns."""
+        if not rows:
+            raise ValueError(f"expected rows to make a batch of, not {rows!r:.100}")
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"Row {i} of the batch: expected columns, not {row!r:.100}")
         return [f"Row {row.get('row', f'{i} of the batch')}" for i, row in enumerate(rows)]
 
     def render(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -190,17 +204,12 @@ class DuoStreamDataCollator:
             raise ValueError(
                 f"expected `messages`, or `prompt` and `completion`, or `text`; its columns are {sorted(row)}"
             )
-        if not messages:
-            raise ValueError("there are no messages")
-        for message in messages:
-            parts = message["content"]
-            for part in [{"type": "text", "text": parts}] if not isinstance(parts, list) else parts:
-                if part["type"] == "text" and not isinstance(part["text"], str):
-                    raise ValueError(f"expected text from the {message['role']}, not {part['text']!r}")
+        check_messages(messages)
         # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
         tokenizer, template = self.processor.tokenizer, self.processor.chat_template
         marked, *_ = tokenizer._mark_chat_inputs(template, [messages], None, None, {}, True, False)
         text, answers = self.render_marked(marked[0])
+        check_text(text, "the conversation")
         num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])
         pieces, end = [], 0
         for start, stop in answers[num_given_answers:]:
@@ -212,8 +221,7 @@ class DuoStreamDataCollator:
 
     def encode_text(self, text: Any, name: str) -> list[int]:
         """Token ids of a text without a chat, as the library's pipelines encode it. Control tokens in it stay text."""
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: expected text, not {text!r}")
+        check_text(text, name)
         return self.processor.tokenizer(text, split_special_tokens=True, return_attention_mask=False)["input_ids"]
 
     def render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
@@ -261,7 +269,8 @@ class DuoStreamDataCollator:
         return [ids[len(newline) :] if goes_on else ids for ids, goes_on in zip(encoded, continues, strict=True)]
 
     def load_images(self, row: dict[str, Any], name: str) -> list[PIL.Image.Image]:
-        return load_pictures(row.get("images") or [], name)
+        images = row.get("images")
+        return load_pictures([] if images is None else images, name)
 
     def expand_and_cut(self, input_ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
         """Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`."""
@@ -269,6 +278,12 @@ class DuoStreamDataCollator:
         repeats = [processor.image_seq_length if token == processor.image_token_id else 1 for token in input_ids]
         input_ids = [token for token, n in zip(input_ids, repeats, strict=True) for _ in range(n)]
         labels = [label for label, n in zip(labels, repeats, strict=True) for _ in range(n)]
+        limit = processor.tokenizer.model_max_length
+        if self.max_length is None and len(input_ids) > limit:
+            raise ValueError(
+                f"{name} has {len(input_ids)} tokens, more than the {limit} of the tokenizer's `model_max_length`: "
+                "`max_length` cuts such rows"
+            )
         if self.max_length is None or len(input_ids) <= self.max_length:
             return input_ids, self.without_image_predictions(input_ids, labels)
         try:

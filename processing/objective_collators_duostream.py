@@ -7,6 +7,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text, targets_per_row
+from .processing_duostream import check_text
 
 # What a space, a line's end and a tab look like in a vocabulary: of byte-level BPE, and of SentencePiece
 MARKS_BEFORE = "ĠĊĉ▁"
@@ -106,13 +107,18 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
     def answer_text(self, row: dict[str, Any], name: str) -> str:
         """The row's text, or what the assistant says last in it."""
         if is_plain_text(row):
+            check_text(row["text"], name)
             return row["text"]
         messages = row.get("messages") or row.get("completion") or []
-        content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
-        parts = content if isinstance(content, list) else [{"text": content}]
-        text = "".join(str(part.get("text") or "") for part in parts)
+        try:
+            content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
+            parts = content if isinstance(content, list) else [{"text": content}]
+            text = "".join(part.get("text") or "" for part in parts)
+        except Exception as error:
+            raise ValueError(f"{name}: expected messages of text, not {messages!r:.100}") from error
         if not text.strip():
             raise ValueError(f"{name}: expected a text of the assistant that belongs to the picture, found none")
+        check_text(text, name)
         return text
 
     def tokenize_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -195,6 +201,8 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
         if isinstance(label, list | tuple):
             if self.num_labels == 1 or len(label) != self.num_labels:
                 raise ValueError(f"{name}: expected {self.num_labels} scores in `label`, not {len(label)}")
+            if not all(isinstance(score, int | float) for score in label):
+                raise ValueError(f"{name}: expected numbers in `label`, not {label!r:.100}")
             return [float(score) for score in label]
         if self.num_labels == 1 and isinstance(label, int | float) and not isinstance(label, bool):
             return float(label)

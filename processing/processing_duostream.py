@@ -1,17 +1,118 @@
 """DuoStream's processor: a stock tokenizer and a stock image processor, and placeholders for image tokens."""
 
+import base64
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from huggingface_hub.utils import httpx
 from transformers import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.saved_code_duostream import AUTO_MAP, is_foreign, save_code
 from .chat_template_duostream import IMAGE_TOKEN, multimodal_chat_template
+
+# Qwen2-VL's: an image processor that scales the shorter side would make gigabytes of one row of pixels
+MAX_ASPECT_RATIO = 200
+
+
+def read_picture(image: str | PIL.Image.Image) -> PIL.Image.Image:
+    """
+    A picture as it is seen, in RGB: its first frame, upright as its EXIF says, on white where it is transparent. Of 16
+    bits a channel the upper 8 are taken.
+
+    Args:
+        image (`str` or `PIL.Image.Image`): An address, a path and base64 are opened as the library's `load_image`
+            opens them. What it then makes of 16 bits is white, and of transparency the colours that it hides.
+
+    Raises:
+        TypeError, ValueError: It is no picture, its pixels are no known brightness, or one side is more than
+            `MAX_ASPECT_RATIO` times the other.
+        Exception: It can't be read; which one depends on the kind of file.
+    """
+    picture = open_picture(image) if isinstance(image, str) else image
+    if not isinstance(picture, PIL.Image.Image):
+        raise TypeError(f"expected a picture, or where to find one, not {picture!r:.100}")
+    width, height = picture.size
+    if not width or not height or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels; one side may be up to {MAX_ASPECT_RATIO} times the other")
+    # Pillow before 10.3 gives PNGs of 16 bits the mode of 32
+    is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    if picture.mode in ("I", "F") and not is_16_bit:
+        raise ValueError(f"pixels of mode {picture.mode!r}; expected 8 or 16 bits a channel")
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if is_16_bit:
+        return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        return PIL.Image.fromarray(convert_to_rgb(picture, return_numpy=True))
+    return picture.convert("RGB")
+
+
+def open_picture(source: str) -> PIL.Image.Image:
+    if source.startswith(("http://", "https://")):
+        return PIL.Image.open(BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content))
+    if os.path.isfile(source):
+        return PIL.Image.open(source)
+    try:
+        return PIL.Image.open(BytesIO(base64.b64decode(source.split(",")[-1])))
+    except (ValueError, PIL.UnidentifiedImageError) as error:
+        raise ValueError("no address, no file that is there, and no picture in base64") from error
+
+
+def num_images(images: Any) -> int:
+    """How many pictures there are in a list, in lists for rows, or in an array. Raises `ValueError` if it is mixed."""
+    try:
+        return len(make_flat_list_of_images(images))
+    except Exception as error:
+        raise ValueError(
+            f"`images` is {images!r:.100}; expected pictures in a list, or a list for each row"
+        ) from error
+
+
+def check_text(text: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: It is no text, or half a character (a lone surrogate), of which tokenizers say neither.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected text, not {text!r:.100}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_messages(messages: Any) -> None:
+    """
+    Raises:
+        ValueError: They are no messages of text and pictures. Chat templates write "None", or nothing at all, for some
+            of what they don't know.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"there are no messages in {messages!r:.100}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"expected a message with its `role`, not {message!r:.100}")
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            continue
+        for part in content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]:
+            kind = part.get("type") if isinstance(part, dict) else part
+            # Our template has no place for a picture in an answer
+            if kind not in (("text",) if message["role"] == "assistant" else ("text", "image")):
+                raise ValueError(
+                    f"expected text, or pictures of a user, from the {message['role']}, not {kind!r:.100}"
+                )
+            if kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"expected text from the {message['role']}, not {part.get('text')!r:.100}")
 
 
 class DuoStreamProcessor(ProcessorMixin):
@@ -90,13 +191,22 @@ class DuoStreamProcessor(ProcessorMixin):
             bidirectional prefix, `token_type_ids` (0 = prefix) of shape `(batch, seq_len)`.
 
         Raises:
-            ValueError: Markers and pictures of a row differ in number, or pictures alone exceed `max_length`.
+            ValueError: Markers and pictures of a row differ in number, pictures alone exceed `max_length`, or there is
+                something that is no text, no picture or no length.
         """
+        rows = [text] if isinstance(text, str) else text
+        if text is not None and not (isinstance(rows, list | tuple) and rows):
+            raise ValueError(f"`text` is {text!r:.100}; expected a text, or a list of them")
+        for row, each in enumerate(rows or ()):
+            check_text(each, f"Row {row} of `text`")
         # A tokenizer's own segment ids (BERT) would be read as marks of a prefix
         kwargs["return_token_type_ids"] = False
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=getattr(self.tokenizer, "init_kwargs", {}), **kwargs)[
             "text_kwargs"
         ]
+        for name in ("max_length", "pad_to_multiple_of"):
+            if (value := text_kwargs.get(name)) is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; expected 1 or more")
         truncation = text_kwargs.get("truncation")
         if text is not None and truncation and truncation != "do_not_truncate":
             outputs = self._call_truncated(images, text, text_kwargs, kwargs)
@@ -181,6 +291,42 @@ class DuoStreamProcessor(ProcessorMixin):
             kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
+    def _normalize_conversations(self, conversation: Any) -> tuple[list, bool]:
+        try:
+            conversations, is_batched = super()._normalize_conversations(conversation)
+        except Exception as error:
+            raise ValueError(f"expected a conversation, or a list of them, not {conversation!r:.100}") from error
+        for messages in conversations:
+            check_messages(messages)
+        return conversations, is_batched
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs: Any) -> Any:
+        # Rows without any picture have no `pixel_values`, not empty ones
+        is_empty = isinstance(images, list | tuple) and not any(
+            len(each) if isinstance(each, list | tuple) else 1 for each in images
+        )
+        return super().prepare_inputs_layout(images=None if is_empty else self._read(images), **kwargs)
+
+    def _process_images(self, images: ImageInput, **kwargs: Any) -> Any:
+        try:
+            return super()._process_images(images, **kwargs)
+        except Exception as error:
+            # What arrays an image processor can't take, each says in its own way
+            raise ValueError(f"`images` has what the image processor can't take: {error}") from error
+
+    def _read(self, images: Any) -> Any:
+        """Paths, addresses and pictures read by [`read_picture`]; arrays as they are."""
+        if isinstance(images, list | tuple):
+            return [self._read(each) for each in images]
+        if images is None or (is_valid_image(images) and not isinstance(images, PIL.Image.Image)):
+            if 0 in getattr(images, "shape", ()):
+                raise ValueError(f"`images` has an array without numbers, of shape {tuple(images.shape)}")
+            return images
+        try:
+            return read_picture(images)
+        except Exception as error:
+            raise ValueError(f"`images` has {images!r:.100}, which can't be read: {error}") from error
+
     def validate_inputs(
         self, images: ImageInput | None = None, text: TextInput | list[TextInput] | None = None, **kwargs: Any
     ) -> None:
@@ -201,7 +347,7 @@ class DuoStreamProcessor(ProcessorMixin):
                             f"Row {row} has {num_markers} picture markers {self.image_token!r} but {len(pictures)} "
                             "pictures"
                         )
-            elif sum(markers) != (num_pictures := len(make_flat_list_of_images(images))):
+            elif sum(markers) != (num_pictures := num_images(images)):
                 raise ValueError(
                     f"The rows have {markers} picture markers {self.image_token!r}, {sum(markers)} in all, but there "
                     f"are {num_pictures} pictures"
