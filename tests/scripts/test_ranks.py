@@ -4,22 +4,50 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Trainer
+
+from duostream.scripts import finetune, pretrain
+
+RECIPES = Path(pretrain.__file__).parent / "recipes/accelerate"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# Of the recipe all is kept but for the number of GPUs, half precision, and the port, of which other tests may have it
+ACCELERATE = [
+    "accelerate.commands.launch",
+    "--num_processes",
+    "2",
+    "--mixed_precision",
+    "no",
+    "--main_process_port",
+    "0",
+]
+TOLERANCE = 1e-5
 
 
-def losses(folder, num_ranks, *args):
-    """The losses that were logged, step by step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    command += ["-m", "duostream.scripts.pretrain", "--output_dir", str(folder), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def losses(folder, wanted="loss"):
+    """What was logged, step by step."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{name: float(value) for name, value in entry.items() if name.endswith("loss")} for entry in history[:-1]]
+    return [
+        {name: float(value) for name, value in entry.items() if name.endswith(wanted)}
+        for entry in history
+        if any(name.endswith(wanted) for name in entry) and "train_loss" not in entry
+    ]
+
+
+def launch(launcher, *command):
+    line = [sys.executable, "-m", *launcher, *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -42,31 +70,131 @@ def rows(tmp_path_factory):
 
 
 def options(rows):
-    args = ["--dataset", str(rows), "--vocab_size", "300", "--max_steps", "4", "--logging_steps", "1"]
+    args = ["--dataset", str(rows), "--max_steps", "4", "--logging_steps", "1"]
     args += ["--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
     # Batch norm reads the rows of its own rank
     return [*args, "--freeze", "vision", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
 
 
-@pytest.mark.slow
-def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_pictures(rows, tmp_path):
-    args = [*options(rows), "--itc_weight", "1", "--contrastive_loss", "softmax"]
-    args += ["--ddp_find_unused_parameters", "true"]
-    one = losses(tmp_path / "one", 1, *args, "--per_device_train_batch_size", "4")
-    two = losses(tmp_path / "two", 2, *args, "--per_device_train_batch_size", "2")
-    assert len(one) == 4 and any(entry["itc_loss"] for entry in one)
-    for alone, together in zip(one, two, strict=True):
-        assert together == pytest.approx(alone, abs=2e-4)
+@pytest.fixture(scope="module")
+def checkpoint(rows, tmp_path_factory):
+    """What one process has learnt in a step."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pretrain.main([*options(rows), "--vocab_size", "300", "--max_steps", "1", "--output_dir", str(folder)])
+    return folder
 
 
-@pytest.mark.slow
-def test_two_ranks_that_share_the_weights_have_the_losses_of_one(rows, tmp_path):
-    one = losses(tmp_path / "one", 1, *options(rows), "--per_device_train_batch_size", "4")
-    two = losses(tmp_path / "two", 2, *options(rows), "--per_device_train_batch_size", "2", "--fsdp")
-    assert len(one) == 4
-    for alone, together in zip(one, two, strict=True):
-        assert together == pytest.approx(alone, abs=2e-4)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+@pytest.fixture(scope="module")
+def finetuning(rows, checkpoint):
+    """Evaluated on seven rows, and measured on five: no number of them for two ranks."""
+    args = [*options(rows), "--checkpoint", str(checkpoint), "--task", "caption", "--eval_split", "train"]
+    args += ["--max_eval_rows", "7", "--metric_rows", "5", "--max_new_tokens", "8", "--eval_strategy", "steps"]
+    return [*args, "--eval_steps", "2", "--per_device_eval_batch_size", "1"]
+
+
+@pytest.fixture(scope="module")
+def alone(finetuning, tmp_path_factory):
+    """The fine-tuning by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    finetune.main([*finetuning, "--per_device_train_batch_size", "4", "--output_dir", str(folder)])
+    return folder
+
+
+def assert_same(alone, together):
+    for wanted in ("loss", "eval_chrf", "eval_bleu"):
+        expected, found = losses(alone, wanted), losses(together, wanted)
+        assert len(expected) >= 2
+        for one, other in zip(expected, found, strict=True):
+            assert other == pytest.approx(one, abs=TOLERANCE)
+
+
+def assert_same_weights(alone, together):
+    """As one process loads them, however many have saved them."""
+    weights = [load_file(folder / "model.safetensors") for folder in (alone, together)]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=2e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "ddp",
+        # The other reads pictures then, which of shared weights is no one rank's affair
+        pytest.param("fsdp2", marks=pytest.mark.xfail(run=False, reason="a rank without pictures ends the run")),
+    ],
+)
+def test_two_ranks_of_a_recipe_learn_and_measure_as_one(alone, finetuning, tmp_path, recipe):
+    launcher = [*ACCELERATE[:1], "--config_file", str(RECIPES / f"{recipe}.yaml"), *ACCELERATE[1:]]
+    args = [*finetuning, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
+    finished = launch(launcher, __file__, *args)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count(f"shared by {'FSDP2' if recipe == 'fsdp2' else 'none'}") == 2
+    assert_same(alone, tmp_path)
+    assert_same_weights(alone, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_pictures(rows, tmp_path):
+    args = [*options(rows), "--vocab_size", "300", "--itc_weight", "1", "--contrastive_loss", "softmax"]
+    args += ["--ddp_find_unused_parameters", "true"]
+    pretrain.main([*args, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
+    two = launch(
+        TORCHRUN,
+        "-m",
+        "duostream.scripts.pretrain",
+        *args,
+        "--per_device_train_batch_size",
+        "2",
+        "--output_dir",
+        tmp_path / "two",
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    alone = losses(tmp_path / "one")
+    assert len(alone) == 4 and any(entry["itc_loss"] for entry in alone)
+    for one, other in zip(alone, losses(tmp_path / "two"), strict=True):
+        # Of each objective four digits are logged
+        assert other == pytest.approx(one, abs=2e-4)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_within_a_minute(rows, checkpoint, tmp_path):
+    args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "", "--max_steps", "100000"]
+    line = [sys.executable, "-m", *TORCHRUN, "-m", "duostream.scripts.finetune", *args, "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        ranks = []
+        for told in run.stdout:
+            if "'loss'" in told:
+                ranks = psutil.Process(run.pid).children()
+                assert len(ranks) == 2
+                ranks[1].kill()
+                killed = time.monotonic()
+                break
+        last = run.stdout.read()
+    assert ranks and time.monotonic() - killed < 60
+    assert run.returncode == 1 and f"Signal 9 (SIGKILL) received by PID {ranks[1].pid}" in last
+    assert not ranks[0].is_running()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
+def test_accelerate_knows_every_key_of_a_recipe(name):
+    # Of an unknown key it says which
+    config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
+    assert config.num_processes == 8 and config.mixed_precision == "bf16"
+
+
+if __name__ == "__main__":
+    create_accelerator = Trainer.create_accelerator_and_postprocess
+
+    def as_on_gpus(trainer):
+        # Of processes on CPUs accelerate shares out no weights, whatever its configuration says, and is silent
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create_accelerator(trainer)
+        print("weights are shared by", "FSDP2" if trainer.accelerator.is_fsdp2 else "none", flush=True)
+
+    Trainer.create_accelerator_and_postprocess = as_on_gpus
+    finetune.main()
