@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn, no_grad
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -26,7 +27,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
-from ..configuration.image_tokens_duostream import image_tokens
+from ..configuration.image_tokens_duostream import image_size_of, image_tokens
 from .composition_duostream import (
     FINAL_NORMS,
     POSITION_EMBEDDINGS,
@@ -361,6 +362,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             attentions=getattr(outputs, "attentions", None),
         )
 
+    def _read_unused_picture(self) -> torch.Tensor:
+        """Zero, from a picture: ranks that share weights gather each stream's together, so none may leave one out."""
+        vision, was_training = self.config.vision_config, self.vision_model.training
+        # Batch norm keeps nothing of it
+        self.vision_model.eval()
+        picture = torch.zeros(1, getattr(vision, "num_channels", 3), *image_size_of(vision), device=self.device)
+        features = self.get_image_features(picture).pooler_output
+        self.vision_model.train(was_training)
+        return 0 * features.sum()
+
     @property
     def _text_window(self) -> int | None:
         has_window = "sliding_attention" in layer_types(self.config.text_config)
@@ -591,6 +602,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         elif mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             image_features = mm_encoder_outputs["image"].pooler_output
+        # Decoding reads no pictures on any rank
+        is_decoding = fusion_cache is not None and fusion_cache.get_seq_length() > 0
+        unused = None
+        if image_features is None and isinstance(self.projector, FSDPModule) and not is_decoding:
+            unused = self._read_unused_picture()
         num_image_tokens = 0 if image_features is None else image_features.shape[:-1].numel()
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
@@ -658,6 +674,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 ).last_hidden_state  # (batch, text_len, hidden)
         else:
             hidden_states = image_features.new_empty(batch_size, 0, image_features.shape[-1])
+        if unused is not None:
+            hidden_states = hidden_states + unused
         if layout.join_index is not None:
             image_features = image_features.to(hidden_states.device, hidden_states.dtype)
             states = torch.cat([hidden_states.flatten(0, 1), image_features.flatten(0, -2)])  # (all tokens, hidden)
