@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from huggingface_hub.utils import httpx
@@ -48,12 +49,14 @@ def read_picture(image: str | PIL.Image.Image) -> PIL.Image.Image:
     is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
     if picture.mode in ("I", "F") and not is_16_bit:
         raise ValueError(f"pixels of mode {picture.mode!r}; expected 8 or 16 bits a channel")
-    picture = PIL.ImageOps.exif_transpose(picture)
+    picture.load()
+    if picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        picture = PIL.ImageOps.exif_transpose(picture)
     if is_16_bit:
         return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         return PIL.Image.fromarray(convert_to_rgb(picture, return_numpy=True))
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def open_picture(source: str) -> PIL.Image.Image:
