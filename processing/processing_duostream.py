@@ -304,11 +304,9 @@ class DuoStreamProcessor(ProcessorMixin):
         return conversations, is_batched
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs: Any) -> Any:
-        # Rows without any picture have no `pixel_values`, not empty ones
-        is_empty = isinstance(images, list | tuple) and not any(
-            len(each) if isinstance(each, list | tuple) else 1 for each in images
-        )
-        return super().prepare_inputs_layout(images=None if is_empty else self._read(images), **kwargs)
+        if isinstance(images, list | tuple) and all(isinstance(each, list | tuple) and not each for each in images):
+            images = None  # rows without any picture have no `pixel_values`, not empty ones
+        return super().prepare_inputs_layout(images=None if images is None else self._read(images), **kwargs)
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> Any:
         try:
@@ -321,7 +319,7 @@ class DuoStreamProcessor(ProcessorMixin):
         """Paths, addresses and pictures read by [`read_picture`]; arrays as they are."""
         if isinstance(images, list | tuple):
             return [self._read(each) for each in images]
-        if images is None or (is_valid_image(images) and not isinstance(images, PIL.Image.Image)):
+        if is_valid_image(images) and not isinstance(images, PIL.Image.Image):
             if 0 in getattr(images, "shape", ()):
                 raise ValueError(f"`images` has an array without numbers, of shape {tuple(images.shape)}")
             return images
