@@ -66,7 +66,7 @@ docs: setup package ## Build the API page (build/docs/index.html) from the docst
 	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
 
 benchmark: setup ## Measure speed and memory
-	$(BIN)/duostream benchmark overhead
+	$(BIN)/duostream benchmark speed
 
 clean: ## Remove build output and caches (not .venv, not runs)
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
