@@ -218,7 +218,8 @@ class DuoStreamConfig(PreTrainedConfig):
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
         for name, expected in DuoStreamConfig.__annotations__.items():
-            type_validator(name, getattr(self, name), expected)
+            if name not in CHOICES:  # which are looked at below, and named alike by all versions
+                type_validator(name, getattr(self, name), expected)
         for name in SUB_CONFIGS:
             self._make_sub_config(name)
         num_labels = kwargs.get("num_labels", 0)
@@ -262,9 +263,8 @@ class DuoStreamConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}.model_type` is {model_type!r}, which is no type that `AutoConfig` knows")
             for field, value in sub_config.items():
                 counts = value if isinstance(value, list) else [value]
-                if ("layer" in field or "depth" in field) and any(
-                    isinstance(count, int) and count > MAX_LAYERS for count in counts
-                ):
+                is_count = ("layer" in field and "per_layer" not in field) or "depth" in field
+                if is_count and any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
                     raise ValueError(f"`{name}.{field}` is {value!r:.100}; expected {MAX_LAYERS} at most")
         try:
             sub_config, _ = self.sub_configs_defaults[name].create_subconfig(name, sub_config)

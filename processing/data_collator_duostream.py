@@ -278,11 +278,12 @@ class DuoStreamDataCollator:
         repeats = [processor.image_seq_length if token == processor.image_token_id else 1 for token in input_ids]
         input_ids = [token for token, n in zip(input_ids, repeats, strict=True) for _ in range(n)]
         labels = [label for label, n in zip(labels, repeats, strict=True) for _ in range(n)]
+        num_text_tokens = sum(token != processor.image_token_id for token in input_ids)
         limit = processor.tokenizer.model_max_length
-        if self.max_length is None and len(input_ids) > limit:
+        if self.max_length is None and num_text_tokens > limit:
             raise ValueError(
-                f"{name} has {len(input_ids)} tokens, more than the {limit} of the tokenizer's `model_max_length`: "
-                "`max_length` cuts such rows"
+                f"{name} has {num_text_tokens} tokens of text, more than the {limit} of the tokenizer's "
+                "`model_max_length`: `max_length` cuts such rows"
             )
         if self.max_length is None or len(input_ids) <= self.max_length:
             return input_ids, self.without_image_predictions(input_ids, labels)

@@ -14,12 +14,17 @@ from transformers import AutoConfig, PreTrainedModel
 UNFINISHED = "_unfinished"
 
 
-def publish(written: Path, place: Path) -> None:
-    """Moves a folder that is written to its place, so that all of it is there or none, whenever the process ends."""
-    for path in written.rglob("*"):
+def sync(folder: Path) -> None:
+    """Waits until the files of a folder are on the disk."""
+    for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def publish(written: Path, place: Path) -> None:
+    """Moves a folder that is written to its place, so that all of it is there or none, whenever the process ends."""
+    sync(written)
     if place.exists():
         # A folder that is deleted where it stands is for a while half of one
         place.rename(written.parent / "replaced")
@@ -32,9 +37,12 @@ def publish_files(written: Path, folder: Path) -> None:
     Moves the files of a model that is written to a folder that has others. Its weights are taken away first and come
     last: without them nothing can be loaded, so new weights never stand beside an old config.
     """
+    sync(written)
     for old in folder.glob("*.safetensors*"):
         old.unlink()
     for path in sorted(written.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json")):
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
         path.replace(folder / path.name)
     shutil.rmtree(written.parent)
 

@@ -23,6 +23,7 @@ import duostream
 
 from .arguments import parse
 from .card import CARD, PICTURES, is_by_hand, read_evaluation, weights_fingerprint, write_card
+from .checkpoints import load_model
 from .demo import space_files
 
 # What pushing again replaces
@@ -108,7 +109,7 @@ def push(args: PushArguments) -> tuple[str, str]:
     if model_class is None:
         raise ValueError(f"{args.checkpoint!r} holds {name!r}, which is no model of DuoStream")
     processor = AutoProcessor.from_pretrained(args.checkpoint)
-    model = model_class.from_pretrained(args.checkpoint)
+    model = load_model(model_class, args.checkpoint)
     card = Path(args.card or Path(args.checkpoint) / CARD)
     is_own = args.card is not None or is_by_hand(card)
     fills = [name for name in ("evaluations", "license", "language") if getattr(args, name)]

@@ -44,8 +44,8 @@ from .tasks import WRITER, task_of
 
 logger = logging.get_logger(__name__)
 
-# What is not uploaded: a pickle, paths and place of this machine, and rows of the user's
-STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, "emissions.csv", "bad_rows.jsonl", "bad_losses.jsonl")
+# What is not uploaded: a pickle, paths and place of this machine (`runs` holds TensorBoard's), and rows of the user's
+STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, "emissions.csv", "runs/", "bad_rows.jsonl", "bad_losses.jsonl")
 SMOOTHED = (DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification)
 OBJECTIVES = ("lm_loss", "mlm_loss", "itc_loss", "itm_loss")
 
@@ -68,12 +68,13 @@ class ReproducibleCollator:
         collator: Makes the batches.
         seed (`int`): Of what is random.
         is_stream (`bool`): Of rows that come again in the same order: batches are counted, so that each time something
-            else is drawn. Resuming makes the batches of a stream again, which keeps the count.
+            else is drawn. Resuming makes the batches of a stream again, which keeps the count. Of other rows the epoch
+            tells one time from another.
     """
 
     def __init__(self, collator: Any, seed: int, is_stream: bool):
         self.collator, self.seed, self.is_stream = collator, seed, is_stream
-        self.num_to_skip = self.num_made = 0
+        self.num_to_skip = self.num_made = self.epoch = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         self.num_made += 1
@@ -84,7 +85,7 @@ class ReproducibleCollator:
             return self.collator(rows)
         with torch.random.fork_rng(devices=[]):
             # Python's hash of numbers is the same in each process
-            seed = hash((self.seed, self.num_made if self.is_stream else 0, *numbers))
+            seed = hash((self.seed, self.num_made if self.is_stream else self.epoch, *numbers))
             torch.default_generator.manual_seed(seed % 2**63)
             return {**self.collator(rows), "row_numbers": torch.tensor(numbers)}
 
@@ -189,6 +190,9 @@ class DuoStreamTrainer(Trainer):
         if self.epoch_sampler is not None:
             # The library's `set_epoch` does not reach it on several ranks, or where batches are skipped
             self.epoch_sampler.epoch = epoch
+        if not self.args.dataloader_persistent_workers:
+            # Workers that stay would never hear of it, and those of a resumed run would
+            self.data_collator.epoch = epoch
         if self.data_collator.is_stream and not self.args.dataloader_num_workers:
             # The library makes the batches that it skips, in which pictures would be opened. Of several processes none
             # would know which of its batches are skipped.
@@ -225,7 +229,8 @@ class DuoStreamTrainer(Trainer):
             ) from error
         finally:
             self.is_saving = False
-        if self.state.best_model_checkpoint == str(written):
+        best_checkpoint = self.state.best_model_checkpoint
+        if best_checkpoint is not None and Path(best_checkpoint) == written:
             self.state.best_model_checkpoint = str(place)
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
@@ -290,6 +295,15 @@ class DuoStreamTrainer(Trainer):
                 # precision leaves such steps out by itself, and wants to see the gradients.
                 model.zero_grad()
         return loss
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Its batches don't count among those of training, which a resumed run would not have made again
+        collator = self.data_collator
+        self.data_collator = ReproducibleCollator(collator.collator, collator.seed, is_stream=False)
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # Rows to evaluate on may have no lengths, which the library would then look for in `input_ids`

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, Auto
 from duostream import DuoStreamForPreTraining
 from duostream.scripts import pretrain
 from duostream.scripts.checkpoints import check_files, load_model, publish_files
+from duostream.scripts.training import ReproducibleCollator
 
 NUM_KILLS = 20
 NUM_STEPS = 24
@@ -39,7 +41,7 @@ COMMON += ["--per_device_train_batch_size", "4", "--report_to", "none", "--disab
 # Ten rows: three steps are an epoch
 KINDS = {
     "stored": ["--mlm_weight", "1", "--itc_weight", "1", "--train_sampling_strategy", "group_by_length"],
-    "streamed": ["--mlm_weight", "1", "--streaming", "true"],
+    "streamed": ["--mlm_weight", "1", "--streaming", "true", "--eval_strategy", "steps", "--eval_steps", "3"],
     "mixed": ["--mixture", "other.yaml", "--gradient_accumulation_steps", "2", "--on_bad_rows", "skip"],
 }
 
@@ -115,6 +117,26 @@ def folder(tmp_path_factory):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))
     (folder / "other.yaml").write_text("{task: vqa, dataset: other.jsonl, image_dir: ., prompt: Say it.}")
     return folder
+
+
+def test_what_is_random_in_a_batch_depends_on_the_epoch_and_the_rows_alone():
+    collator = ReproducibleCollator(lambda rows: {"drawn": torch.rand(4)}, seed=1, is_stream=False)
+
+    def drawn(epoch, *rows):
+        collator.epoch = epoch
+        return tuple(collator([{"row": row} for row in rows])["drawn"].tolist())
+
+    assert drawn(0, 3, 5) == drawn(0, 3, 5)
+    assert len({drawn(0, 3, 5), drawn(1, 3, 5), drawn(0, 5, 3), drawn(0, 3)}) == 4
+
+
+def test_the_best_checkpoint_is_found_however_its_folder_is_written(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    args = [*COMMON, "--dataset", "rows.jsonl", "--image_dir", ".", "--output_dir", "./best//run", "--max_steps", "3"]
+    args += ["--eval_strategy", "steps", "--eval_steps", "1", "--load_best_model_at_end", "true", "--resume", "false"]
+    pretrain.main([*args, "--save_total_limit", "1"])
+    state = json.loads((folder / "best/run/trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).is_dir() and "_unfinished" not in state["best_model_checkpoint"]
 
 
 @pytest.mark.slow
