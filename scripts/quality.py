@@ -376,7 +376,10 @@ def peer_side(
     elif args.llava:
         # The same as DuoStream's, so that what differs is where pictures join
         fields = {"image_size": args.image_size, **json.loads(args.vision_config)}
-        vision = AutoModel.from_config(DuoStreamConfig.from_preset("tiny", vision_config=fields).vision_config)
+        vision_config = DuoStreamConfig.from_preset("tiny", vision_config=fields).vision_config
+        if not hasattr(vision_config, "patch_size"):
+            raise ValueError("`llava` reads patches: give `vision`, or a `vision_config` with `patch_size`")
+        vision = AutoModel.from_config(vision_config)
     else:
         vision = ViTModel(vit)
     if data_args.task == "vqa" or (args.llava and data_args.task in ("caption", "chat")):

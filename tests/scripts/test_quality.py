@@ -147,6 +147,12 @@ def test_there_are_no_more_fusion_layers_than_are_left():
 def test_curves_show_the_loss_on_the_way_of_each_depth_beside_llava(dataset, tmp_path):
     options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "num_layers": 4}
     options |= {"max_steps": 30, "curve_points": 3, "llava": True, "max_new_tokens": 4, "learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="`llava` reads patches"):
+        compare(options)
+    options["vision_config"] = json.dumps(
+        {"model_type": "siglip_vision_model", "patch_size": 8, "hidden_size": 32, "intermediate_size": 64}
+        | {"num_hidden_layers": 1, "num_attention_heads": 2, "vision_use_head": False}
+    )
     compare(options, "--sides", "duostream-1", "duostream-3", "peer")
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [run["model"] for run in runs] == ["DuoStreamForConditionalGeneration"] * 2 + [
