@@ -171,7 +171,8 @@ def compose_config(
 def load_backbones(
     text: Backbone, vision: Backbone, config: DuoStreamConfig, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads what is not loaded yet: the text backbone with its language-model head if it has one."""
+    """Loads what is not loaded yet: the text backbone with its language-model head if it has one. No pickles."""
+    kwargs.setdefault("use_safetensors", True)
     if not isinstance(text, PreTrainedModel):
         has_head = is_causal(config_of(text).get_text_config(decoder=True))
         text = (AutoModelForCausalLM if has_head else AutoModel).from_pretrained(text, **kwargs)

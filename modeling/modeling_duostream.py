@@ -186,6 +186,13 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
     # Models share their weights: a checkpoint of one loads into another, whose own head alone is then new
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\.", r"^image_text_head\."]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        # Where there is no safetensors file the library would take `pytorch_model.bin`, which is a pickle
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(*args, **kwargs)
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         # One name is for all streams, but some can't take it: see `DuoStreamModel.__init__`
         if isinstance(attn_implementation, str):

@@ -1,7 +1,11 @@
 """Rows that can't be read: left out of training, each written down with its reason."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,31 @@ logger = logging.get_logger(__name__)
 
 # What a bad row may raise; anything else is an error of ours
 BAD_ROW_ERRORS = (ValueError, TypeError, OSError)
+
+
+def broken_lines(place: Path) -> Iterator[tuple[Path, int, ValueError]]:
+    """
+    The lines of a JSONL file, or of those in a folder, that are no JSON, hold half a character (a lone surrogate), or
+    name a picture that isn't there: any of them keeps `datasets` from reading all others.
+
+    Returns:
+        The file, the row from 0 (empty lines are none), and what is wrong with it.
+    """
+    for file in [place] if place.is_file() else sorted(place.rglob("*.jsonl")):
+        if file.suffix != ".jsonl":
+            continue
+        with file.open("rb") as lines:
+            for row, line in enumerate(filter(bytes.strip, lines)):
+                try:
+                    fields = json.loads(line)
+                    json.dumps(fields, ensure_ascii=False).encode()
+                    if not isinstance(fields, dict):
+                        raise ValueError("expected an object with columns")
+                    name = fields.get("file_name")
+                    if file.stem == "metadata" and isinstance(name, str) and not (file.parent / name).is_file():
+                        raise ValueError(f"there is no picture {name!r}")
+                except ValueError as error:
+                    yield file, row, ValueError(f"Row {row} of {file}: {error}")
 
 
 class BadRows:
@@ -34,8 +63,36 @@ class BadRows:
 
     def add(self, row: int, error: Exception) -> None:
         line = json.dumps({"row": row, "reason": str(error) or type(error).__name__}, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
+
+    def without_broken_lines(self, place: Path) -> Path:
+        """
+        Files of rows as they are, or, if some of their lines can't be read, a copy beside `bad_rows.jsonl` in which
+        these are rows without any column, so that all rows keep their numbers. Pictures are linked, not copied.
+        """
+        broken: dict[Path, set[int]] = defaultdict(set)
+        for file, row, error in broken_lines(place):
+            self.add(row, error)
+            broken[file].add(row)
+        if not broken:
+            return place
+        # The library uploads nothing whose name begins so
+        copy = self.path.parent / "_readable" / sha256(str(place.resolve()).encode()).hexdigest()[:16] / place.name
+        state = PartialState()
+        if state.is_main_process:
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            copy.parent.mkdir(parents=True)
+            if place.is_dir():
+                shutil.copytree(place.resolve(), copy, copy_function=os.symlink)
+            for file, rows in broken.items():
+                with file.open("rb") as lines:
+                    kept = [b"{}\n" if i in rows else line for i, line in enumerate(filter(bytes.strip, lines))]
+                written = copy if place.is_file() else copy / file.relative_to(place)
+                written.unlink(missing_ok=True)
+                written.write_bytes(b"".join(kept))
+        state.wait_for_everyone()
+        return copy
 
     def leave_out(
         self, rows: Dataset | IterableDataset, check: Callable[[dict[str, Any]], Any]

@@ -58,6 +58,8 @@ def check_files(folder: Path, has_states: bool = False) -> None:
     Raises:
         ValueError: One can't, which is named; the library's messages don't, or it goes on without the file.
     """
+    if not any(folder.glob("*.safetensors")) and (pickles := sorted(folder.glob("pytorch_model[.-]*bin"))):
+        raise ValueError(f"{pickles[0]} is a pickle, which may run code when it is loaded; expected safetensors")
     for path in sorted(folder.iterdir()):
         try:
             if path.suffix == ".safetensors":

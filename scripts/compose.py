@@ -84,7 +84,9 @@ def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImagePr
 def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:
     """Puts a pretrained vision model into a model whose config has that model's config."""
     config = model.config.vision_config
-    model.base_model.vision_model = AutoModel.from_pretrained(vision, config=config, dtype=model.dtype)
+    model.base_model.vision_model = AutoModel.from_pretrained(
+        vision, config=config, dtype=model.dtype, use_safetensors=True
+    )
 
 
 def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStreamProcessor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias
 
+import datasets
 import PIL.Image
 from datasets import (
     ClassLabel,
@@ -21,15 +22,20 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
+from ..processing.processing_duostream import check_messages
 from .arguments import DataArguments, parse_file
-from .bad_rows import BAD_ROW_ERRORS, BadRows
+from .bad_rows import BAD_ROW_ERRORS, BadRows, broken_lines
 from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, training_rows
 from .tasks import WRITER, task_of, with_defaults
 
 logger = logging.get_logger(__name__)
+
+# Else a server is told of each data set that is loaded, of local files, too
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -248,7 +254,7 @@ def _rows_of_task(
         scenes = build_scenes(split, num_rows=max_rows)
         return _rows_of_scenes(scenes, args, split)
     try:
-        rows = _load(args, split)
+        rows = _load(args, split, bad_rows)
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
     if max_rows is not None:
@@ -271,23 +277,35 @@ def _rows_of_scenes(scenes: Dataset, args: DataArguments, split: str) -> Dataset
     return training_rows(scenes) if args.task == "chat" and split == "train" else question_rows(scenes)
 
 
-def _load(args: DataArguments, split: str) -> Rows:
+def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> Rows:
     path = Path(args.dataset)
     options: dict[str, Any] = {"split": split, "streaming": args.streaming}
     if not path.exists():
         return load_dataset(args.dataset, args.dataset_config, **options)
+    if bad_rows is not None:
+        path = bad_rows.without_broken_lines(path)
+    try:
+        return _load_files(path, options)
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        # The library's message names no file, or no row
+        for _, _, reason in broken_lines(path):
+            raise reason from error
+        raise
+
+
+def _load_files(path: Path, options: dict[str, Any]) -> Rows:
     suffixes = {file.suffix.lower() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
     pictures = suffixes & {".jpg", ".jpeg", ".png", ".webp"}
     if path.is_dir() and pictures:
-        return load_dataset("imagefolder", data_dir=args.dataset, **options)
+        return load_dataset("imagefolder", data_dir=str(path), **options)
     for builder, known in (("json", {".jsonl", ".json"}), ("parquet", {".parquet"}), ("webdataset", {".tar"})):
         if suffixes & known:
             if path.is_file():
                 # A file is one split, whatever its name
-                return load_dataset(builder, data_files={split.split("[")[0]: args.dataset}, **options)
-            return load_dataset(builder, data_dir=args.dataset, **options)
+                return load_dataset(builder, data_files={options["split"].split("[")[0]: str(path)}, **options)
+            return load_dataset(builder, data_dir=str(path), **options)
     raise ValueError(
-        f"`dataset` {args.dataset!r} has files of types {sorted(suffixes)}; expected pictures with a "
+        f"`dataset` {str(path)!r} has files of types {sorted(suffixes)}; expected pictures with a "
         "metadata file, JSONL, Parquet, or WebDataset's tar files"
     )
 
@@ -474,8 +492,13 @@ def blank(rows: Rows) -> Rows:
     def blank_batch(batch: dict[str, list]) -> dict[str, list]:
         if "images" not in batch:
             return batch
-        sizes = [[load_picture(image).size for image in row or []] for row in batch["images"]]
-        return {**batch, "images": [[PIL.Image.new("RGB", size, BLANK_GRAY) for size in row] for row in sizes]}
+        return {**batch, "images": [[gray(image) for image in row or []] for row in batch["images"]]}
+
+    def gray(image: Any) -> Any:
+        try:
+            return PIL.Image.new("RGB", load_picture(image).size, BLANK_GRAY)
+        except Exception:
+            return image  # the collator can't read it either, and names the row
 
     if isinstance(rows, Dataset):
         return rows.with_transform(blank_batch)
@@ -489,9 +512,15 @@ def texts_of(rows: Rows) -> Iterator[str]:
     for row in rows.select_columns(columns) if columns else rows:
         for each in conversations_of(row):
             if is_plain_text(each):
-                yield each["text"]
+                yield from [each["text"]] if isinstance(each["text"], str) else []
                 continue
-            for message in each["messages"] if "messages" in each else [*each["prompt"], *each["completion"]]:
+            parts = (each["messages"],) if "messages" in each else (each.get("prompt"), each.get("completion"))
+            messages = [message for part in parts for message in part or ()]
+            try:
+                check_messages(messages)
+            except ValueError:
+                continue  # the collator, which names the row, comes later
+            for message in messages:
                 content = message["content"]
                 texts = (part["text"] for part in content if part["text"])
                 yield from [content] if isinstance(content, str) else texts

@@ -258,6 +258,12 @@ class DuoStreamTrainer(Trainer):
         if self.args.should_save and written.exists():
             publish_files(written, folder)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle, with this machine's paths in it, that nothing reads
+            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def clear_unfinished(self, run_dir: Path) -> None:
         """Deletes what a process that was killed while it saved has left."""
         if self.args.should_save:

@@ -242,7 +242,7 @@ def test_lines_of_a_picture_folder_that_cannot_be_read_are_left_out_too(
 
 def test_a_text_that_is_longer_than_the_model_reads_is_cut_only_if_asked(processor: DuoStreamProcessor) -> None:
     row = {"row": 7, "messages": turns("many words " * 1000, num_images=0)}
-    with pytest.raises(ValueError, match=r"Row 7 has \d+ tokens, more than the 2048"):
+    with pytest.raises(ValueError, match=r"Row 7 has \d+ tokens of text, more than the 2048"):
         DuoStreamDataCollator(processor)([row])
     assert DuoStreamDataCollator(processor, max_length=64)([row])["input_ids"].shape == (1, 64)
 
