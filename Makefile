@@ -1,4 +1,4 @@
-# Needs Python 3.11 or later with its venv module, and make; nothing is installed outside .venv (and .venv-lowest).
+# Needs Python 3.11 or later with its venv module, and make; nothing is installed outside .venv (and .venv-lowest, .venv-audit).
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input --no-build-isolation -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-lowest conformance lint docs benchmark clean package
+.PHONY: help setup quickstart test test-fast test-lowest conformance lint docs audit benchmark clean package
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -64,6 +64,13 @@ lint: setup package ## Check style, formatting and types
 
 docs: setup package ## Build the API page (build/docs/index.html) from the docstrings
 	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
+
+# In an environment of its own, which none of the versions in constraints.txt has to fit
+audit: setup ## Look at licences, and ask PyPI for known weaknesses of the tested versions
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1 pip-licenses==5.5.5
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --partial-match --fail-on "GPL;UNKNOWN" --summary
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 benchmark: setup ## Measure speed and memory
 	$(BIN)/duostream benchmark speed
