@@ -218,8 +218,11 @@ class DuoStreamConfig(PreTrainedConfig):
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
         for name, expected in DuoStreamConfig.__annotations__.items():
-            if name not in CHOICES:  # which are looked at below, and named alike by all versions
-                type_validator(name, getattr(self, name), expected)
+            try:
+                # Choices are looked at below, and named alike by all versions
+                type_validator(name, getattr(self, name), Any if name in CHOICES else expected)
+            except TypeError as error:
+                raise ValueError(f"`{name}`: {error}") from error
         for name in SUB_CONFIGS:
             self._make_sub_config(name)
         num_labels = kwargs.get("num_labels", 0)
