@@ -132,6 +132,9 @@ class DuoStreamConfig(PreTrainedConfig):
             The inner width of the `"mlp"` projector. Defaults to that of the fusion stack.
         projector_position_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to add a learned position to each image token, for vision streams that don't mark positions.
+        bidirectional_images (`bool`, *optional*, defaults to `True`):
+            Whether a picture's tokens see each other both ways in the fusion stack, or, as those of text do, only what
+            stands before them: then its masks are causal ones, for which there are faster kernels (flash attention).
         restart_positions (`bool`, *optional*, defaults to `False`):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
@@ -202,6 +205,7 @@ class DuoStreamConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_position_embeddings: bool = False
     vision_feature_layer: int = -1
+    bidirectional_images: bool = True
     restart_positions: bool = False
     projection_dim: int = 256
     contrastive_loss: Literal["sigmoid", "softmax"] = "sigmoid"

@@ -42,6 +42,7 @@ from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
     check,
+    check_segments,
     count_text,
     first_where,
     lay_out,
@@ -138,6 +139,16 @@ def without_graph(part: nn.Module, *inputs: torch.Tensor | None) -> AbstractCont
     return nullcontext() if any(each.requires_grad for each in tensors) else no_grad()
 
 
+def refuse_flash_attention(config: DuoStreamConfig, stream: str) -> None:
+    """Raises `ValueError` where flash attention would see what a mask hides, or hide what it shows, without a word."""
+    if is_flash_attention_requested(getattr(config, stream)):
+        raise ValueError(
+            "Flash attention knows neither tokens that see each other both ways (`token_type_ids`, masked language "
+            "modelling, image-text matching) nor `segment_ids`: use "
+            f'`model.set_attn_implementation({{"{stream}": "sdpa"}})`'
+        )
+
+
 class NoPositions(nn.Module):
     """Stands where the fusion stack would add learned positions, which its inputs already carry."""
 
@@ -199,7 +210,7 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
             by_stream = dict.fromkeys(("", "text_config", "vision_config", "fusion_stack_config"), attn_implementation)
             if not MODEL_MAPPING[type(self.config.vision_config)]._supports_sdpa:
                 by_stream["vision_config"] = "eager"
-            if attn_implementation.startswith("flash_attention"):
+            if attn_implementation.startswith("flash_attention") and self.config.bidirectional_images:
                 by_stream["fusion_stack_config"] = "sdpa"
             attn_implementation = by_stream
         super().set_attn_implementation(attn_implementation, **kwargs)
@@ -299,9 +310,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__(config)
-        if is_flash_attention_requested(config.fusion_stack_config):
+        if is_flash_attention_requested(config.fusion_stack_config) and config.bidirectional_images:
             # Flash kernels know causal and padding masks only; a picture's tokens see each other both ways.
-            logger.warning_once("The fusion stack's masks are beyond flash attention: it uses `sdpa` instead.")
+            logger.warning_once(
+                "The fusion stack's masks are beyond flash attention: it uses `sdpa` instead. With "
+                "`bidirectional_images=False` they are not."
+            )
             config.fusion_stack_config._attn_implementation = "sdpa"
         if not MODEL_MAPPING[type(config.vision_config)]._supports_sdpa:
             # A convolutional stream has no attention to choose, but would refuse whatever is chosen for the others
@@ -502,6 +516,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         num_image_tokens: int,
         text_cache: Cache | None,
         images_per_row: int | None,
+        segment_ids: torch.Tensor | None = None,
     ) -> StreamLayout:
         """Deals out this forward's tokens to the two streams: see `stream_layout_duostream`."""
         if is_image is None:
@@ -518,6 +533,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 text_is_causal=self.config.is_text_causal,
                 images_per_row=images_per_row,
                 sliding_window=self._text_window,
+                segment_ids=segment_ids,
             )
         else:
             layout = StreamLayout(
@@ -570,7 +586,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 Instead of `input_ids`. Placeholders are found by `mm_token_type_ids` or by their embedding.
             use_cache (`bool`, *optional*): Defaults to `True`, except in training.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": get_image_features(...)}`, instead of `pixel_values`.
+                `{"image": get_image_features(...)}`, instead of `pixel_values`. Of its `last_hidden_state` alone, the
+                vision stream's states, `pooler_output` is made anew.
             text_position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Positions that count text only, with an `attention_mask` from `prepare_decoding`.
             images_per_row (`int`, *optional*):
@@ -580,8 +597,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 How many tokens of each row are prefix, padding apart. With `config.restart_positions`, needed to
                 continue from a cache without `token_type_ids` of the whole sequence; else it has no effect.
             segment_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
-                For rows that hold several continuations of one beginning, as questions about one picture: 0 in the
-                beginning, with all pictures and all of a prefix, then 1, 2, ... in one continuation after the other.
+                For rows that hold several sequences one after the other, numbered 1, 2, ...: several rows in one, or
+                several continuations of one beginning, as questions about one picture, where the beginning has 0.
                 Each sees the beginning and itself, and counts its positions on from the beginning's end, so that its
                 states are those of a row of its own. Goes without a cache.
 
@@ -608,7 +625,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         elif mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            image_features = mm_encoder_outputs["image"].pooler_output
+            outputs = mm_encoder_outputs["image"]
+            image_features = outputs.pooler_output
+            if image_features is None:
+                # The vision stream's states alone, as they are kept where that stream is frozen
+                image_features = self.projector(outputs.last_hidden_state.to(self.dtype))
         # Decoding reads no pictures on any rank
         is_decoding = fusion_cache is not None and fusion_cache.get_seq_length() > 0
         unused = None
@@ -631,13 +652,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             is_image = self.locate_images(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_len, past_text_len, has_new_images
             )
-            if segment_ids is not None and position_ids is None:
-                position_ids = segment_positions(segment_ids, attention_mask)
             if segment_ids is not None:
-                is_prefix = None if token_type_ids is None else token_type_ids == 0
-                for name, is_shared in (("Pictures", is_image), ("A prefix", is_prefix)):
-                    if is_shared is not None:
-                        check(~(is_shared & (segment_ids != 0)).any(), f"{name} must stand where `segment_ids` are 0")
+                check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
+            if segment_ids is not None and position_ids is None:
+                is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask
+                position_ids = segment_positions(segment_ids, is_valid)
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:
@@ -646,16 +665,23 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             packed = has_new_images and text_cache is None
             layout_position_ids = given_position_ids if packed else position_ids
             layout = self.lay_out(
-                is_image, attention_mask, layout_position_ids, seq_len, num_image_tokens, text_cache, images_per_row
+                is_image,
+                attention_mask,
+                layout_position_ids,
+                seq_len,
+                num_image_tokens,
+                text_cache,
+                images_per_row,
+                segment_ids,
             )
-            if has_new_images or token_type_ids is not None:
+            if (has_new_images and self.config.bidirectional_images) or token_type_ids is not None:
                 if is_image is None:
                     is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=self.device)
-                block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len)
+                block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len, segment_ids)
 
         if self.config.restart_positions:
             if prefix_length is None:
-                prefix_length = self._count_prefix(token_type_ids, attention_mask, past_len, seq_len)
+                prefix_length = self._count_prefix(token_type_ids, attention_mask, past_len, seq_len, segment_ids)
             position_ids = restart_positions(position_ids, prefix_length)
 
         text_attention_mask = layout.text_attention_mask
@@ -688,13 +714,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             states = torch.cat([hidden_states.flatten(0, 1), image_features.flatten(0, -2)])  # (all tokens, hidden)
             hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
         if block_ids is not None or segment_ids is not None:
-            fusion_attention_mask = create_masks_for_generate(
-                config=self.config.fusion_stack_config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=fusion_cache,
-                and_mask_function=None if segment_ids is None else see_own_segment(segment_ids),
-                block_sequence_ids=block_ids,
+            fusion_attention_mask = self._fusion_mask(
+                hidden_states, attention_mask, fusion_cache, block_ids, segment_ids
             )
 
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
@@ -716,8 +737,28 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def _fusion_mask(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        block_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> Any:
+        """Masks of the fusion stack that are more than causal and padding masks, which its layers make themselves."""
+        refuse_flash_attention(self.config, "fusion_stack_config")
+        return create_masks_for_generate(
+            config=self.config.fusion_stack_config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=None if segment_ids is None else see_own_segment(segment_ids),
+            block_sequence_ids=block_ids,
+        )
+
     def _text_segment_mask(self, segment_ids: torch.Tensor, layout: StreamLayout) -> Any:
         """Masks by which the text stream, too, reads each continuation apart from the others."""
+        refuse_flash_attention(self.config, "text_config")
         if layout.text_index is not None:
             segment_ids = segment_ids.gather(1, layout.text_index)  # (batch, text_len)
         return create_masks_for_generate(
@@ -778,16 +819,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # An image token is as valid as any
             attention_mask = nn.functional.pad(text_attention_mask, (image_hidden_states.shape[1], 0), value=1)
         prefix = torch.zeros(batch_size, seq_len, dtype=torch.long, device=hidden_states.device)
-        mask = create_masks_for_generate(
-            config=self.config.fusion_stack_config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            block_sequence_ids=prefix,
-        )
         return self.fusion_model(
             inputs_embeds=hidden_states,
-            attention_mask=mask,
+            attention_mask=self._fusion_mask(hidden_states, attention_mask, block_ids=prefix),
             position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len),
             use_cache=False,
         ).last_hidden_state
@@ -807,6 +841,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         attention_mask: torch.Tensor | dict[str, Any] | None,
         past_len: int | torch.Tensor,
         seq_len: int,
+        segment_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         if isinstance(past_len, torch.Tensor) or isinstance(attention_mask, dict):
             raise ValueError("With a static cache, `config.restart_positions` needs `prefix_length`")
@@ -817,7 +852,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
         if token_type_ids is None:
             return torch.zeros(1, dtype=torch.long, device=self.device)
-        return prefix_length_of(token_type_ids, attention_mask)
+        return prefix_length_of(token_type_ids, attention_mask, segment_ids)
 
     def _block_sequence_ids(
         self,
@@ -825,7 +860,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         token_type_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         seq_len: int,
+        segment_ids: torch.Tensor | None,
     ) -> torch.Tensor:
+        if not self.config.bidirectional_images:
+            is_image = torch.zeros_like(is_image)
         if token_type_ids is not None and token_type_ids.shape[1] < is_image.shape[1]:
             # Types of the new tokens alone: what is cached has been read, and is seen by all of them anyway
             num_past = is_image.shape[1] - token_type_ids.shape[1]
@@ -836,7 +874,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
             is_cut = is_prefix[:, :-seq_len].any(dim=1) & is_prefix[:, -seq_len:].any(dim=1)
             check(~is_cut.any(), "A prefix that is read both ways (`token_type_ids` 0) must be read at once")
-        return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids)
+        return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids, segment_ids)
 
 
 class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):

@@ -46,8 +46,17 @@ def first_where(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(place).scatter(-1, place, positions)
 
 
+def number_pictures(is_image: torch.Tensor, image_seq_length: int) -> torch.Tensor:
+    """Of shape `(batch, total_len)`: 1, 2, ... where a row's first, second, ... picture stands, -1 elsewhere."""
+    picture = (is_image.cumsum(dim=1) - 1).div(image_seq_length, rounding_mode="floor") + 1  # (batch, total_len)
+    return torch.where(is_image, picture, -1)
+
+
 def block_sequence_ids(
-    is_image: torch.Tensor, image_seq_length: int, token_type_ids: torch.Tensor | None = None
+    is_image: torch.Tensor,
+    image_seq_length: int,
+    token_type_ids: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Numbers the tokens that see each other both ways: a picture's tokens, and all tokens of the prefix.
@@ -57,16 +66,44 @@ def block_sequence_ids(
         image_seq_length (`int`): Tokens a picture.
         token_type_ids (`torch.LongTensor` of shape `(batch, total_len)`, *optional*):
             0 = bidirectional prefix, 1 = causal suffix (prefix-LM: Raffel et al. 2020, section 3.2.1).
+        segment_ids (`torch.LongTensor` of shape `(batch, total_len)`, *optional*):
+            Sequences that share a row, each with a prefix of its own: see [`segment_positions`].
 
     Returns:
         `torch.LongTensor` of shape `(batch, total_len)`: 0 in the prefix, 1, 2, ... in the pictures outside of it, -1
-        in causal text.
+        in causal text; with `segment_ids` each prefix has a number of its own.
     """
-    picture = (is_image.cumsum(dim=1) - 1).div(image_seq_length, rounding_mode="floor") + 1  # (batch, total_len)
-    blocks = torch.where(is_image, picture, -1)
+    blocks = number_pictures(is_image, image_seq_length)
     if token_type_ids is not None:
-        blocks = torch.where(token_type_ids == 0, 0, blocks)
+        # There are fewer pictures than tokens
+        prefix = 0 if segment_ids is None else segment_ids + is_image.shape[1]
+        blocks = torch.where(token_type_ids == 0, prefix, blocks)
     return blocks
+
+
+def check_segments(
+    segment_ids: torch.Tensor,
+    is_image: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    image_seq_length: int,
+) -> None:
+    """
+    All of shape `(batch, seq_len)`.
+
+    Raises:
+        ValueError: A picture, or a prefix that is read both ways, stands partly in what all sequences of a row share.
+    """
+    if is_image is not None:
+        picture = number_pictures(is_image, image_seq_length)
+        is_inner = is_image[:, 1:] & (picture[:, 1:] == picture[:, :-1])
+        is_cut = is_inner & (segment_ids[:, 1:] != segment_ids[:, :-1])
+        check(~is_cut.any(), "A picture must stand where `segment_ids` are equal")
+    if token_type_ids is not None:
+        is_prefix = token_type_ids == 0 if attention_mask is None else (token_type_ids == 0) & (attention_mask != 0)
+        is_shared = segment_ids == 0
+        is_split = (is_prefix & is_shared).any(dim=1) & (is_prefix & ~is_shared).any(dim=1)
+        check(~is_split.any(), "A prefix (`token_type_ids` 0) must stand where all `segment_ids` are 0, or none")
 
 
 def lay_out(
@@ -80,6 +117,7 @@ def lay_out(
     text_is_causal: bool,
     images_per_row: int | None = None,
     sliding_window: int | None = None,
+    segment_ids: torch.Tensor | None = None,
 ) -> StreamLayout:
     """
     Deals out a sequence in which some positions are image tokens.
@@ -102,8 +140,9 @@ def lay_out(
         images_per_row (`int`, *optional*):
             The number of pictures in *every* row, if all have the same number and, with a cache, the columns of
             pictures hold no text. It says how long the text is, so that the host need not wait for the device to tell.
-
         sliding_window (`int`, *optional*): Of the text stream's layers, in tokens.
+        segment_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+            Without a cache: see [`segment_positions`].
 
     Raises:
         ValueError: placeholders and image tokens differ in number, or a row holds a part of a picture.
@@ -144,7 +183,7 @@ def lay_out(
         slot = (chunk_kept.cumsum(dim=0) - 1).expand(batch_size, -1)  # (batch, seq_len)
         text_attention_mask = text_padding_mask(is_image, attention_mask, sliding_window)
     if cached or position_ids is not None:
-        text_position_ids = count_text(position_ids, is_image).gather(1, text_index)  # (batch, text_len)
+        text_position_ids = count_text(position_ids, is_image, segment_ids).gather(1, text_index)  # (batch, text_len)
 
     row = torch.arange(batch_size, device=is_image.device)[:, None]
     nth_image_token = image.flatten().cumsum(dim=0).view_as(image) - 1  # (batch, seq_len)
@@ -189,15 +228,26 @@ def text_padding_mask(
     return is_text[:, order] & kept[order]
 
 
-def count_text(position_ids: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:
-    """Positions of shape `(batch, seq_len)` that count text alone, from those that count all tokens."""
-    images_so_far = is_image.cumsum(dim=1)[:, -position_ids.shape[1] :]
+def count_text(
+    position_ids: torch.Tensor, is_image: torch.Tensor, segment_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Positions of text that count text alone, of shape `(batch, seq_len)`, from those that count all tokens. With
+    `segment_ids` only the pictures count that a token sees.
+    """
+    if segment_ids is not None:
+        images_so_far = segment_positions(segment_ids, is_image)
+    else:
+        images_so_far = is_image.cumsum(dim=1)[:, -position_ids.shape[1] :]
     return (position_ids - images_so_far).clamp(min=0)
 
 
-def prefix_length_of(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def prefix_length_of(
+    token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    How many tokens of each row are prefix (`token_type_ids` 0), padding apart: of shape `(batch,)`.
+    How many tokens of each row are prefix (`token_type_ids` 0), padding apart: of shape `(batch,)`. With `segment_ids`
+    how many of those that a token sees, of shape `(batch, seq_len)`.
 
     Raises:
         ValueError: The two, both of shape `(batch, total_len)`, differ in shape.
@@ -210,7 +260,12 @@ def prefix_length_of(token_type_ids: torch.Tensor, attention_mask: torch.Tensor 
                 f"{tuple(attention_mask.shape)}: to count the prefix, both must tell of the whole sequence"
             )
         is_prefix = is_prefix & attention_mask.to(torch.bool)
-    return is_prefix.sum(dim=1)  # (batch,)
+    if segment_ids is None:
+        return is_prefix.sum(dim=1)  # (batch,)
+    # There are fewer segments than tokens
+    lengths = torch.zeros_like(segment_ids).scatter_add(1, segment_ids, is_prefix.long())  # (batch, any segment)
+    own = lengths.gather(1, segment_ids)  # (batch, seq_len)
+    return own + torch.where(segment_ids == 0, 0, lengths[:, :1])
 
 
 def restart_positions(position_ids: torch.Tensor, prefix_length: torch.Tensor) -> torch.Tensor:
@@ -220,33 +275,35 @@ def restart_positions(position_ids: torch.Tensor, prefix_length: torch.Tensor) -
 
     Args:
         position_ids (`torch.LongTensor` of shape `(batch, seq_len)`): Positions that count all tokens.
-        prefix_length (`torch.LongTensor` of shape `(batch,)`): Tokens of each row's prefix.
+        prefix_length (`torch.LongTensor` of shape `(batch,)` or `(batch, seq_len)`):
+            Tokens of each row's prefix, or of the prefix that each token sees.
     """
-    prefix_length = prefix_length[:, None]
+    if prefix_length.ndim == 1:
+        prefix_length = prefix_length[:, None]
     return torch.where(position_ids < prefix_length, position_ids, position_ids - prefix_length)
 
 
-def segment_positions(segment_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def segment_positions(segment_ids: torch.Tensor, is_counted: torch.Tensor) -> torch.Tensor:
     """
-    Positions of shape `(batch, seq_len)` in rows that hold several continuations of one beginning: each continuation
-    counts on from the end of the beginning, as if it stood there alone.
+    How many tokens that are counted stand before each token among those that it sees, in rows that hold several
+    sequences: its own sequence, and the beginning that all share. Of shape `(batch, seq_len)`.
 
     Args:
         segment_ids (`torch.LongTensor` of shape `(batch, seq_len)`):
-            0 in the beginning, which comes first, then 1, 2, ... in one continuation after the other.
-        attention_mask (`torch.Tensor` of shape `(batch, seq_len)`, *optional*): 0 = padding.
+            0 in a beginning that all share, if there is one, then 1, 2, ... in one sequence after the other.
+        is_counted (`torch.Tensor` of shape `(batch, seq_len)`): 1 = counted, as tokens that are no padding are.
     """
-    is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask.long()
-    offset = (is_valid.cumsum(dim=1) - 1).clamp(min=0)  # (batch, seq_len)
-    shared_len = ((segment_ids == 0) * is_valid).sum(dim=1, keepdim=True)  # (batch, 1)
+    is_counted = is_counted.long()
+    before = is_counted.cumsum(dim=1) - is_counted  # (batch, seq_len)
+    shared = ((segment_ids == 0) * is_counted).sum(dim=1, keepdim=True)  # (batch, 1)
     is_start = torch.zeros_like(segment_ids, dtype=torch.bool)
     is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    start = torch.where(is_start, offset, 0).cummax(dim=1).values  # (batch, seq_len)
-    return torch.where(segment_ids == 0, offset, shared_len + offset - start)
+    start = torch.where(is_start, before, 0).cummax(dim=1).values  # (batch, seq_len)
+    return torch.where(segment_ids == 0, before, shared + before - start)
 
 
 def see_own_segment(segment_ids: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A mask function, as the library combines them: a token sees the shared beginning and its own continuation."""
+    """A mask function, as the library combines them: a token sees a beginning that all share, and its own sequence."""
 
     def mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
         kv_segment = segment_ids[batch_idx, kv_idx]

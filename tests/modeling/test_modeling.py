@@ -267,6 +267,26 @@ def test_a_pictures_tokens_see_each_other_both_ways_and_not_a_later_picture(mode
             assert all(changed(after[:, start:], before[:, start:]))
 
 
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_a_picture_may_be_read_forwards_only(model: Any, use_cache: bool) -> None:
+    model = copy.deepcopy(model)
+    model.config.bidirectional_images = False
+    row = Row(model, 3, PICTURE, 2)
+    inputs = features(model, row)
+    before = logits(model, inputs, use_cache=use_cache)
+    for token in range(model.config.image_seq_length):
+        moved = copy.deepcopy(inputs)
+        states = moved["mm_encoder_outputs"]["image"].pooler_output
+        states[0, token] += torch.randn_like(states[0, token])  # a layer norm hides a constant
+        after = logits(model, moved, use_cache=use_cache)
+        assert changed(after, before) == [False] * (3 + token) + [True] * (len(row) - 3 - token)
+    # Beside other rows, as alone
+    rows = ragged_rows(model)
+    got = logits(model, batch(rows), use_cache=use_cache)
+    for i, place in places(rows, "left"):
+        assert difference(got[i, place], alone(model, rows[i])) < CLOSE
+
+
 def test_a_picture_changes_what_is_said_about_it(model: Any) -> None:
     row = Row(model, 3, PICTURE, 5)
     before = alone(model, row)
@@ -627,6 +647,18 @@ def test_flash_attention_leaves_the_fusion_stack_to_sdpa(caplog: pytest.LogCaptu
     assert "flash" in caplog.text and "sdpa" in caplog.text
 
 
+@torch.no_grad()
+def test_flash_attention_is_refused_what_its_kernels_would_not_see() -> None:
+    config = small_config("llama", bidirectional_images=False)
+    model = DuoStreamForConditionalGeneration(config).eval()
+    inputs = Row(model, PICTURE, 3).inputs
+    # As where its kernels are installed
+    model.config.fusion_stack_config._attn_implementation = "flash_attention_2"
+    for name in ("token_type_ids", "segment_ids"):
+        with pytest.raises(ValueError, match=f"`{name}`.*fusion_stack_config"):
+            model(**inputs, **{name: torch.zeros_like(inputs["input_ids"])})
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_flex_attention_gives_what_sdpa_gives() -> None:
@@ -867,7 +899,11 @@ def test_outputs_come_as_a_tuple_when_asked(llama: Any) -> None:
 
 def test_pictures_that_were_read_before_give_the_same_logits(model: Any) -> None:
     row = Row(model, 2, PICTURE, 3, PICTURE, 2)
-    assert torch.equal(logits(model, features(model, row)), logits(model, row.inputs))
+    expected, inputs = logits(model, row.inputs), features(model, row)
+    assert torch.equal(logits(model, inputs), expected)
+    # What the vision stream alone gave is as good
+    inputs["mm_encoder_outputs"]["image"].pooler_output = None
+    assert torch.equal(logits(model, inputs), expected)
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
@@ -1046,6 +1082,40 @@ def test_saved_configs_name_the_model_that_wrote_them(llama: Any, tmp_path: Path
     assert saved["architectures"] == ["DuoStreamForConditionalGeneration"]
 
 
+@pytest.mark.parametrize("has_prefix", [False, True])
+@pytest.mark.parametrize("restart_positions", [False, True])
+@torch.no_grad()
+def test_rows_in_one_get_the_logits_of_rows_of_their_own(
+    model: Any, has_prefix: bool, restart_positions: bool
+) -> None:
+    model = copy.deepcopy(model)
+    model.config.restart_positions = restart_positions
+    rows = ragged_rows(model)
+    input_ids = torch.cat([row.ids for row in rows])
+    segments = torch.cat([torch.full_like(row.ids, number) for number, row in enumerate(rows, start=1)])
+    # Beside a row that fills the other's end with pads
+    attention_mask = torch.ones(2, len(input_ids), dtype=torch.long)
+    attention_mask[1, len(rows[0]) :] = 0
+    second = torch.nn.functional.pad(rows[0].ids, (0, len(input_ids) - len(rows[0])))
+    types = {}
+    if has_prefix:
+        # All but the last three tokens of each
+        suffixes = torch.cat([(torch.arange(len(row)) >= len(row) - 3).long() for row in rows])
+        types = {"token_type_ids": torch.stack([suffixes, suffixes])}
+    got = model(
+        input_ids=torch.stack([input_ids, second]),
+        pixel_values=torch.cat([*(row.pictures for row in rows), rows[0].pictures]),
+        attention_mask=attention_mask,
+        segment_ids=torch.stack([segments, torch.ones_like(segments)]),
+        **types,
+    ).logits
+    together = [*got[0].split([len(row) for row in rows]), got[1, : len(rows[0])]]
+    for row, own_logits in zip([*rows, rows[0]], together, strict=True):
+        own = {"token_type_ids": (torch.arange(len(row)) >= len(row) - 3).long()[None]} if has_prefix else {}
+        expected = model(**row.inputs, **own, use_cache=False).logits[0]
+        torch.testing.assert_close(own_logits, expected, atol=2e-4, rtol=1e-4)
+
+
 def packed(rows: list[Row], num_shared: int) -> dict[str, Tensor]:
     """Rows that begin alike as one: the beginning once, then what follows it in each."""
     beginning, rests = rows[0].ids[:num_shared], [row.ids[num_shared:] for row in rows]
@@ -1131,11 +1201,11 @@ def test_continuations_give_the_loss_and_gradients_of_rows_of_their_own(attn_imp
 
 @torch.no_grad()
 def test_what_continuations_cannot_share_is_refused(llama: Any) -> None:
-    inputs = packed([Row(llama, PICTURE, 3)], 0)
-    with pytest.raises(ValueError, match="Pictures must stand where"):
+    inputs = packed([Row(llama, 2, PICTURE, 3)], 3)
+    with pytest.raises(ValueError, match="A picture must stand where"):
         llama(**inputs, use_cache=False)
     inputs = packed([Row(llama, 5)], 2)
-    with pytest.raises(ValueError, match="A prefix must stand where"):
+    with pytest.raises(ValueError, match=r"A prefix .* must stand where"):
         llama(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]))
     with pytest.raises(ValueError, match="without `past_key_values`"):
         llama(**inputs, past_key_values=DynamicCache(config=llama.config))
