@@ -17,7 +17,7 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 from ..modeling import (
@@ -391,20 +391,27 @@ class DuoStreamTrainer(Trainer):
             self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):
             # At the end of an epoch it comes after the checkpoint, and not again when that is resumed
-            figures = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.metric_rows is not None:
-            measured = {
-                f"{metric_key_prefix}_{name}": value
-                for name, value in self.measure(self.metric_rows).items()
-                if isinstance(value, int | float)
-            }
-            self.log(measured)
-            figures |= measured
-        return figures
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits. What is
+        # added here is what callbacks see, such as those that stop early, and what finds the best checkpoint.
+        if self.metric_rows is not None and description != "Prediction":
+            figures = self.measure(self.metric_rows)
+            output.metrics.update(
+                {
+                    f"{metric_key_prefix}_{name}": value
+                    for name, value in figures.items()
+                    if isinstance(value, int | float)
+                }
+            )
+        return output
 
     def measure(self, rows: Dataset) -> dict[str, Any]:
         """The figures of the task, the same on all ranks."""

@@ -7,7 +7,13 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import (
@@ -405,6 +411,25 @@ def test_held_out_rows_are_evaluated_and_the_figures_are_written(new_parts, rows
     assert written["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
     assert trainer.state.log_history[-1]["eval_loss"] == written["eval_loss"]
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
+
+
+@pytest.mark.parametrize(("watched", "stops_at", "best"), [("chrf", 4, 2), ("eval_loss", 6, 6)])
+def test_training_stops_early_and_keeps_the_best_checkpoint_by_a_figure_of_the_task_as_by_the_loss(
+    new_parts, rows, tmp_path, watched, stops_at, best
+):
+    # The loss falls from the first step on, while six steps are too few to answer anything
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = options(
+        tmp_path, max_steps=6, load_best_model_at_end=True, metric_for_best_model=watched, max_new_tokens=4, **every
+    )
+    held_out, callbacks = rows.select(range(2)), [EarlyStoppingCallback(1)]
+    trainer = train(*new_parts(), args, rows, held_out, callbacks=callbacks, task="caption", metric_rows=held_out)
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry and "eval_chrf" in entry]
+    assert [entry["step"] for entry in logged] == [*range(2, stops_at + 1, 2), stops_at]
+    assert logged[1]["eval_loss"] < logged[0]["eval_loss"] and logged[1]["eval_chrf"] == logged[0]["eval_chrf"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    # Of the weights that are kept
+    assert logged[-1]["eval_loss"] == pytest.approx(logged[best // 2 - 1]["eval_loss"])
 
 
 def test_without_held_out_rows_nothing_is_evaluated(new_parts, rows, tmp_path):
