@@ -1,23 +1,19 @@
 """What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
 
 import json
-import os
-import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from ..modeling import (
@@ -37,9 +33,10 @@ from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
 from .card import write_card, write_run
-from .checkpoints import UNFINISHED, check_files, publish, publish_files
+from .checkpoints import check_files
 from .data import Rows
 from .evaluate import evaluate, generate_answers, score_answers
+from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .tasks import WRITER, task_of
 
 logger = logging.get_logger(__name__)
@@ -58,74 +55,9 @@ def collator_of(args: DataArguments, processor: DuoStreamProcessor, model: PreTr
     return collators.get(args.task, DuoStreamDataCollator)(processor, args.max_length)
 
 
-class ReproducibleCollator:
+class DuoStreamTrainer(LongRunTrainer):
     """
-    Makes batches in which what is random depends on the seed and the rows alone, and which carry their rows' numbers.
-
-    The library's position in the data is that of batches, but the next one has been drawn when a checkpoint is saved.
-
-    Args:
-        collator: Makes the batches.
-        seed (`int`): Of what is random.
-        is_stream (`bool`): Of rows that come again in the same order: batches are counted, so that each time something
-            else is drawn. Resuming makes the batches of a stream again, which keeps the count. Of other rows the epoch
-            tells one time from another.
-    """
-
-    def __init__(self, collator: Any, seed: int, is_stream: bool):
-        self.collator, self.seed, self.is_stream = collator, seed, is_stream
-        self.num_to_skip = self.num_made = self.epoch = 0
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        self.num_made += 1
-        if self.num_made <= self.num_to_skip:
-            return {}
-        numbers = [row.get("row", -1) for row in rows]
-        if -1 in numbers:
-            return self.collator(rows)
-        with torch.random.fork_rng(devices=[]):
-            # Python's hash of numbers is the same in each process
-            seed = hash((self.seed, self.num_made if self.is_stream else self.epoch, *numbers))
-            torch.default_generator.manual_seed(seed % 2**63)
-            return {**self.collator(rows), "row_numbers": torch.tensor(numbers)}
-
-
-class EpochSampler(Sampler):
-    """Rows in an order that depends on the seed and the epoch alone, wherever training began."""
-
-    def __init__(self, sampler: RandomSampler | LengthGroupedSampler, seed: int):
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-class SaveWhenTerminated(TrainerCallback):
-    """Saves and stops at the end of the step in which one of the ranks is sent SIGTERM, as a preempted machine is."""
-
-    def __init__(self, accelerator: Any):
-        self.accelerator, self.is_terminated = accelerator, False
-
-    def __enter__(self) -> "SaveWhenTerminated":
-        self.previous = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.accelerator.check_trigger():
-            self.is_terminated = control.should_save = control.should_training_stop = True
-
-
-class DuoStreamTrainer(Trainer):
-    """
-    `Trainer` that reports each pretraining objective, and at each evaluation the figures of the task. A run that is
-    interrupted and resumed ends with the weights of one that was not, and a checkpoint is complete or absent.
+    `Trainer` that reports each pretraining objective, and at each evaluation the figures of the task.
 
     Args:
         task (`str`, *optional*): Measured at each evaluation, if there are `metric_rows`.
@@ -152,12 +84,6 @@ class DuoStreamTrainer(Trainer):
             # The library would take the labels away, and with them these losses
             names = " and ".join(each.__name__ for each in SMOOTHED)
             raise ValueError(f"`label_smoothing_factor` is for {names}: the losses of others know no smoothing")
-        is_stream = isinstance(self.train_dataset, IterableDataset)
-        self.data_collator: Any = ReproducibleCollator(self.data_collator, self.args.seed, is_stream)
-        self.epoch_sampler: EpochSampler | None = None
-        self.is_saving = self.has_bad_loss = False
-        self.rows_at_hand: torch.Tensor | None = None
-        self.bad_losses = Path(str(self.args.output_dir)) / "bad_losses.jsonl"
         self.has_objectives = isinstance(self.model, DuoStreamForPreTraining)
         if self.has_objectives:
             # Batches without masked tokens have labels, too
@@ -171,145 +97,6 @@ class DuoStreamTrainer(Trainer):
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
         self.objective_sums = torch.zeros(len(self.objectives))
         self.steps_since_log = 0
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
-        # Of a data set's column each length would be read from disk by itself: 40 s for 150,000 rows
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.lengths = list(sampler.lengths)
-        if isinstance(sampler, RandomSampler | LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = self.epoch_sampler = EpochSampler(sampler, seed)
-        return sampler
-
-    def _run_epoch(self, *, epoch: int, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            # Killed after its last checkpoint: the library would take one step more
-            self.control.should_training_stop = True
-            return
-        if self.epoch_sampler is not None:
-            # The library's `set_epoch` does not reach it on several ranks, or where batches are skipped
-            self.epoch_sampler.epoch = epoch
-        if not self.args.dataloader_persistent_workers:
-            # Workers that stay would never hear of it, and those of a resumed run would
-            self.data_collator.epoch = epoch
-        if self.data_collator.is_stream and not self.args.dataloader_num_workers:
-            # The library makes the batches that it skips, in which pictures would be opened. Of several processes none
-            # would know which of its batches are skipped.
-            self.data_collator.num_to_skip = steps_trained_in_current_epoch
-        super()._run_epoch(epoch=epoch, steps_trained_in_current_epoch=steps_trained_in_current_epoch, **kwargs)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        super()._issue_warnings_after_load(load_result)
-        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
-        if missing:
-            raise ValueError(f"The checkpoint to resume from lacks weights: {', '.join(sorted(missing))}")
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self.is_saving else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The library writes a checkpoint where it stays, and of one that was half written when the process was killed
-        # it knows by its number alone that it is the newest
-        run_dir = Path(self._get_output_dir(trial))
-        place = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        written = run_dir / UNFINISHED / place.name
-        self.clear_unfinished(run_dir)
-        self.is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            # What the library says of a full disk may be a file's position
-            free = shutil.disk_usage(run_dir).free
-            shutil.rmtree(written.parent, ignore_errors=True)
-            raise OSError(
-                f"{place} can't be saved, with {free:,} bytes free on its disk: {error}. Earlier checkpoints are as "
-                "they were"
-            ) from error
-        finally:
-            self.is_saving = False
-        best_checkpoint = self.state.best_model_checkpoint
-        if best_checkpoint is not None and Path(best_checkpoint) == written:
-            self.state.best_model_checkpoint = str(place)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish(written, place)
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), limit, best_model_checkpoint=best, use_mtime=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_saving:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if output_dir is not None:
-            super().save_model(output_dir, _internal_call)
-            return
-        folder = Path(str(self.args.output_dir))
-        written = folder / UNFINISHED / "model"
-        self.clear_unfinished(folder)
-        super().save_model(str(written), _internal_call)
-        # Uploading saves once more, and has published it
-        if self.args.should_save and written.exists():
-            publish_files(written, folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            # A pickle, with this machine's paths in it, that nothing reads
-            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def clear_unfinished(self, run_dir: Path) -> None:
-        """Deletes what a process that was killed while it saved has left."""
-        if self.args.should_save:
-            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self.rows_at_hand = inputs.pop("row_numbers", None)
-        return super()._prepare_inputs(inputs)
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        is_skipping = self.args.on_nan_loss == "skip"
-        # Running statistics have read the batch, too
-        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if is_skipping else []
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            step = self.state.global_step + 1
-            rows = [] if self.rows_at_hand is None else self.rows_at_hand.tolist()
-            if not is_skipping:
-                raise ValueError(
-                    f"Step {step}: the loss is {loss.item()} on rows {rows}. `--on_nan_loss skip` leaves such steps "
-                    "out"
-                )
-            logger.warning(f"Step {step} is left out: the loss is {loss.item()} on rows {rows}")
-            with self.bad_losses.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "rows": rows, "loss": str(loss.item())}) + "\n")
-            self.has_bad_loss = True
-            for buffer, value in before:
-                buffer.copy_(value)
-        if is_skipping and self.accelerator.sync_gradients:
-            is_bad = torch.tensor(float(self.has_bad_loss), device=self.args.device)
-            self.has_bad_loss = False
-            if self.accelerator.reduce(is_bad) > 0 and self.accelerator.scaler is None:
-                # Without gradients an optimizer changes nothing, be it by its momentum. A scaler of losses in half
-                # precision leaves such steps out by itself, and wants to see the gradients.
-                model.zero_grad()
-        return loss
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Its batches don't count among those of training, which a resumed run would not have made again
-        collator = self.data_collator
-        self.data_collator = ReproducibleCollator(collator.collator, collator.seed, is_stream=False)
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = collator
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # Rows to evaluate on may have no lengths, which the library would then look for in `input_ids`
@@ -390,11 +177,6 @@ class DuoStreamTrainer(Trainer):
         if "loss" in logs:
             self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with torch.random.fork_rng(devices=[]):
-            # At the end of an epoch it comes after the checkpoint, and not again when that is resumed
-            return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any

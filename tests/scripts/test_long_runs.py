@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, Auto
 from duostream import DuoStreamForPreTraining
 from duostream.scripts import pretrain
 from duostream.scripts.checkpoints import check_files, load_model, publish_files
-from duostream.scripts.training import ReproducibleCollator
+from duostream.scripts.long_runs import ReproducibleCollator
 
 NUM_KILLS = 20
 NUM_STEPS = 24
