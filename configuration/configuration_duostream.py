@@ -141,6 +141,9 @@ class DuoStreamConfig(PreTrainedConfig):
             effect.
         vision_feature_layer (`int`, *optional*, defaults to -1):
             Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`.
+        loss_chunk_size (`int`, *optional*):
+            In training, how many tokens' logits are made at a time: they are thrown away, not returned, and made again
+            in the backward, which takes less memory where the vocabulary is large. By default all at once.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the language-model head is the text stream's embedding matrix.
         projection_dim (`int`, *optional*, defaults to 256):
@@ -214,6 +217,7 @@ class DuoStreamConfig(PreTrainedConfig):
     itc_weight: float | int = 1.0
     itm_weight: float | int = 1.0
     classifier_dropout: float | int = 0.0
+    loss_chunk_size: int | None = None
     tie_word_embeddings: bool = True
     initializer_range: float | int = 0.02
     base_models: list[str] | None = None
@@ -247,7 +251,13 @@ class DuoStreamConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 0 (off) or more")
         if not 0 <= self.classifier_dropout <= 1:
             raise ValueError(f"`classifier_dropout` is {self.classifier_dropout}; expected a share, from 0 to 1")
-        for name in ("projection_dim", "projector_hidden_size", "image_seq_length", "image_hidden_size"):
+        for name in (
+            "projection_dim",
+            "projector_hidden_size",
+            "image_seq_length",
+            "image_hidden_size",
+            "loss_chunk_size",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more")
         self._check_widths()

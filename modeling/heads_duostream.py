@@ -18,6 +18,7 @@ from .modeling_duostream import (
     DuoStreamModel,
     DuoStreamPreTrainedModel,
     check_can_write,
+    count_items,
     gather_labelled,
 )
 from .objectives_duostream import contrastive_loss, hard_negatives, num_ranks
@@ -152,9 +153,12 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
         hidden_states = outputs.last_hidden_state
         if self.training and labels is not None and targets_per_row is not None:
             hidden_states, labels = gather_labelled(hidden_states, labels, targets_per_row)
-        logits = self.compute_logits(hidden_states)
-        loss = None
-        if labels is not None:
+        logits, loss = None, None
+        if self.chunks_loss(labels):
+            loss = self.chunked_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.compute_logits(hidden_states)
+        if labels is not None and logits is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return MaskedLMOutput(
@@ -451,7 +455,6 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             images = self.get_image_features(pixel_values, return_dict=True)
             mm_encoder_outputs = {"image": images}
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        vocab_size = self.config.text_config.vocab_size
         common: dict[str, Any] = {
             "attention_mask": attention_mask,
             "mm_token_type_ids": mm_token_type_ids,
@@ -470,19 +473,21 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
                 if self.training and targets_per_row is not None:
                     hidden_states, shifted = gather_labelled(hidden_states, shifted, targets_per_row)
-            outputs.logits = self.compute_logits(hidden_states)
             outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
-            if shifted is not None:
-                outputs.lm_loss = token_loss(outputs.logits, shifted, vocab_size, num_items_in_batch)
-                losses.append(weights.lm_weight * outputs.lm_loss)
+            if shifted is None:
+                outputs.logits = self.compute_logits(hidden_states)
+            else:
+                outputs.logits, lm_loss = self.logits_and_loss(hidden_states, shifted, num_items_in_batch)
+                outputs.lm_loss = lm_loss
+                losses.append(weights.lm_weight * lm_loss)
         if weights.mlm_weight and masked_input_ids is not None:
             states = self.model(input_ids=masked_input_ids, token_type_ids=whole_prefix(input_ids, None), **common)
             hidden_states = states.last_hidden_state
             if self.training and masked_per_row is not None:
                 hidden_states, masked_labels = gather_labelled(hidden_states, masked_labels, masked_per_row)
-            masked_logits = self.compute_logits(hidden_states)
-            outputs.mlm_loss = token_loss(masked_logits, masked_labels, vocab_size, num_masked_in_batch)
-            losses.append(weights.mlm_weight * outputs.mlm_loss)
+            _, mlm_loss = self.logits_and_loss(hidden_states, masked_labels, num_masked_in_batch)
+            outputs.mlm_loss = mlm_loss
+            losses.append(weights.mlm_weight * mlm_loss)
         if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:
             if images is None:
                 check_pairs(len(paired_input_ids), 0)
@@ -519,6 +524,16 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         outputs.loss = torch.stack(losses).sum() if losses else None
         return outputs
 
+    def logits_and_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Cross-entropy of each position with its own label, the mean of all or the sum divided by `num_items`."""
+        if self.chunks_loss(labels):
+            return None, self.chunked_loss(hidden_states, labels, num_items)
+        logits = self.compute_logits(hidden_states)
+        total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        return logits, total / count_items(labels, num_items)
+
     def matching_loss(
         self,
         scores: torch.Tensor,
@@ -540,15 +555,6 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         is_right = (torch.arange(3 * count, device=own.device) < count).long()
         loss = nn.functional.cross_entropy(logits.float(), is_right, reduction="sum")
         return loss / (3 * (count if num_pairs is None else num_pairs))
-
-
-def token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items: torch.Tensor | int | None
-) -> torch.Tensor:
-    """Cross-entropy of each position with its own label, the mean of all or the sum divided by `num_items`."""
-    logits, labels = logits.float().view(-1, vocab_size), labels.flatten()  # (batch * seq_len, vocab_size)
-    total = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
 
 
 __all__ = [

@@ -404,6 +404,11 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_losses(head):
     assert told.logits.shape[:2] == (4, 5) and whole.logits.shape[1] > 5
     for name in {"loss", "lm_loss", "mlm_loss"} & set(whole):
         assert abs(told[name] - whole[name]) < 1e-5
+    model.config.loss_chunk_size = 4
+    chunked = model(**inputs, **hints)
+    assert chunked.logits is None
+    for name in {"loss", "lm_loss", "mlm_loss"} & set(whole):
+        assert abs(chunked[name] - whole[name]) < 1e-5
 
 
 def _losses_of_a_rank(rank, world_size, store, sizes, loss_type, results):

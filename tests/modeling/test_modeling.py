@@ -497,7 +497,18 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients
     assert told.logits.shape[:2] == (8, targets_per_row) and whole.logits.shape[1] > targets_per_row
     assert abs(told.loss - whole.loss) < 1e-5
     assert_same_gradients(expected, gradients(model))
+    # Of a few labels at a time, and none is returned
+    model.config.loss_chunk_size = 5
+    for hint in ({}, {"targets_per_row": targets_per_row}):
+        chunked = model(**inputs, num_items_in_batch=7, **hint)
+        chunked.loss.backward()
+        assert chunked.logits is None
+        assert abs(chunked.loss - whole.loss) < 1e-5
+        assert_same_gradients(expected, gradients(model))
+    mean = model(**inputs).loss
     model.eval()
+    evaluated = model(**inputs)
+    assert abs(mean - evaluated.loss) < 1e-5 and evaluated.logits.shape == whole.logits.shape
     assert torch.equal(logits(model, {**inputs, "targets_per_row": 1}), logits(model, inputs))
 
 
