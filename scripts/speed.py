@@ -67,6 +67,9 @@ class SpeedArguments:
     attn_implementations: list[str] = field(
         default_factory=lambda: ["sdpa"], metadata={"help": "sdpa, eager, ...; of all sides."}
     )
+    bidirectional_images: bool = field(
+        default=True, metadata={"help": "Whether our pictures are read both ways, as PaliGemma's; LLaVA's are not."}
+    )
     text_len: int = field(default=32, metadata={"help": "Text tokens a row."})
     repeats: int = field(default=3, metadata={"help": "How often each side is run, after one run to warm up."})
     clock: str = field(
@@ -138,12 +141,19 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
             continue
         set_seed(args.seed)
         sides = make_sides(args.preset, image_tokens, args.fusion_layers, args.peers)
+        for name in map(str, args.fusion_layers):
+            sides[name].config.bidirectional_images = args.bidirectional_images
         for model in sides.values():
             model.to(args.device, getattr(torch, args.dtype)).eval()
             model.set_attn_implementation(attention)
             model.generation_config.eos_token_id = None  # all write as many tokens
         for batch_size in batch_sizes:
-            told = {"attention": attention, "image_tokens": image_tokens, "batch_size": batch_size}
+            told = {
+                "attention": attention,
+                "both_ways": args.bidirectional_images,
+                "image_tokens": image_tokens,
+                "batch_size": batch_size,
+            }
             inputs = {
                 name: make_inputs(model, image_tokens, batch_size, args.text_len) for name, model in sides.items()
             }
@@ -307,12 +317,13 @@ def by_hand(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], None
     config, input_ids = model.config, inputs["input_ids"]
     text = input_ids[:, config.image_seq_length :]
     states = torch.randn(*input_ids.shape, config.text_config.hidden_size, device=model.device, dtype=model.dtype)
+    blocks = block_sequence_ids(input_ids == IMAGE_TOKEN_ID, config.image_seq_length)
     mask = create_masks_for_generate(
         config=config.fusion_stack_config,
         inputs_embeds=states,
         attention_mask=None,
         past_key_values=None,
-        block_sequence_ids=block_sequence_ids(input_ids == IMAGE_TOKEN_ID, config.image_seq_length),
+        block_sequence_ids=blocks if config.bidirectional_images else None,
     )
 
     @torch.no_grad()

@@ -52,6 +52,12 @@ def test_prefill_is_measured_with_and_without_the_vision_model(measure):
     check_ratios(rows)
 
 
+def test_pictures_may_be_read_forwards_only_as_the_peers(measure):
+    rows = measure("prefill", *TINY, "--batch_sizes", "1", "--peers", "llava", "--bidirectional_images", "false")
+    assert [row["both_ways"] for row in rows] == [False]
+    measure("overhead", *TINY, "--batch_sizes", "1", "--bidirectional_images", "false")
+
+
 def test_decoding_is_measured_in_tokens_a_second(measure):
     rows = measure("decode", *TINY, "--batch_sizes", "2", "--new_tokens", "4", "--peers", "llava")
     assert [row["cache"] for row in rows] == ["dynamic"]
