@@ -1,12 +1,15 @@
 """Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from string import Formatter
+from tarfile import TarError
 from typing import Any, TypeAlias
 
 import datasets
@@ -281,16 +284,62 @@ def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> R
     path = Path(args.dataset)
     options: dict[str, Any] = {"split": split, "streaming": args.streaming}
     if not path.exists():
-        return load_dataset(args.dataset, args.dataset_config, **options)
-    if bad_rows is not None:
-        path = bad_rows.without_broken_lines(path)
-    try:
-        return _load_files(path, options)
-    except (ValueError, OSError, DatasetGenerationError) as error:
-        # The library's message names no file, or no row
-        for _, _, reason in broken_lines(path):
-            raise reason from error
-        raise
+        rows = load_dataset(args.dataset, args.dataset_config, **options)
+    else:
+        if bad_rows is not None:
+            path = bad_rows.without_broken_lines(path)
+        try:
+            rows = _load_files(path, options)
+        except (ValueError, OSError, DatasetGenerationError) as error:
+            # The library's message names no file, or no row
+            for _, _, reason in broken_lines(path):
+                raise reason from error
+            raise
+    return _patient(rows) if args.streaming else rows
+
+
+def _patient(rows: IterableDataset) -> IterableDataset:
+    """A stream that reads its shards by `read_patiently`, however it is dealt out over ranks and workers."""
+    source = rows._ex_iterable
+    while hasattr(source, "ex_iterable"):
+        source = source.ex_iterable
+    for name in ("generate_tables_fn", "generate_examples_fn"):
+        if hasattr(source, name):
+            setattr(source, name, partial(read_patiently, getattr(source, name)))
+    return rows
+
+
+def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iterator[Any]:
+    """
+    What `generate` reads from a shard. If the shard can't be read, it is opened again a moment later and read on from
+    where it was left: so often, and after so long, as `datasets` does where a connection is lost
+    (`datasets.config.STREAMING_READ_MAX_RETRIES` and `STREAMING_READ_RETRY_INTERVAL`).
+
+    Raises:
+        OSError: The shard didn't come back. It is named.
+    """
+    max_tries, seconds = datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL
+    paths = [each for value in shard.values() if isinstance(value, list) for each in value if isinstance(each, str)]
+    name = ", ".join(dict.fromkeys(paths)) or "A shard"
+    num_read = num_tries = 0
+    while True:
+        try:
+            for item in islice(generate(**shard), num_read, None):
+                num_read += 1
+                yield item
+            return
+        except (OSError, ValueError, TarError) as error:
+            if num_tries == 0 and not isinstance(error, OSError):
+                raise  # broken, while one that is just being put back may be half a file
+            # Of a lost connection `datasets` has tried it so often
+            num_tries = max_tries if isinstance(error, ConnectionError) else num_tries + 1
+            if num_tries >= max_tries:
+                raise OSError(
+                    f"{name} can't be read, after {num_tries} tries, {seconds} s apart: {error}. Expected it to stay "
+                    "as long as it is streamed: put it back, and start again"
+                ) from error
+            logger.warning(f"{name} can't be read: {error}. Try {num_tries + 1} of {max_tries} follows in {seconds} s")
+            time.sleep(seconds)
 
 
 def _load_files(path: Path, options: dict[str, Any]) -> Rows:
@@ -395,15 +444,19 @@ def _num_chars(row: dict[str, Any]) -> int:
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
-    def path_of(name: Any) -> Any:
-        if isinstance(name, list):
-            return [path_of(each) for each in name]
-        return str(Path(image_dir) / name) if isinstance(name, str) else name
+    options = {"column": column, "image_dir": image_dir}
+    return rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
 
-    def join(batch: dict[str, list]) -> dict[str, list]:
-        return {column: [path_of(name) for name in batch[column]]}
 
-    return rows.map(join, batched=True, features=rows.features)
+def _join_paths(batch: dict[str, list], column: str, image_dir: str) -> dict[str, list]:
+    # Not a closure that calls itself, which `datasets` can't hash: it would map the rows anew in each run
+    return {column: [_join_path(name, image_dir) for name in batch[column]]}
+
+
+def _join_path(name: Any, image_dir: str) -> Any:
+    if isinstance(name, list):
+        return [_join_path(each, image_dir) for each in name]
+    return str(Path(image_dir) / name) if isinstance(name, str) else name
 
 
 def _prompt_of(row: dict, args: DataArguments, index: int) -> str:

@@ -471,6 +471,20 @@ def test_captions_of_a_photograph_can_share_a_row(photographs, collator):
     assert {image.getcolors()[0][1] for row in blanked for image in row["images"]} == {(128, 128, 128)}
 
 
+def test_rows_with_an_image_dir_are_mapped_once_for_all_runs(tmp_path):
+    for column, some in (("image", ["a.png", "c/d.png", None]), ("photos", [["a.png"], ["b.png", "c/d.png"], []])):
+        rows = [{column: name, "question": f"{i}?", "answer": str(i)} for i, name in enumerate(some)]
+        path = write_lines(tmp_path / column / "questions.jsonl", rows)
+        options = {"task": "vqa", "image_column": column, "image_dir": str(tmp_path)}
+        first, second = load(path, **options), load(path, **options)
+        assert first._fingerprint == second._fingerprint
+        assert first.cache_files == second.cache_files != []
+        given = [name if isinstance(name, list) else [name] * (name is not None) for name in some]
+        assert [[image["path"] for image in row["images"]] for row in first] == [
+            [str(tmp_path / name) for name in row] for row in given
+        ]
+
+
 def test_questions_about_the_same_picture_find_each_other(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
