@@ -120,6 +120,10 @@ class TrainingStepArguments(SpeedArguments):
     checkpointing: list[str] = field(
         default_factory=lambda: ["off", "on"], metadata={"help": "Gradient checkpointing: off, on."}
     )
+    loss_chunk_sizes: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "How many labels' logits we make at a time (`config.loss_chunk_size`); 0: all at once."},
+    )
 
 
 @dataclass
@@ -274,7 +278,9 @@ def training_step(
 
 def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
     for cell, sides, inputs in cells(args):
-        for frozen, checkpointing in product(args.frozen, args.checkpointing):
+        for frozen, checkpointing, chunk_size in product(args.frozen, args.checkpointing, args.loss_chunk_sizes):
+            for name in map(str, args.fusion_layers):
+                sides[name].config.loss_chunk_size = chunk_size or None
             steps = {
                 name: training_step(model, inputs[name], args.text_len // 2, frozen, checkpointing == "on")
                 for name, model in sides.items()
@@ -284,7 +290,13 @@ def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
             bar = 2.0 if frozen == "nothing" and cell["image_tokens"] == 576 else None
             for ours, peer, told in pairs(args):
                 peak = {"peak_bytes_ours": peaks[ours], "peak_bytes_theirs": peaks[peer]}
-                case = {**cell, "frozen": frozen, "checkpointing": checkpointing, **told}
+                case = {
+                    **cell,
+                    "frozen": frozen,
+                    "checkpointing": checkpointing,
+                    "loss_chunk_size": chunk_size,
+                    **told,
+                }
                 yield {**case, **peak, **compare(seconds, ours, peer), "at_least": bar}
 
 

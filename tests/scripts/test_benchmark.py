@@ -81,6 +81,8 @@ def test_a_training_step_is_measured_with_what_is_frozen(measure):
     assert [(row["frozen"], row["checkpointing"]) for row in rows] == cases
     assert all(row["peak_bytes_ours"] is None or row["peak_bytes_ours"] >= 0 for row in rows)
     check_ratios(rows)
+    chunked = measure("training", *TINY, "--batch_sizes", "1", "--frozen", "nothing", "--loss_chunk_sizes", "0", "2")
+    assert [row["loss_chunk_size"] for row in chunked] == [0, 2, 0, 2]
 
 
 def test_the_overhead_is_over_the_parts(measure):
