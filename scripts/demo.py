@@ -33,6 +33,7 @@ from ..processing.data_collator_duostream import load_picture
 from .arguments import parse
 from .checkpoints import load_model
 from .evaluate import evaluation_loss, to_device
+from .places import check_place
 from .report import prompt_inputs, show_attention
 from .tasks import TASKS
 
@@ -175,8 +176,9 @@ def load(checkpoint: str) -> tuple[PreTrainedModel | None, PreTrainedModel | Non
     The model that writes and the one that finds, if the checkpoint has them, and the processor.
 
     Raises:
-        ValueError: It has neither, or is broken.
+        ValueError: There is none of this name, it has neither, or is broken.
     """
+    check_place(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     name = ", ".join(config.architectures or [config.model_type])
     is_pretrained = name == "DuoStreamForPreTraining"

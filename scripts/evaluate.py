@@ -40,6 +40,7 @@ from .card import save_samples, source_of, weights_fingerprint
 from .checkpoints import load_model
 from .data import Rows, load_rows
 from .generate import answer
+from .places import check_place
 from .report import write_evaluation
 from .tasks import WRITER, task_of
 
@@ -296,6 +297,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
+    check_place(evaluate_args.checkpoint)
     started = time.time()
     set_seed(evaluate_args.seed)
     task, batch_size = task_of(data_args.task), evaluate_args.batch_size

@@ -18,6 +18,7 @@ from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_pictures
 from .arguments import parse
 from .checkpoints import load_model
+from .places import check_place
 
 
 @dataclass
@@ -59,6 +60,7 @@ OPTIONS = (GenerateArguments,)
 
 def main(args: list[str] | None = None) -> None:
     (generate_args,) = parse(*OPTIONS, args=args, doc=__doc__)
+    check_place(generate_args.checkpoint)
     model = load_model(AutoModelForImageTextToText, generate_args.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(generate_args.checkpoint)
     pictures = [{"type": "image", "image": each} for each in load_pictures(generate_args.image, "`image`")]

@@ -25,6 +25,7 @@ from .arguments import parse
 from .card import CARD, PICTURES, is_by_hand, read_evaluation, weights_fingerprint, write_card
 from .checkpoints import load_model
 from .demo import space_files
+from .places import check_place
 
 # What pushing again replaces
 OURS = (
@@ -102,7 +103,10 @@ def push(args: PushArguments) -> tuple[str, str]:
             into a card that somebody wrote, or the repository, which is to be private, is public.
     """
     if not Path(args.checkpoint).is_dir():
-        raise ValueError(f"`checkpoint` is {args.checkpoint!r}; expected the folder of a model with its processor")
+        raise ValueError(
+            f"`checkpoint` is {args.checkpoint!r}: there is no such folder; expected one of a model with its processor"
+        )
+    check_place(args.checkpoint)
     config = AutoConfig.from_pretrained(args.checkpoint)
     name = ", ".join(config.architectures or [config.model_type])
     model_class = getattr(duostream, name, None)

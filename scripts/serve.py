@@ -8,12 +8,15 @@ Example:
 """
 
 from collections.abc import Callable
+from functools import wraps
 from inspect import getsource
 from typing import Any
 
 import typer
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
+
+from .places import check_place
 
 # What of the library's server is open: its other routes open files and addresses that a request names
 ROUTES = ("/health", "/load_model", "/v1/models", "/v1/chat/completions")
@@ -71,6 +74,14 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+@wraps(Serve)
+def serve(*args: Any, force_model: str | None = None, **kwargs: Any) -> None:
+    if force_model is not None:
+        # A revision may follow
+        check_place(force_model.partition("@")[0])
+    Serve(*args, force_model=force_model, **kwargs)
+
+
 def main(args: list[str] | None = None) -> None:
     if not is_serve_available():
         raise ImportError(
@@ -84,7 +95,7 @@ def main(args: list[str] | None = None) -> None:
     server.build_server = guarded(server.build_server)
     # The package's own import has registered DuoStream in this process, which the library's command could not know
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(help=__doc__)(Serve)
+    app.command(help=__doc__)(serve)
     app(args)
 
 

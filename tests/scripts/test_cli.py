@@ -42,6 +42,41 @@ def test_a_users_mistake_ends_with_code_1_and_no_traceback(tmp_path, capsys):
         cli.main(["--debug", *args])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["demo"], ["serve", "--port", "9"], ["generate", "--checkpoint"], ["evaluate", "--checkpoint"]],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere", "'nowhere': there is no such folder, and from the Hub it can't be had: "),
+        ("no/such/folder", "'no/such/folder': there is no such folder; expected a folder with"),
+        ("empty", "'empty', a folder without `config.json`; expected a folder with"),
+        ("a file", "'a file', a file; expected a folder with"),
+        (
+            "adapter",
+            "'adapter', an adapter of PEFT without its model: `PeftModel.from_pretrained(model, ",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_told_with_what_was_expected(
+    command, name, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "adapter"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a file").touch()
+    (tmp_path / "adapter/adapter_config.json").touch()
+    if command[0] in ("demo", "serve"):
+        pytest.importorskip("gradio" if command[0] == "demo" else "fastapi", reason="the command needs it")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, name])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"duostream {command[0]}: `checkpoint` is {told}" in said and "Repo id" not in said
+
+
 def test_a_defect_of_ours_shows_where_it_is(monkeypatch):
     monkeypatch.setattr(generate, "OPTIONS", None)
     with pytest.raises(TypeError):
