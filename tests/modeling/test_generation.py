@@ -238,6 +238,28 @@ def test_a_compiled_forward_over_a_static_cache_writes_the_same_and_is_compiled_
         assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_return_sequences": 3, "do_sample": True},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_a_picture_is_read_once_however_many_tokens_and_sequences_are_written(gpt2: Any, kwargs: dict) -> None:
+    num_read = []
+    handle = gpt2.model.vision_model.register_forward_hook(
+        lambda module, args, inputs, output: num_read.append(len(inputs["pixel_values"])), with_kwargs=True
+    )
+    try:
+        gpt2.generate(**batch([Row(gpt2, PICTURE, 3), Row(gpt2, PICTURE, 5)]), max_new_tokens=4, **kwargs)
+    finally:
+        handle.remove()
+    assert num_read == [2]
+
+
 @pytest.mark.parametrize("side", ["alone", "batch"])
 def test_embeddings_are_continued_like_tokens(model: Any, side: str) -> None:
     rows = ragged_rows(model)
