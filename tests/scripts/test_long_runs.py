@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers.trainer_utils import get_last_checkpoint
 
 from duostream import DuoStreamForPreTraining
-from duostream.scripts import pretrain
-from duostream.scripts.checkpoints import check_files, load_model, publish_files
+from duostream.scripts import checkpoints, pretrain
+from duostream.scripts.checkpoints import check_files, load_model, publish, publish_files
 from duostream.scripts.long_runs import ReproducibleCollator
 
 NUM_KILLS = 20
@@ -201,6 +202,32 @@ def test_heads_of_pretraining_load_into_others(tmp_path):
     small_model(cls=DuoStreamForPreTraining).save_pretrained(tmp_path)
     for auto_class in (AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSequenceClassification):
         assert load_model(auto_class, str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others can't let folders change places at once")
+def test_a_checkpoint_that_replaces_one_of_its_number_leaves_a_whole_one_at_each_moment(tmp_path):
+    place, written = tmp_path / "checkpoint-3", tmp_path / "_unfinished" / "checkpoint-3"
+    for folder, text in ((place, "old"), (written, "new")):
+        folder.mkdir(parents=True)
+        for name in ("model.safetensors", "optimizer.pt"):
+            (folder / name).write_text(text)
+    seen = []
+
+    def watch(frame, event, argument):
+        # What a process that ends at this line would leave
+        if frame.f_code.co_filename == checkpoints.__file__:
+            found = get_last_checkpoint(tmp_path)
+            seen.append(found and {path.name: path.read_text() for path in Path(found).iterdir()})
+        return watch
+
+    sys.settrace(watch)
+    try:
+        publish(written, place)
+    finally:
+        sys.settrace(None)
+    old, new = (dict.fromkeys(("model.safetensors", "optimizer.pt"), text) for text in ("old", "new"))
+    assert seen[0] == old and seen[-1] == new and all(each in (old, new) for each in seen)
+    assert names(tmp_path) == ["checkpoint-3"]
 
 
 def test_weights_never_stand_beside_the_config_of_others(tmp_path, monkeypatch):
