@@ -4,7 +4,6 @@ was measured, and without paths of this machine.
 """
 
 import csv
-import html
 import json
 import math
 import platform
@@ -139,13 +138,23 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     (Path(str(args.output_dir)) / RUN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """By which a card tells figures of these weights from those of others: of all but the head, which may be new."""
-    found = sha256()
-    for name, weight in sorted(model.base_model.state_dict().items()):
-        found.update(name.encode())
-        found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+def weights_fingerprints(model: PreTrainedModel) -> dict[str, str]:
+    """By which a card tells figures of these weights from those of others: of the base model, and of each head."""
+    base = model.base_model
+    parts = {} if base is model else {name: part for name, part in model.named_children() if part.state_dict()}
+    found = {}
+    for part_name, part in {**parts, model.base_model_prefix: base}.items():
+        digest = sha256()
+        for name, weight in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found[part_name] = digest.hexdigest()[:16]
+    return found
+
+
+def are_same_weights(ones: dict[str, str], others: dict[str, str]) -> bool:
+    """Whether fingerprints agree. Heads that only one model has were new there, or aren't asked for."""
+    return all(others[name] == fingerprint for name, fingerprint in ones.items() if name in others)
 
 
 def pick_samples(results: list[dict]) -> list[dict]:
@@ -171,11 +180,23 @@ def save_samples(folder: Path, rows: Any, results: list[dict]) -> None:
 
 
 def as_text(value: Any, max_chars: int = 300) -> str:
-    """A row's text as a cell of a table that shows it as it is: no markup in it makes a link, a picture or a tag."""
+    """
+    A row's text, in a line or a cell of a table, as it is. Some readers of Markdown make links of addresses whatever
+    is escaped in them, but in code none makes links, pictures, tags or formulas of anything.
+    """
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    text = text if len(text) <= max_chars else text[:max_chars] + " …"
-    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(text.split()))
-    return html.escape(text, quote=False)
+    text = " ".join((text if len(text) <= max_chars else text[:max_chars] + " …").split())
+    # A bar would end the cell in code, too
+    return r"\|".join(_as_code(part) for part in text.split("|"))
+
+
+def _as_code(text: str) -> str:
+    if not text:
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    # Of a space at each end the reader takes both away, and a backtick at an end would lengthen the fence
+    pad = " " if text.strip() and (text[0] in "` " or text[-1] in "` ") else ""
+    return fence + pad + text + pad + fence
 
 
 def without_folders(argument: str) -> str:
@@ -194,7 +215,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     """
     path = folder / "metrics.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "weights_fingerprint" not in record:
+    if "weights_fingerprints" not in record:
         raise ValueError(f"`evaluations` has {str(folder)!r}; expected an `output_dir` of `duostream evaluate`")
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     samples = pick_samples([json.loads(line) for line in lines])

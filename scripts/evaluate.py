@@ -36,7 +36,7 @@ from ..processing import (
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures
 from . import metrics
 from .arguments import DataArguments, parse
-from .card import save_samples, source_of, weights_fingerprint
+from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
 from .data import Rows, load_rows
 from .generate import answer
@@ -318,7 +318,7 @@ def main(args: list[str] | None = None) -> None:
         "command": sys.argv[1:] if args is None else args,
         "task": data_args.task,
         "data": source_of(data_args, split),
-        "weights_fingerprint": weights_fingerprint(model),
+        "weights_fingerprints": weights_fingerprints(model),
         "seed": evaluate_args.seed,
         # Of what was read and how; a stream has none
         "data_fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoProcessor
 import duostream
 
 from .arguments import parse
-from .card import CARD, PICTURES, is_by_hand, read_evaluation, weights_fingerprint, write_card
+from .card import CARD, PICTURES, are_same_weights, is_by_hand, read_evaluation, weights_fingerprints, write_card
 from .checkpoints import load_model
 from .demo import space_files
 from .places import check_place
@@ -120,8 +120,9 @@ def push(args: PushArguments) -> tuple[str, str]:
     if is_own and fills:
         raise ValueError(f"`{fills[0]}` is for a card that is filled: {str(card)!r} was written or changed by hand")
     evaluations = [Path(each) for each in args.evaluations]
+    fingerprints = weights_fingerprints(model) if evaluations else {}
     for each in evaluations:
-        if read_evaluation(each)["weights_fingerprint"] != weights_fingerprint(model):
+        if not are_same_weights(read_evaluation(each)["weights_fingerprints"], fingerprints):
             raise ValueError(f"`evaluations` has {str(each)!r}, which measured other weights than {args.checkpoint!r}")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ import duostream
 from duostream import DuoStreamConfig, DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.scripts import evaluate
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
-from duostream.scripts.card import HEADS, as_text, is_by_hand, without_folders, write_card, write_run
+from duostream.scripts.card import (
+    HEADS,
+    are_same_weights,
+    as_text,
+    is_by_hand,
+    weights_fingerprints,
+    without_folders,
+    write_card,
+    write_run,
+)
 from duostream.scripts.data import load_rows
 from duostream.scripts.push import PushArguments, push
 from duostream.scripts.training import DuoStreamTrainer
@@ -108,7 +118,7 @@ def test_a_card_is_filled_from_the_run(trained: Path, data: DataArguments, tmp_p
     rows = load_rows(data, "train")
     text = card.text
     assert f"| training | 3 | {rows._fingerprint} |" in text and "my photographs" in text
-    assert "| learning_rate | 0.0003 |" in text and "| training_steps | 2 |" in text
+    assert "| learning_rate | `0.0003` |" in text and "| training_steps | `2` |" in text
     log = json.loads((trained / "run.json").read_text())["log_history"]
     (loss,) = (entry["eval_loss"] for entry in log if "eval_loss" in entry)
     assert f"| loss | {loss:.4f} |" in text
@@ -177,11 +187,30 @@ def test_rows_are_shown_with_small_pictures_that_tell_no_place(
         assert f"| {as_text(result['reference'])} | {as_text(result['prediction'])} |" in text
 
 
-def test_what_rows_say_is_shown_as_it_is() -> None:
-    assert as_text(CAPTIONS[0]) == r"a red \| circle"
-    assert as_text(CAPTIONS[1]) == r"a !\[dot\](http://evil/p.png)"
-    assert as_text(CAPTIONS[2]) == "&lt;b&gt;two&lt;/b&gt; squares"
-    assert as_text("one\n\n# two") == "one # two" and as_text("x" * 400).endswith("x …")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *CAPTIONS,
+        "look at http://evil.com/?a=1, www.evil.com, evil.com or me@evil.com",
+        "*a* **b** _c_ ~~d~~ # e [x](http://evil.com) [^1] $f$ &lt; &amp;",
+        "`a` ``b | c`` \\| \\",
+        "` | `",
+        "||",
+    ],
+)
+def test_what_rows_say_is_shown_as_it_is_without_links_or_formatting(text: str) -> None:
+    markdown = pytest.importorskip("markdown_it", reason="a reader of Markdown is asked").MarkdownIt()
+    page = markdown.enable("table").render(
+        f"| a | b |\n| --- | --- |\n| {as_text(text)} | {as_text('end')} |\n\n({as_text(text)})"
+    )
+    shown = [*re.findall("<td>(.*?)</td>", page, flags=re.DOTALL), *re.findall(r"<p>\((.*)\)</p>", page)]
+    assert [unescape(re.sub("</?code>", "", each)) for each in shown] == [text, "end", text]
+    # Nothing else is left to whatever a reader makes of text
+    assert all(set(re.sub("<code>.*?</code>", "", each)) <= {"|"} for each in shown)
+
+
+def test_long_text_is_cut_and_lines_are_joined() -> None:
+    assert as_text("one\n\n# two") == "`one # two`" and as_text("x" * 400).endswith("x …`") and as_text("") == ""
 
 
 def test_a_card_that_was_changed_is_left_as_it_is(trained: Path, tmp_path: Path) -> None:
@@ -258,12 +287,32 @@ def test_the_block_about_use_runs_as_it_is_shown(
 
 def test_figures_of_other_weights_are_not_pushed(trained: Path, evaluation: Path, tmp_path: Path) -> None:
     record = json.loads((evaluation / "metrics.json").read_text())
-    (tmp_path / "metrics.json").write_text(json.dumps({**record, "weights_fingerprint": "0"}))
     (tmp_path / "predictions.jsonl").write_bytes((evaluation / "predictions.jsonl").read_bytes())
-    with pytest.raises(ValueError, match="measured other weights"):
-        push(PushArguments(str(trained), "me/captioner", evaluations=[str(tmp_path)]))
+    measured = record["weights_fingerprints"]
+    assert set(measured) == {"model", "lm_head"}
+    for name in measured:
+        (tmp_path / "metrics.json").write_text(json.dumps({**record, "weights_fingerprints": {**measured, name: "0"}}))
+        with pytest.raises(ValueError, match="measured other weights"):
+            push(PushArguments(str(trained), "me/captioner", evaluations=[str(tmp_path)]))
     with pytest.raises(ValueError, match="expected an `output_dir` of `duostream evaluate`"):
         push(PushArguments(str(trained), "me/captioner", evaluations=[str(tmp_path / "nothing")]))
+
+
+def test_models_that_differ_in_a_head_alone_have_other_weights_and_a_head_of_one_alone_does_not_matter() -> None:
+    one, other = (small_model("tiny", duostream.DuoStreamForPreTraining, tie_word_embeddings=False) for _ in range(2))
+    assert are_same_weights(weights_fingerprints(one), weights_fingerprints(other))
+    writer = duostream.DuoStreamForConditionalGeneration(one.config)
+    writer.load_state_dict(one.state_dict(), strict=False)
+    assert are_same_weights(weights_fingerprints(writer), weights_fingerprints(one))
+    assert are_same_weights(weights_fingerprints(one.model), weights_fingerprints(writer))
+    for head, weight in (("lm_head", one.lm_head.weight), ("image_text_head", one.image_text_head.logit_bias)):
+        before = weights_fingerprints(one)
+        weight.data += 1
+        changed = weights_fingerprints(one)
+        assert [name for name in changed if changed[name] != before[name]] == [head]
+        assert not are_same_weights(changed, weights_fingerprints(other))
+    assert not are_same_weights(weights_fingerprints(writer), weights_fingerprints(one))
+    assert are_same_weights(weights_fingerprints(one.model), weights_fingerprints(writer))
 
 
 def test_figures_go_into_no_card_of_somebodys_own(trained: Path, evaluation: Path, tmp_path: Path) -> None:
