@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import PIL.Image
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
@@ -34,6 +35,15 @@ def load_pictures(images: Sequence[Any], name: str) -> list[PIL.Image.Image]:
         return [load_picture(image) for image in images]
     except Exception as error:
         raise ValueError(f"{name}: a picture can't be read: {error}") from error
+
+
+@dataclass
+class ImageStates(BaseModelOutputWithPooling):
+    """The vision stream's states of a batch's pictures, as a model takes them instead of `pixel_values`."""
+
+    def pin_memory(self) -> "ImageStates":
+        # For a GPU `DataLoader` would copy and update it, as it does a mapping, which the library forbids
+        return ImageStates(last_hidden_state=self.last_hidden_state.pin_memory())
 
 
 def is_plain_text(row: dict[str, Any]) -> bool:
@@ -65,6 +75,9 @@ class DuoStreamDataCollator:
     left in the labels. Or of rows with `images` and `conversations`, a list of any of these that begin alike, such as
     all captions of a picture: their beginning is read once, and the loss is that of a row for each.
 
+    Instead of `images` a row may have `image_features`: for each picture the frozen vision stream's states, of shape
+    `(image_seq_length, image_hidden_size)`. Its pictures are then not opened.
+
     Args:
         processor (`DuoStreamProcessor`): Gives the chat template, the tokenizer and the image processor.
         max_length (`int`, *optional*): Longer rows are cut at the end, which is logged: text only, never a picture.
@@ -74,8 +87,9 @@ class DuoStreamDataCollator:
         `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
         with a bidirectional prefix `token_type_ids`, with several conversations in a row `segment_ids`, all of shape
         `(batch, seq_len)` and padded on the right; `targets_per_row`, the largest number of labels in a row, by which
-        the model makes no other logits in training; `pixel_values` of shape `(num_images, channels, height, width)`;
-        and `images_per_row` where all rows have the same number of pictures.
+        the model makes no other logits in training; `pixel_values` of shape `(num_images, channels, height, width)`,
+        or of `image_features` `mm_encoder_outputs`; and `images_per_row` where all rows have the same number of
+        pictures.
 
     Raises:
         ValueError: a row is broken. The message names it (by its `row` column, or its place in the batch).
@@ -127,8 +141,7 @@ class DuoStreamDataCollator:
         batch = self.pad(*self.pack(input_ids, labels, owners, names))
         batch["targets_per_row"] = targets_per_row(batch["labels"][:, 1:])
         if any(images):
-            flat = [picture for pictures in images for picture in pictures]
-            batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+            batch |= self.model_inputs(images, names)
             if len({len(pictures) for pictures in images}) == 1:
                 batch["images_per_row"] = len(images[0])
         return batch
@@ -268,9 +281,39 @@ class DuoStreamDataCollator:
         encoded = encode(["\n" + text if goes_on else text for text, goes_on in zip(texts, continues, strict=True)])
         return [ids[len(newline) :] if goes_on else ids for ids, goes_on in zip(encoded, continues, strict=True)]
 
-    def load_images(self, row: dict[str, Any], name: str) -> list[PIL.Image.Image]:
-        images = row.get("images")
-        return load_pictures([] if images is None else images, name)
+    def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
+        """The row's pictures, or their states from the vision stream, if it has `image_features`."""
+        images, features = row.get("images"), row.get("image_features")
+        if features is None:
+            return load_pictures([] if images is None else images, name)
+        length = self.processor.image_seq_length
+        try:
+            states = [torch.as_tensor(each) for each in features]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: `image_features` are no numbers: {error}") from error
+        for each in states:
+            if each.ndim != 2 or each.shape[0] != length or not each.is_floating_point():
+                raise ValueError(
+                    f"{name}: `image_features` of a picture are of shape {tuple(each.shape)} and {each.dtype}; "
+                    f"expected fractions of shape ({length}, image_hidden_size)"
+                )
+        return states
+
+    def model_inputs(self, images: list[list[Any]], names: list[str]) -> dict[str, Any]:
+        """What the model reads of the pictures of all rows, some of which may have none, or of their states."""
+        first: dict[str, str] = {}
+        for row, name in zip(images, names, strict=True):
+            for image in row:
+                is_states = isinstance(image, torch.Tensor)
+                kind = f"states of width {image.shape[1]} in {image.dtype}" if is_states else "a picture"
+                first.setdefault(kind, name)
+        if len(first) > 1:
+            (kind, name), (other_kind, other), *_ = first.items()
+            raise ValueError(f"{other} has {other_kind}, but {name} has {kind}: expected the same in all of a batch")
+        flat = [image for row in images for image in row]
+        if "a picture" in first:
+            return {"pixel_values": self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]}
+        return {"mm_encoder_outputs": {"image": ImageStates(last_hidden_state=torch.stack(flat))}}
 
     def expand_and_cut(self, input_ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
         """Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`."""

@@ -21,6 +21,7 @@ EVERYDAY = ("output_dir", "num_train_epochs", "max_steps", "learning_rate", "per
 RARE = (
     *("weight", "dataset_config", "streaming", "image_dir", "label_column", "max_answers", "max_length"),
     *("max_column_chars", "max_train_rows", "max_eval_rows", "blank_images", "tokenizer_rows", "whole_word_mask"),
+    "cache_vision",
 )
 MAX_WIDTH = 119  # columns of help
 
@@ -124,6 +125,13 @@ class DuoStreamTrainingArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Parts not to train: any of text, vision, projector, fusion; '' for none."},
     )
+    cache_vision: bool = field(
+        default=False,
+        metadata={
+            "help": "Read each picture once through a vision stream that is frozen (`--freeze vision`), and keep what "
+            "it gives on disk, in the cache of `datasets`, for later epochs and runs."
+        },
+    )
     learning_rates: str = field(
         default="{}",
         metadata={
@@ -158,6 +166,8 @@ class DuoStreamTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`learning_rates` has {name!r}: {rate!r}; expected rates of {', '.join(map(repr, STREAMS))}"
                 )
+        if self.cache_vision and "vision" not in self.freeze:
+            raise ValueError("`cache_vision` keeps what a frozen vision stream gives: it goes with `--freeze vision`")
         if self.on_nan_loss not in ("stop", "skip"):
             raise ValueError(f"`on_nan_loss` is {self.on_nan_loss!r}; there are 'stop' and 'skip'")
         if self.resume and self.save_only_model:

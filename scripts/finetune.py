@@ -19,6 +19,7 @@ from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
 from .tasks import task_of
 from .training import bad_rows_of, collator_of, train
+from .vision_cache import cache_vision, check_cacheable
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +51,8 @@ def main(args: list[str] | None = None) -> None:
     set_seed(training_args.seed)
     if training_args.metric_rows and data_args.streaming:
         raise ValueError("`metric_rows` are read again and again: not with `streaming`")
+    if training_args.cache_vision:
+        check_cacheable(data_args)
     is_classification = data_args.task == "classification"
     classes = read_classes(data_args) if is_classification else []
     bad_rows = bad_rows_of(data_args, training_args)
@@ -76,6 +79,8 @@ def main(args: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)
+    if training_args.cache_vision:
+        rows, eval_rows = cache_vision(rows, eval_rows, model, processor, training_args, collator, bad_rows)
     options = {"task": data_args.task, "metric_rows": metric_rows, "bad_rows": bad_rows, "data": data_args}
     train(model, processor, training_args, rows, eval_rows, collator, **options)
 

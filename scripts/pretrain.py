@@ -28,6 +28,7 @@ from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .compose import load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
 from .training import bad_rows_of, train
+from .vision_cache import cache_vision, check_cacheable
 
 
 @dataclass
@@ -114,6 +115,10 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`task` 'classification' is nothing to pretrain on: fine-tune a pretrained checkpoint at it")
     if training_args.metric_rows:
         raise ValueError("`metric_rows` is for fine-tuning: pretraining is measured by its losses")
+    if training_args.cache_vision:
+        check_cacheable(data_args)
+        if not writes_only(pretrain_args):
+            raise ValueError("`cache_vision` goes with language modelling alone: the other objectives read pictures")
     set_seed(training_args.seed)
     bad_rows = bad_rows_of(data_args, training_args)
     rows = load_mixture(data_args, seed=training_args.seed, bad_rows=bad_rows)
@@ -131,6 +136,8 @@ def main(args: list[str] | None = None) -> None:
             mlm=bool(pretrain_args.mlm_weight),
             pairs=bool(pretrain_args.itc_weight or pretrain_args.itm_weight),
         )
+    if training_args.cache_vision:
+        rows, eval_rows = cache_vision(rows, eval_rows, model, processor, training_args, collator, bad_rows)
     train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows, data=data_args)
 
 

@@ -595,3 +595,47 @@ def test_conversations_that_cannot_share_their_beginning_name_their_row(row, bid
     collate = DuoStreamDataCollator(make_processor(bidirectional_prefix=bidirectional_prefix))
     with pytest.raises(ValueError, match=message):
         collate([{**row, "row": 7}])
+
+
+def states(number=1, length=NUM_TOKENS, width=8, **kwargs):
+    return [torch.rand(length, width, **kwargs) for _ in range(number)]
+
+
+@pytest.mark.parametrize("as_given", [lambda each: each, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_states_of_pictures_stand_in_their_place(processor, as_given):
+    rows = [dialogue("What?", "That.", num_images=number) for number in (2, 0, 1)]
+    given_states = [states(len(row["images"])) for row in rows]
+    expected = DuoStreamDataCollator(processor)(rows)
+    # Pictures that can't be read are not opened
+    stored = [
+        {**row, "images": ["/nowhere/a.png"] * len(own), "image_features": [as_given(each) for each in own]}
+        for row, own in zip(rows, given_states, strict=True)
+    ]
+    batch = DuoStreamDataCollator(processor)(stored)
+    assert batch.keys() == (expected.keys() - {"pixel_values"}) | {"mm_encoder_outputs"}
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    got = batch["mm_encoder_outputs"]["image"].last_hidden_state
+    torch.testing.assert_close(got, torch.stack(given_states[0] + given_states[2]))
+    assert DuoStreamDataCollator(processor)(stored[:1])["images_per_row"] == 2
+    assert "mm_encoder_outputs" not in DuoStreamDataCollator(processor)(stored[1:2])
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (states(2), "Row 7 has 1 picture markers but 2 pictures"),
+        ([], "Row 7 has 1 picture markers but 0 pictures"),
+        (states(length=3), r"Row 7: `image_features` .* \(3, 8\).*expected fractions of shape \(4, image_hidden"),
+        ([torch.rand(4)], r"Row 7: `image_features` .* \(4,\)"),
+        (states(dtype=torch.float64)[0].long()[None], r"Row 7: `image_features` .* torch.int64"),
+        ("states", "Row 7: `image_features` are no numbers"),
+        (3, "Row 7: `image_features` are no numbers"),
+        (states(width=9), "Row 7 has states of width 9 in torch.float32, but Row 6 has states of width 8"),
+        (states(dtype=torch.float16), "Row 7 has states of width 8 in torch.float16, but Row 6 has .* torch.float32"),
+        (None, "Row 7 has a picture, but Row 6 has states of width 8"),
+    ],
+)
+def test_states_that_do_not_fit_name_their_row(processor, features, message):
+    rows = [broken(image_features=states(), row=6), broken(image_features=features, row=7)]
+    with pytest.raises(ValueError, match=message):
+        DuoStreamDataCollator(processor)(rows)

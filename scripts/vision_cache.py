@@ -1,0 +1,173 @@
+"""What a frozen vision stream makes of the pictures: made once, and kept on disk for later epochs and runs."""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedModel
+
+from ..processing import DuoStreamDataCollator, DuoStreamProcessor
+from ..processing.data_collator_duostream import load_pictures
+from .arguments import DataArguments, DuoStreamTrainingArguments
+from .bad_rows import BadRows
+from .data import UNDECODED, Rows
+
+
+def check_cacheable(args: DataArguments) -> None:
+    """Raises `ValueError` where the options leave no pictures to read once, or the task reads them otherwise."""
+    if args.streaming:
+        raise ValueError("`cache_vision` reads all pictures before training: it goes without `streaming`")
+    if args.blank_images:
+        raise ValueError("`cache_vision` reads the pictures that are stored: it goes without `blank_images`")
+    if args.task == "retrieval":
+        raise ValueError("`cache_vision` is not for `task` 'retrieval', whose model reads pictures alone")
+
+
+class StoredStates:
+    """
+    A format of `datasets`, by which rows have `image_features` when they are read: for each picture its states.
+
+    Args:
+        states (`Dataset`): With a column `states`, the bytes of each picture's states.
+        shape (`tuple[int, int]`): Of a picture's states: `(image_seq_length, image_hidden_size)`.
+        dtype (`torch.dtype`): Of the states; Arrow doesn't know all of them.
+    """
+
+    def __init__(self, states: Dataset, shape: tuple[int, int], dtype: torch.dtype):
+        self.states, self.shape, self.dtype = states, shape, dtype
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "image_numbers" not in batch:
+            return batch
+        numbers = batch["image_numbers"]
+        # Rows of a batch may be about the same picture
+        wanted = sorted({number for row in numbers for number in row})
+        stored = self.states[wanted]["states"] if wanted else []
+        found = {
+            number: torch.frombuffer(bytearray(each), dtype=self.dtype).view(self.shape)  # (image_seq_length, hidden)
+            for number, each in zip(wanted, stored, strict=True)
+        }
+        others = {name: values for name, values in batch.items() if name != "image_numbers"}
+        return {**others, "image_features": [[found[number] for number in row] for row in numbers]}
+
+
+def with_states(
+    rows: Rows, model: PreTrainedModel, processor: DuoStreamProcessor, args: DuoStreamTrainingArguments
+) -> Rows:
+    """
+    Rows that have the vision stream's states of their pictures, as `image_features`, instead of the pictures. Each
+    picture is read once, however many rows are about it, unless an earlier run has kept its states on disk: of the
+    same pictures, weights and image processor.
+
+    Args:
+        rows (`Dataset`): With pictures in a column `images`, or without.
+        model (`PreTrainedModel`): Its vision stream is frozen.
+        processor (`DuoStreamProcessor`): Of the model.
+        args (`DuoStreamTrainingArguments`): Device and batch size of the reading.
+
+    Raises:
+        ValueError: A picture can't be read. Its row is named.
+    """
+    if "images" not in rows.column_names:
+        return rows
+    if rows.features["images"] != List(UNDECODED):
+        rows = rows.cast_column("images", List(UNDECODED))
+    numbers: dict[Any, int] = {}
+    places: dict[str, list[int]] = {"index": [], "position": []}
+    image_numbers: list[list[int]] = []
+    for index, images in enumerate(rows["images"]):
+        image_numbers.append([])
+        for position, image in enumerate(images or []):
+            key = identity_of(image)
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                places["index"].append(index)
+                places["position"].append(position)
+            image_numbers[-1].append(numbers[key])
+    base = model.base_model
+    vision_model, image_processor = base.vision_model, processor.image_processor
+    dtype = next(vision_model.parameters()).dtype
+    fingerprint = Hasher.hash(
+        [
+            list(numbers),
+            dict(vision_model.state_dict()),
+            vision_model.config.to_diff_dict(),
+            base.config.vision_feature_layer,
+            image_processor.to_dict(),
+            str(dtype),
+            transformers.__version__,
+        ]
+    )
+    vision_model.to(args.device)
+    base.projector.to(args.device)
+
+    @torch.no_grad()
+    def read(batch: dict[str, list]) -> dict[str, list]:
+        chosen = rows[batch["index"]]
+        pictures = [
+            load_pictures([images[position]], f"Row {row}")[0]
+            for images, row, position in zip(chosen["images"], chosen["row"], batch["position"], strict=True)
+        ]
+        pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"].to(args.device)
+        states = base.get_image_features(pixel_values, return_dict=True).last_hidden_state
+        states = states.contiguous().cpu().view(torch.uint8).flatten(1)  # (num_images, bytes of a picture's states)
+        return {"states": [each.numpy().tobytes() for each in states]}
+
+    # Named, as rows that were put together in memory have no place on disk beside which theirs would be kept
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "duostream_vision"
+    folder.mkdir(parents=True, exist_ok=True)
+    with args.main_process_first(desc="reading pictures"):
+        states = Dataset.from_dict(places).map(
+            read,
+            batched=True,
+            batch_size=args.per_device_eval_batch_size,
+            # Of all rows that are written at once Arrow counts the bytes in 32 bits
+            writer_batch_size=args.per_device_eval_batch_size,
+            remove_columns=list(places),
+            features=Features({"states": Value("binary")}),
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+            desc="reading pictures",
+        )
+    shape = (base.config.image_seq_length, base.config.image_hidden_size)
+    # The pictures stay, but are never touched
+    columns = [name for name in rows.column_names if name != "images"]
+    rows = rows.add_column("image_numbers", image_numbers)
+    return rows.with_transform(StoredStates(states, shape, dtype), columns=[*columns, "image_numbers"])
+
+
+def cache_vision(
+    rows: Rows,
+    eval_rows: Rows | None,
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    args: DuoStreamTrainingArguments,
+    collator: DuoStreamDataCollator,
+    bad_rows: BadRows | None = None,
+) -> tuple[Rows, Rows | None]:
+    """Rows to train on and to evaluate on with the states of their pictures: see [`with_states`]."""
+    if bad_rows is not None:
+        # A picture that can't be read would end the reading
+        rows = bad_rows.leave_out(rows, lambda row: collator([row]))
+    rows = with_states(rows, model, processor, args)
+    return rows, None if eval_rows is None else with_states(eval_rows, model, processor, args)
+
+
+def identity_of(image: dict[str, Any] | None) -> Any:
+    """By which pictures are told apart: the hash of their bytes, or the path, size and time of their file."""
+    if image is None:
+        return None
+    if image["bytes"] is not None:
+        return sha256(image["bytes"]).hexdigest()
+    path = os.path.abspath(image["path"])
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path  # reading it says so, and names the row
+    return path, found.st_size, found.st_mtime_ns
