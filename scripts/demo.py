@@ -87,6 +87,8 @@ def read_picture(path: str | Path) -> PIL.Image.Image:
                 return load_picture(picture)
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: {limits}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} can't be read as a picture: {error}") from error
     except Exception as error:
         known = ", ".join(FORMATS)
         raise ValueError(f"{name} can't be read as a picture: it is empty, broken, or none of {known}") from error

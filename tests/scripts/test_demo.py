@@ -161,8 +161,9 @@ def test_an_answer_that_nobody_waits_for_is_not_written_on(loaded):
     [
         ("empty.png", b"", "can't be read as a picture"),
         ("page.jpg", b"<html><script>alert(1)</script></html>", "can't be read as a picture"),
-        ("half.png", b"half", "can't be read as a picture"),
+        ("half.png", b"half", "can't be read as a picture: it is empty, broken, or none of JPEG, PNG"),
         ("vector.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "can't be read as a picture"),
+        ("line.bmp", (1, 1_000), "can't be read as a picture: 1 x 1000 pixels; one side may be up to"),
         ("bomb.bmp", (20_000, 20_000), "too many pixels: pictures may have 20 MB and 64 megapixels"),
         ("wide.bmp", (70_000, 1_000), "70000 × 1000 pixels: pictures may have 20 MB and 64 megapixels"),
         ("long.png", b"0" * (20 * 2**20 + 1), "20 MB: pictures may have 20 MB and 64 megapixels"),
