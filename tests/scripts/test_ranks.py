@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,16 +22,6 @@ from duostream.scripts import finetune, pretrain
 
 RECIPES = Path(pretrain.__file__).parent / "recipes/accelerate"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-# Of the recipe all is kept but for the number of GPUs, half precision, and the port, of which other tests may have it
-ACCELERATE = [
-    "accelerate.commands.launch",
-    "--num_processes",
-    "2",
-    "--mixed_precision",
-    "no",
-    "--main_process_port",
-    "0",
-]
 TOLERANCE = 1e-5
 
 
@@ -42,6 +33,12 @@ def losses(folder, wanted="loss"):
         for entry in history
         if any(name.endswith(wanted) for name in entry) and "train_loss" not in entry
     ]
+
+
+def accelerate(recipe, num_ranks):
+    """Of the recipe all is kept but for the number of GPUs, half precision, and the port, which others may have."""
+    line = ["accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes"]
+    return [*line, str(num_ranks), "--mixed_precision", "no", "--main_process_port", "0"]
 
 
 def launch(launcher, *command):
@@ -122,13 +119,49 @@ def assert_same_weights(alone, together):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2"])
 def test_two_ranks_of_a_recipe_learn_and_measure_as_one(alone, finetuning, tmp_path, recipe):
-    launcher = [*ACCELERATE[:1], "--config_file", str(RECIPES / f"{recipe}.yaml"), *ACCELERATE[1:]]
     args = [*finetuning, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
-    finished = launch(launcher, __file__, *args)
+    finished = launch(accelerate(recipe, 2), __file__, *args)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count(f"shared by {'FSDP2' if recipe == 'fsdp2' else 'none'}") == 2
     assert_same(alone, tmp_path)
     assert_same_weights(alone, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def training(rows, checkpoint):
+    """The same steps, without evaluation."""
+    return [*options(rows), "--checkpoint", str(checkpoint), "--task", "caption", "--eval_split", ""]
+
+
+def assert_same_losses(alone, together):
+    expected, found = ([entry["loss"] for entry in losses(folder) if "loss" in entry] for folder in (alone, together))
+    assert len(expected) == 4 and found == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_four_ranks_learn_as_one(alone, training, tmp_path):
+    args = [*training, "--per_device_train_batch_size", "1", "--output_dir", tmp_path]
+    finished = launch(accelerate("ddp", 4), __file__, *args)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("shared by none") == 4
+    assert_same_losses(alone, tmp_path)
+    assert_same_weights(alone, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_from_the_shards_of_two_and_learn_as_one(alone, training, tmp_path):
+    args = [*training, "--save_strategy", "steps", "--save_steps", "2", "--resume", "true", "--output_dir", tmp_path]
+    for num_ranks, first in ((2, 0), (4, 2)):
+        launcher = [*accelerate("fsdp2", num_ranks), "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
+        finished = launch(launcher, __file__, *args, "--per_device_train_batch_size", 4 // num_ranks)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert finished.stdout.count("shared by FSDP2") == num_ranks
+        assert finished.stdout.count("'loss'") == 4 - first
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            assert len(list((tmp_path / "checkpoint-4" / part).glob("*.distcp"))) == num_ranks
+        assert_same_losses(alone, tmp_path)
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        (tmp_path / "trainer_state.json").unlink()
 
 
 @pytest.mark.slow
@@ -190,7 +223,9 @@ if __name__ == "__main__":
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         create_accelerator(trainer)
-        print("weights are shared by", "FSDP2" if trainer.accelerator.is_fsdp2 else "none", flush=True)
+        # In one piece, as other ranks write, too
+        sys.stdout.write(f"weights are shared by {'FSDP2' if trainer.accelerator.is_fsdp2 else 'none'}\n")
+        sys.stdout.flush()
 
     Trainer.create_accelerator_and_postprocess = as_on_gpus
     finetune.main()
