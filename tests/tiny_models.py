@@ -2,13 +2,22 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration
+from duostream import (
+    DuoStreamConfig,
+    DuoStreamDataCollator,
+    DuoStreamForConditionalGeneration,
+    DuoStreamProcessor,
+    train_tokenizer,
+)
 
 VOCAB_SIZE = 99
 PICTURE = "picture"
@@ -102,6 +111,41 @@ def small_model(kind: str = "llama", cls: type = DuoStreamForConditionalGenerati
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = None  # nor is a mask to be read off the tokens
     return model
+
+
+def answered_row(asked: str, said: str, color: str | None = None) -> dict[str, Any]:
+    """A row to train on: a question, about a picture of one color where there is one, and its answer."""
+    pictures = [] if color is None else [Image.new("RGB", (16, 16), color)]
+    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": asked}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": said}]}
+    return {"images": pictures, "messages": [{"role": "user", "content": parts}, answer]}
+
+
+def save_learnt(folder: Path, rows: list[dict[str, Any]], *texts: str) -> Path:
+    """Saves a model that has learnt `rows` by heart, with a processor that knows their words and those of `texts`."""
+    said = [part["text"] for row in rows for turn in row["messages"] for part in turn["content"] if "text" in part]
+    tokenizer = train_tokenizer([*said, *texts] * 4, 360)
+    stack = {**LLAMA, "vocab_size": len(tokenizer)}
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    torch.manual_seed(0)
+    model = DuoStreamForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    batch = DuoStreamDataCollator(processor)(rows)
+    batch.pop("targets_per_row")
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 class Row:

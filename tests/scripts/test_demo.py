@@ -21,17 +21,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_models import LLAMA, small_config
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from tiny_models import answered_row, save_learnt
 
 from duostream import (
-    DuoStreamDataCollator,
-    DuoStreamForConditionalGeneration,
     DuoStreamForImageTextRetrieval,
     DuoStreamForPreTraining,
     DuoStreamForSequenceClassification,
     DuoStreamProcessor,
-    train_tokenizer,
 )
 from duostream.scripts import demo
 from duostream.scripts.generate import answer
@@ -47,37 +43,9 @@ SECONDS = 120  # a page is waited for so long, on a machine that does other thin
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt to tell two colors apart."""
-    tokenizer = train_tokenizer([ASKED, "Describe the picture. Translate: Summarize:", *COLORS.values()] * 4, 360)
-    stack = {**LLAMA, "vocab_size": len(tokenizer)}
-    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
-    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
-    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
-    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
-    torch.manual_seed(0)
-    model = DuoStreamForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    rows = [
-        {
-            "images": [Image.new("RGB", (16, 16), color)],
-            "messages": [*conversation(text), {"role": "assistant", "content": [{"type": "text", "text": said}]}],
-        }
-        for color, said in COLORS.items()
-        for text in (ASKED, "Describe the picture.")
-    ]
-    batch = DuoStreamDataCollator(processor)(rows)
-    batch.pop("targets_per_row")
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
-    path = tmp_path_factory.mktemp("demo") / "colors"
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
+    asked = (ASKED, "Describe the picture.")
+    rows = [answered_row(text, said, color) for color, said in COLORS.items() for text in asked]
+    return save_learnt(tmp_path_factory.mktemp("demo") / "colors", rows, "Translate: Summarize:")
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from openai import BadRequestError, OpenAI
 from PIL import Image
-from tiny_models import LLAMA, small_config
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-from duostream import DuoStreamDataCollator, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from tiny_models import answered_row, save_learnt
 
 pytestmark = pytest.mark.slow
 
@@ -32,46 +28,8 @@ ASKED = "Which color is it?"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt to tell two colors apart, and to greet."""
-    tokenizer = train_tokenizer([ASKED, "Hello red blue nice to meet you"] * 4, 320)
-    stack = {**LLAMA, "vocab_size": len(tokenizer)}
-    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
-    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
-    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
-    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
-    torch.manual_seed(0)
-    model = DuoStreamForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    image = {"type": "image"}
-    rows = [
-        {
-            "images": [Image.new("RGB", (16, 16), color)],
-            "prompt": [{"role": "user", "content": [image, {"type": "text", "text": ASKED}]}],
-            "completion": [{"role": "assistant", "content": [{"type": "text", "text": color}]}],
-        }
-        for color in COLORS
-    ]
-    greeting = [{"type": "text", "text": "nice to meet you"}]
-    rows.append(
-        {
-            "images": [],
-            "prompt": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
-            "completion": [{"role": "assistant", "content": greeting}],
-        }
-    )
-    batch = DuoStreamDataCollator(processor)(rows)
-    batch.pop("targets_per_row")
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
-    path = tmp_path_factory.mktemp("served")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
+    rows = [answered_row(ASKED, color, color) for color in COLORS] + [answered_row("Hello", "nice to meet you")]
+    return save_learnt(tmp_path_factory.mktemp("served"), rows)
 
 
 @pytest.fixture(scope="module")
