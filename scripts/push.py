@@ -1,6 +1,6 @@
 """
 Uploads a checkpoint to the Hub, whole and at once: weights, configs, processor, code and card, and nothing else that
-training left beside them.
+training left beside them. Of an adapter that PEFT saved, its own files.
 
 Example:
 
@@ -16,36 +16,31 @@ from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PROCESSOR_NAME
 
 import duostream
 
 from .arguments import parse
 from .card import CARD, PICTURES, are_same_weights, is_by_hand, read_evaluation, weights_fingerprints, write_card
-from .checkpoints import load_model
+from .checkpoints import check_files, load_model
 from .demo import space_files
-from .places import check_place
+from .places import MERGE, check_place, is_adapter
 
 # What pushing again replaces
-OURS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "*.jinja",
-    "*_duostream.py",
-)
+PROCESSOR = ("processor_config.json", "tokenizer*.json", "special_tokens_map.json", "*.jinja", "*_duostream.py")
+OURS = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", *PROCESSOR)
+ADAPTER = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 
 
 @dataclass
 class PushArguments:
     """What to upload, and where to."""
 
-    checkpoint: str = field(metadata={"help": "Local folder of a DuoStream model with its processor."})
+    checkpoint: str = field(
+        metadata={"help": "Local folder of a DuoStream model with its processor, or of a PEFT adapter of one."}
+    )
     repo_id: str = field(metadata={"help": "Name of the repository on the Hub, `user/name`; made if it isn't there."})
     private: bool | None = field(
         default=None, metadata={"help": "Whether the repository is private: by default as the account has it."}
@@ -106,6 +101,8 @@ def push(args: PushArguments) -> tuple[str, str]:
         raise ValueError(
             f"`checkpoint` is {args.checkpoint!r}: there is no such folder; expected one of a model with its processor"
         )
+    if is_adapter(Path(args.checkpoint)):
+        return push_adapter(args)
     check_place(args.checkpoint)
     config = AutoConfig.from_pretrained(args.checkpoint)
     name = ", ".join(config.architectures or [config.model_type])
@@ -131,17 +128,11 @@ def push(args: PushArguments) -> tuple[str, str]:
         processor.save_pretrained(folder)
         if is_own:
             copy_card(card, folder)
-        api = HfApi()
-        repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
-        if args.private and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id!r} is public already: nothing was uploaded, as `private` asks otherwise")
-        if args.revision is not None:
-            api.create_branch(repo_id, branch=args.revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=args.revision)
+        repo_id, there = open_repository(args)
         replaced: Sequence[str] = (*OURS, *PICTURES)
         if is_own:
             told = f"The card is {card}"
-        elif CARD in there and is_by_hand(Path(api.hf_hub_download(repo_id, CARD, revision=args.revision))):
+        elif CARD in there and is_by_hand(Path(HfApi().hf_hub_download(repo_id, CARD, revision=args.revision))):
             told = f"The card of {repo_id!r} was written or changed there, and stays as it is: `card` replaces it"
             if fills:
                 raise ValueError(f"`{fills[0]}` is for a card that is filled. {told}")
@@ -151,16 +142,76 @@ def push(args: PushArguments) -> tuple[str, str]:
                 Path(args.checkpoint), evaluations, folder, repo_id, license=args.license, language=args.language
             )
             told = f"The card was filled from {', '.join([args.checkpoint, *args.evaluations])}"
-        # One commit: whoever loads meanwhile gets all of it, or all of what was there before, and never old weights
-        # that the library would find before new shards
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=args.revision,
-            commit_message=args.commit_message,
-            delete_patterns=[name for name in there if is_ours(name, replaced)],
+        return upload(args, folder, repo_id, [name for name in there if is_ours(name, replaced)]), told
+
+
+def push_adapter(args: PushArguments) -> tuple[str, str]:
+    """
+    The same of an adapter that PEFT saved: its config and weights, the processor if it lies beside them, and the card.
+
+    Raises:
+        ValueError: Who loads it could not find its base model, or it has no safetensors, or an option asks for
+            something that only a whole model has.
+    """
+    source = Path(args.checkpoint)
+    if wholes := [name for name in ("evaluations", "license", "language", "space") if getattr(args, name)]:
+        raise ValueError(f"`{wholes[0]}` is for a whole model, and {args.checkpoint!r} is an adapter of PEFT: {MERGE}")
+    if missing := [name for name in ADAPTER if not (source / name).is_file()]:
+        raise ValueError(f"{args.checkpoint!r} is an adapter of PEFT without {missing[0]!r}, which PEFT saves")
+    check_files(source)
+    base = json.loads((source / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or Path(base).exists():
+        raise ValueError(
+            f"{args.checkpoint!r} is an adapter of {base!r}, which is no model on the Hub: push that first, and write "
+            f"its name there into {ADAPTER_CONFIG_NAME!r}, as `base_model_name_or_path`; or merge both: {MERGE}"
         )
-    return str(commit), told
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if (source / PROCESSOR_NAME).is_file():
+            AutoProcessor.from_pretrained(source).save_pretrained(folder)
+        for name in ADAPTER:
+            copyfile(source / name, folder / name)
+        repo_id, there = open_repository(args)
+        card = Path(args.card or source / CARD)
+        if args.card is None and CARD in there:
+            told = f"The card of {repo_id!r} stays as it is: `card` replaces it"
+        elif not card.exists():
+            told = f"There is no card: {str(card)!r} would be it"
+        else:
+            copy_card(card, folder)
+            told = f"The card is {card}"
+            if args.card is None:
+                # PEFT's says where the base model was when the adapter was saved
+                filled = ModelCard.load(folder / CARD)
+                filled.data.base_model = base
+                filled.save(folder / CARD)
+        patterns = ADAPTER if not (folder / PROCESSOR_NAME).exists() else (*ADAPTER, *PROCESSOR)
+        return upload(args, folder, repo_id, [name for name in there if is_ours(name, patterns)]), told
+
+
+def open_repository(args: PushArguments) -> tuple[str, list[str]]:
+    """Makes the repository and the branch if they aren't there; its whole name, and the files in it."""
+    api = HfApi()
+    repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
+    if args.private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id!r} is public already: nothing was uploaded, as `private` asks otherwise")
+    if args.revision is not None:
+        api.create_branch(repo_id, branch=args.revision, exist_ok=True)
+    return repo_id, api.list_repo_files(repo_id, revision=args.revision)
+
+
+def upload(args: PushArguments, folder: Path, repo_id: str, replaced: list[str]) -> str:
+    """Uploads the files of a folder, in place of those that are `replaced`; the address of the commit."""
+    # One commit: whoever loads meanwhile gets all of it, or all of what was there before, and never old weights that
+    # the library would find before new shards
+    commit = HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=args.revision,
+        commit_message=args.commit_message,
+        delete_patterns=replaced,
+    )
+    return str(commit)
 
 
 def push_space(space: str, files: dict[str, str], repo_id: str, private: bool | None = None) -> str:

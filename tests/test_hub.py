@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
-from duostream.scripts import evaluate
+from duostream.scripts import evaluate, push
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +104,31 @@ for more in (["--evaluations", sys.argv[2]], ["--license", "mit"]):
 HfApi().upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id="me/card")
 push.main(options)
 push.main([*options, "--evaluations", sys.argv[2]])
+"""
+
+ADAPT = """
+import sys
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from duostream.scripts import push
+
+def base():
+    return AutoModelForImageTextToText.from_pretrained("me/base")
+
+folder, ids = sys.argv[1], torch.tensor([[5, 6, 7]])
+lora = LoraConfig(
+    target_modules=r".*fusion_model.*(q_proj|v_proj)", modules_to_save=["projector"], init_lora_weights=False
+)
+adapted = get_peft_model(base(), lora).eval()
+adapted.save_pretrained(folder)
+AutoProcessor.from_pretrained("me/base").save_pretrained(folder)
+open(folder + "/optimizer.pt", "w").close()
+push.main(["--checkpoint", folder, "--repo_id", "me/adapter"])
+loaded = PeftModel.from_pretrained(base(), "me/adapter").eval()
+AutoProcessor.from_pretrained("me/adapter")
+assert torch.equal(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
+assert not torch.equal(loaded(input_ids=ids).logits, base().eval()(input_ids=ids).logits)
 """
 
 USE = """
@@ -270,6 +295,37 @@ def test_a_card_is_filled_and_a_card_that_was_changed_on_the_hub_stays(
     check_clean(hub, checkpoint, tmp_path)
     used = run(USE, measured[0])
     assert used.returncode == 0 and used.stdout.strip(), used.stderr[-3000:]
+
+
+def test_an_adapter_is_pushed_with_its_processor_and_card_and_loads_onto_its_base_model(
+    hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="it makes the adapter")
+    assert run(PUSH, checkpoint, "me/base").returncode == 0
+    hub.repositories["me/adapter"] = Repository()
+    hub.repositories["me/adapter"].add("main", {"model.safetensors": b"of somebody", "adapter_config.json": b"old"})
+    pushed = run(ADAPT, tmp_path / "adapter")
+    assert pushed.returncode == 0, pushed.stderr[-3000:]
+    assert f"The card is {tmp_path / 'adapter' / 'README.md'}" in pushed.stdout
+    files = hub.files("me/adapter")
+    whole = {"config.json", "generation_config.json"}
+    processor = {"processor_config.json", "tokenizer.json", "chat_template.jinja", "processing_duostream.py"}
+    assert set(files) >= {"adapter_config.json", "adapter_model.safetensors", "README.md"} | processor
+    assert not set(files) & whole and files["model.safetensors"] == b"of somebody"
+    assert b"base_model: me/base" in files["README.md"]
+    check_clean(hub, checkpoint, tmp_path)
+    # What would be of no use to others, or is not safe
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    options = ["--checkpoint", str(tmp_path / "adapter"), "--repo_id", "me/nothing"]
+    with pytest.raises(ValueError, match=r"`license` is for a whole model, and .* is an adapter of PEFT: `PeftModel"):
+        push.main([*options, "--license", "mit"])
+    config["base_model_name_or_path"] = str(checkpoint)
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is an adapter of .*, which is no model on the Hub: push that first"):
+        push.main(options)
+    (tmp_path / "adapter/adapter_model.safetensors").rename(tmp_path / "adapter/adapter_model.bin")
+    with pytest.raises(ValueError, match=r"an adapter of PEFT without 'adapter_model.safetensors'"):
+        push.main(options)
 
 
 def test_what_is_no_folder_is_not_looked_for_on_the_hub(
