@@ -144,6 +144,12 @@ def references_of(result: dict[str, Any]) -> list[str]:
     return result.get("references") or [result["reference"]]
 
 
+def check_rows(rows: Rows, task: str) -> None:
+    """Raises `ValueError` if there are too few rows for a task's figures, before the model has answered them."""
+    if metrics.cider_d in task_of(task).scorers and isinstance(rows, Dataset):
+        metrics.check_number_of_rows(len(rows))
+
+
 def score_answers(results: list[dict[str, Any]], task: str) -> dict[str, Any]:
     """The figures of a task whose answers are generated."""
     if not results:
@@ -306,6 +312,7 @@ def main(args: list[str] | None = None) -> None:
     classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []
     split, max_rows = data_args.eval_split, data_args.max_eval_rows
     rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
+    check_rows(rows, data_args.task)
     options: dict[str, Any] = {"max_length": data_args.max_length}
     if task.auto_class is WRITER:
         options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}

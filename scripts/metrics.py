@@ -70,17 +70,23 @@ def ngrams(words: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
     return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in range(1, NGRAMS + 1)]
 
 
+def check_number_of_rows(num_rows: int) -> None:
+    """Raises `ValueError` if there are too few rows for [`cider_d`]."""
+    if num_rows < 2:
+        raise ValueError(f"CIDEr-D weighs words by how many rows use them: it needs at least two rows, got {num_rows}")
+
+
 def cider_d(predictions: Sequence[str], references: References) -> dict[str, float]:
     """
     CIDEr-D (Vedantam et al. 2015, section 4.1 and 5): cosines of n-grams weighted by how rare they are among the
     references of all rows, clipped, with a Gaussian penalty on the difference in length; times 10, as published.
 
     Raises:
-        ValueError: There are fewer than two rows: how rare words are can't be told from one.
+        ValueError: There are fewer than two rows: how rare words are can't be told from one, and the published code
+            gives 0 to whatever is predicted.
     """
     check_references(predictions, references)
-    if len(predictions) < 2:
-        raise ValueError("CIDEr-D weighs words by how many rows use them: it needs at least two rows, got 1")
+    check_number_of_rows(len(predictions))
     counted = [[ngrams(caption_words(text)) for text in texts] for texts in references]
     frequency = Counter(gram for texts in counted for gram in {g for text in texts for n in text for g in n})
 

@@ -35,7 +35,7 @@ from .bad_rows import BadRows
 from .card import write_card, write_run
 from .checkpoints import check_files
 from .data import Rows
-from .evaluate import evaluate, generate_answers, score_answers
+from .evaluate import check_rows, evaluate, generate_answers, score_answers
 from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .tasks import WRITER, task_of
 
@@ -92,6 +92,9 @@ class DuoStreamTrainer(LongRunTrainer):
             head = self.model.image_text_head
             head.requires_grad_(self.model.config.itc_weight > 0)
             head.matching.requires_grad_(self.model.config.itm_weight > 0)
+        if metric_rows is not None:
+            # Not after all the steps before the first evaluation
+            check_rows(metric_rows, task)
         self.task, self.metric_rows, self.data = task, metric_rows, data
         config = self.model.config
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]

@@ -432,6 +432,13 @@ def test_training_stops_early_and_keeps_the_best_checkpoint_by_a_figure_of_the_t
     assert logged[-1]["eval_loss"] == pytest.approx(logged[best // 2 - 1]["eval_loss"])
 
 
+def test_too_few_rows_for_the_figures_of_the_task_are_told_before_training(new_parts, rows, tmp_path):
+    steps, one = Steps(), rows.select(range(1))
+    with pytest.raises(ValueError, match=r"CIDEr-D .* needs at least two rows, got 1"):
+        train(*new_parts(), options(tmp_path), rows, one, callbacks=[steps], task="caption", metric_rows=one)
+    assert not steps.taken
+
+
 def test_without_held_out_rows_nothing_is_evaluated(new_parts, rows, tmp_path):
     train(*new_parts(), options(tmp_path, max_steps=1), rows)
     assert not (tmp_path / "eval_results.json").exists()
