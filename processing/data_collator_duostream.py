@@ -61,6 +61,21 @@ def conversations_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     return conversations
 
 
+def first_fit_decreasing(lengths: Sequence[int]) -> list[list[int]]:
+    """Items put together so that none of the groups is longer than the longest item, each group in order."""
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = next((group for group, left in enumerate(room) if left >= lengths[i]), None)
+        if fitting is None:
+            groups.append([])
+            room.append(max(lengths))
+            fitting = len(groups) - 1
+        groups[fitting].append(i)
+        room[fitting] -= lengths[i]
+    return [sorted(group) for group in groups]
+
+
 def targets_per_row(labels: torch.Tensor) -> int:
     """The largest number of labels in a row of `labels`, of shape `(batch, seq_len)`."""
     return int((labels != IGNORE_INDEX).sum(dim=1).max())
@@ -82,14 +97,18 @@ class DuoStreamDataCollator:
         processor (`DuoStreamProcessor`): Gives the chat template, the tokenizer and the image processor.
         max_length (`int`, *optional*): Longer rows are cut at the end, which is logged: text only, never a picture.
         pad_to_multiple_of (`int`, *optional*): Pads to a multiple of this number of tokens.
+        packing (`bool`, *optional*, defaults to `False`):
+            Puts short rows of a batch one behind the other, into rows no longer than its longest (first-fit
+            decreasing). The loss is that of the rows apart. For training of models that write, on rows of one
+            conversation each.
 
     Returns (when called):
         `dict` with `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (-100 where nothing is to be learnt),
-        with a bidirectional prefix `token_type_ids`, with several conversations in a row `segment_ids`, all of shape
-        `(batch, seq_len)` and padded on the right; `targets_per_row`, the largest number of labels in a row, by which
-        the model makes no other logits in training; `pixel_values` of shape `(num_images, channels, height, width)`,
-        or of `image_features` `mm_encoder_outputs`; and `images_per_row` where all rows have the same number of
-        pictures.
+        with a bidirectional prefix `token_type_ids`, with several conversations or rows in a row `segment_ids`, all of
+        shape `(batch, seq_len)` and padded on the right; `targets_per_row`, the largest number of labels in a row, by
+        which the model makes no other logits in training; `pixel_values` of shape
+        `(num_images, channels, height, width)`, or of `image_features` `mm_encoder_outputs`; and `images_per_row`
+        where all rows have the same number of pictures.
 
     Raises:
         ValueError: a row is broken. The message names it (by its `row` column, or its place in the batch).
@@ -98,6 +117,7 @@ class DuoStreamDataCollator:
     processor: DuoStreamProcessor
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    packing: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
@@ -109,6 +129,9 @@ class DuoStreamDataCollator:
             except ValueError as error:
                 raise ValueError(f"{names[i]}: {error}") from error
         owners, conversations = [i for i, _ in owned], [each for _, each in owned]
+        if self.packing and len(owned) > len(rows):
+            name = next(name for i, name in enumerate(names) if owners.count(i) > 1)
+            raise ValueError(f"{name} has several `conversations`, which go without `packing`: expected one a row")
         pieces: list[tuple[int, str, bool]] = []
         for n, (i, conversation) in enumerate(owned):
             if is_plain_text(conversation):
@@ -138,12 +161,28 @@ class DuoStreamDataCollator:
                 raise ValueError(f"{names[i]} has no text and no picture")
             input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i])
 
-        batch = self.pad(*self.pack(input_ids, labels, owners, names))
+        input_ids, labels, segment_ids = self.pack(input_ids, labels, owners, names)
+        types = None
+        if self.processor.bidirectional_prefix:
+            marker = self.processor.generation_prompt_ids
+            types = [self.processor.prefix_types(row, marker) for row in input_ids]
+        groups = first_fit_decreasing([len(row) for row in input_ids]) if self.packing else []
+        if not 0 < len(groups) < len(rows):
+            groups = [[i] for i in range(len(rows))]
+        else:
+            segment_ids = [[k for k, i in enumerate(group, start=1) for _ in input_ids[i]] for group in groups]
+            # Nothing predicts the first token of a row
+            labels = [[label for i in group for label in [IGNORE_INDEX, *labels[i][1:]]] for group in groups]
+            input_ids = [[token for i in group for token in input_ids[i]] for group in groups]
+            types = None if types is None else [[each for i in group for each in types[i]] for group in groups]
+        batch = self.pad(input_ids, labels, segment_ids, types)
         batch["targets_per_row"] = targets_per_row(batch["labels"][:, 1:])
         if any(images):
-            batch |= self.model_inputs(images, names)
-            if len({len(pictures) for pictures in images}) == 1:
-                batch["images_per_row"] = len(images[0])
+            order = [i for group in groups for i in group]
+            batch |= self.model_inputs([images[i] for i in order], [names[i] for i in order])
+            counts = {sum(len(images[i]) for i in group) for group in groups}
+            if len(counts) == 1:
+                batch["images_per_row"] = counts.pop()
         return batch
 
     def pack(
@@ -348,7 +387,11 @@ class DuoStreamDataCollator:
         return [IGNORE_INDEX if follows else label for follows, label in zip(follows_image, labels, strict=False)]
 
     def pad(
-        self, input_ids: list[list[int]], labels: list[list[int]], segment_ids: list[list[int]] | None = None
+        self,
+        input_ids: list[list[int]],
+        labels: list[list[int]],
+        segment_ids: list[list[int]] | None = None,
+        token_type_ids: list[list[int]] | None = None,
     ) -> dict[str, Any]:
         processor, multiple = self.processor, self.pad_to_multiple_of or 1
         length = -(-max(map(len, input_ids)) // multiple) * multiple
@@ -364,8 +407,9 @@ class DuoStreamDataCollator:
             "labels": padded(labels, IGNORE_INDEX),
         }
         if segment_ids is not None:
-            batch["segment_ids"] = padded(segment_ids, 0)
-        if processor.bidirectional_prefix:
-            marker = processor.generation_prompt_ids
-            batch["token_type_ids"] = padded([processor.prefix_types(row, marker) for row in input_ids], 1)
+            # A pad sees the last sequence: of one that saw nothing a mask's row would be empty
+            full = [row + row[-1:] * (length - len(row)) for row in segment_ids]
+            batch["segment_ids"] = torch.tensor(full)  # (batch, seq_len)
+        if token_type_ids is not None:
+            batch["token_type_ids"] = padded(token_type_ids, 1)
         return batch

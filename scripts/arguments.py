@@ -21,7 +21,7 @@ EVERYDAY = ("output_dir", "num_train_epochs", "max_steps", "learning_rate", "per
 RARE = (
     *("weight", "dataset_config", "streaming", "image_dir", "label_column", "max_answers", "max_length"),
     *("max_column_chars", "max_train_rows", "max_eval_rows", "blank_images", "tokenizer_rows", "whole_word_mask"),
-    "cache_vision",
+    *("cache_vision", "packing"),
 )
 MAX_WIDTH = 119  # columns of help
 
@@ -130,6 +130,13 @@ class DuoStreamTrainingArguments(TrainingArguments):
         metadata={
             "help": "Read each picture once through a vision stream that is frozen (`--freeze vision`), and keep what "
             "it gives on disk, in the cache of `datasets`, for later epochs and runs."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put short rows of a training batch one behind the other, into rows no longer than its longest, "
+            "each learnt as a row of its own: less padding. For tasks that write."
         },
     )
     learning_rates: str = field(

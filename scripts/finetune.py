@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
-from .tasks import task_of
+from .tasks import WRITER, task_of
 from .training import bad_rows_of, collator_of, train
 from .vision_cache import cache_vision, check_cacheable
 
@@ -53,10 +53,14 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`metric_rows` are read again and again: not with `streaming`")
     if training_args.cache_vision:
         check_cacheable(data_args)
+    if training_args.packing and task_of(data_args.task).auto_class is not WRITER:
+        raise ValueError(f"`packing` is for tasks that write, not for {data_args.task!r}")
     is_classification = data_args.task == "classification"
     classes = read_classes(data_args) if is_classification else []
     bad_rows = bad_rows_of(data_args, training_args)
     rows = load_mixture(data_args, classes, training_args.seed, bad_rows)
+    if training_args.packing and "conversations" in (rows.column_names or []):
+        raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
     eval_rows, metric_rows = None, None
     if data_args.eval_split:
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, classes=classes)
@@ -79,6 +83,7 @@ def main(args: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)
+    collator.packing = training_args.packing
     if training_args.cache_vision:
         rows, eval_rows = cache_vision(rows, eval_rows, model, processor, training_args, collator, bad_rows)
     options = {"task": data_args.task, "metric_rows": metric_rows, "bad_rows": bad_rows, "data": data_args}

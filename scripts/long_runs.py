@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,10 @@ class LongRunTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         # Its batches don't count among those of training, which a resumed run would not have made again
         collator = self.data_collator
-        self.data_collator = ReproducibleCollator(collator.collator, collator.seed, is_stream=False)
+        # Each row by itself, by the number of which a batch's loss is weighed
+        is_packed = getattr(collator.collator, "packing", False)
+        apart = replace(collator.collator, packing=False) if is_packed else collator.collator
+        self.data_collator = ReproducibleCollator(apart, collator.seed, is_stream=False)
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:

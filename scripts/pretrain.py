@@ -117,17 +117,20 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`metric_rows` is for fine-tuning: pretraining is measured by its losses")
     if training_args.cache_vision:
         check_cacheable(data_args)
-        if not writes_only(pretrain_args):
-            raise ValueError("`cache_vision` goes with language modelling alone: the other objectives read pictures")
+    for option in ("cache_vision", "packing"):
+        if getattr(training_args, option) and not writes_only(pretrain_args):
+            raise ValueError(f"`{option}` goes with language modelling alone, not with the other objectives")
     set_seed(training_args.seed)
     bad_rows = bad_rows_of(data_args, training_args)
     rows = load_mixture(data_args, seed=training_args.seed, bad_rows=bad_rows)
+    if training_args.packing and "conversations" in (rows.column_names or []):
+        raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
     eval_rows = None
     if training_args.eval_strategy != "no":
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
     model, processor = new_model(pretrain_args, rows)
     model.freeze(*training_args.freeze)
-    collator = DuoStreamDataCollator(processor, data_args.max_length)
+    collator = DuoStreamDataCollator(processor, data_args.max_length, packing=training_args.packing)
     if not writes_only(pretrain_args):
         collator = DuoStreamPreTrainingCollator(
             processor,
