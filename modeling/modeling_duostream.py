@@ -385,6 +385,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             attentions=getattr(outputs, "attentions", None),
         )
 
+    @property
+    def _are_weights_shared_out(self) -> bool:
+        """Whether ranks gather each part's weights when it runs, as FSDP2 and DeepSpeed's ZeRO-3 do."""
+        is_zero3 = any(hasattr(weight, "ds_id") for weight in self.vision_model.parameters())
+        return is_zero3 or isinstance(self.projector, FSDPModule)
+
     def _read_unused_picture(self) -> torch.Tensor:
         """Zero, from a picture: ranks that share weights gather each stream's together, so none may leave one out."""
         vision, was_training = self.config.vision_config, self.vision_model.training
@@ -635,7 +641,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         # Decoding reads no pictures on any rank
         is_decoding = fusion_cache is not None and fusion_cache.get_seq_length() > 0
         unused = None
-        if image_features is None and isinstance(self.projector, FSDPModule) and not is_decoding:
+        if image_features is None and not is_decoding and self._are_weights_shared_out:
             unused = self._read_unused_picture()
         num_image_tokens = 0 if image_features is None else image_features.shape[:-1].numel()
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -35,10 +37,16 @@ def losses(folder, wanted="loss"):
     ]
 
 
-def accelerate(recipe, num_ranks):
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def accelerate(recipe, num_ranks, port=0):
     """Of the recipe all is kept but for the number of GPUs, half precision, and the port, which others may have."""
     line = ["accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes"]
-    return [*line, str(num_ranks), "--mixed_precision", "no", "--main_process_port", "0"]
+    return [*line, str(num_ranks), "--mixed_precision", "no", "--main_process_port", str(port)]
 
 
 def launch(launcher, *command):
@@ -162,6 +170,17 @@ def test_four_ranks_go_on_from_the_shards_of_two_and_learn_as_one(alone, trainin
         assert_same_losses(alone, tmp_path)
         shutil.rmtree(tmp_path / "checkpoint-4")
         (tmp_path / "trainer_state.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed, nor among the tests' packages")
+def test_two_ranks_that_share_weights_by_deepspeed_learn_as_one(alone, training, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    args = [*training, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
+    finished = launch([*accelerate("deepspeed_zero3", 2, port=free_port()), "-m"], finetune.__name__, *args)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_losses(alone, tmp_path)
+    assert_same_weights(alone, tmp_path)
 
 
 @pytest.mark.slow
