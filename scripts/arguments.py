@@ -21,7 +21,7 @@ EVERYDAY = ("output_dir", "num_train_epochs", "max_steps", "learning_rate", "per
 RARE = (
     *("weight", "dataset_config", "streaming", "image_dir", "label_column", "max_answers", "max_length"),
     *("max_column_chars", "max_train_rows", "max_eval_rows", "blank_images", "tokenizer_rows", "whole_word_mask"),
-    *("cache_vision", "packing"),
+    *("cache_vision", "packing", "images_last"),
 )
 MAX_WIDTH = 119  # columns of help
 
@@ -67,6 +67,13 @@ class DataArguments:
         metadata={
             "help": "What the user says, or the text to classify; `{name}` stands for the row's column `name`. By "
             'default the task\'s: "Describe the picture." for most.'
+        },
+    )
+    images_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Put pictures behind the words of a prompt, not in front: words then have the same positions with "
+            "and without a picture."
         },
     )
     prompt_column: str | None = field(default=None, metadata={"help": "Column with what the user says: a question."})

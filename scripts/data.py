@@ -253,7 +253,10 @@ def _rows_of_task(
     classes: Sequence[str] | None,
     bad_rows: BadRows | None,
 ) -> Rows:
+    ready = "`images_last` is for prompts that are made of a row's columns: here they are ready"
     if args.dataset == "scenes":
+        if args.images_last:
+            raise ValueError(ready)
         scenes = build_scenes(split, num_rows=max_rows)
         return _rows_of_scenes(scenes, args, split)
     try:
@@ -267,6 +270,8 @@ def _rows_of_task(
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
+        if args.images_last:
+            raise ValueError(ready)
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(UNDECODED)) if "images" in columns else rows
     return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
@@ -496,7 +501,8 @@ def _turns(
 ) -> Iterator[dict[str, Any]]:
     """Prompt and completion: once for each answer of a row, or once with all of them as references."""
     question, answers = _prompt_of(row, args, index), _answers_of(row, args, index)
-    parts = [{"type": "image", "text": None}] * num_images + [{"type": "text", "text": question}]
+    images, words = [{"type": "image", "text": None}] * num_images, [{"type": "text", "text": question}]
+    parts = words + images if args.images_last else images + words
     for answer in answers[:1] if is_evaluation else answers:
         completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         yield {"prompt": [{"role": "user", "content": parts}], "completion": completion, "references": answers}

@@ -7,6 +7,7 @@ Example:
         --output_dir runs/finetuned --num_train_epochs 3
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
+from .places import check_place
 from .tasks import WRITER, task_of
 from .training import bad_rows_of, collator_of, train
 from .vision_cache import cache_vision, check_cacheable
@@ -29,6 +31,10 @@ class FinetuneArguments:
     """Where to start from."""
 
     checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
+    config_overrides: str = field(
+        default="{}",
+        metadata={"help": 'Fields of its configuration to change, as JSON: {"loss_chunk_size": 256}.'},
+    )
 
 
 def class_options(classes: list[str], label: Any) -> dict[str, Any]:
@@ -49,6 +55,7 @@ OPTIONS = (FinetuneArguments, DataArguments, DuoStreamTrainingArguments)
 def main(args: list[str] | None = None) -> None:
     finetune_args, data_args, training_args = parse(*OPTIONS, args=args, doc=__doc__)
     set_seed(training_args.seed)
+    check_place(finetune_args.checkpoint)
     if training_args.metric_rows and data_args.streaming:
         raise ValueError("`metric_rows` are read again and again: not with `streaming`")
     if training_args.cache_vision:
@@ -75,8 +82,9 @@ def main(args: list[str] | None = None) -> None:
         metric_rows = load_rows(
             data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, classes=classes
         )
-    options = class_options(classes, next(iter(rows))["label"]) if is_classification else {}
+    options = json.loads(finetune_args.config_overrides)
     if is_classification:
+        options |= class_options(classes, next(iter(rows))["label"])
         # A head for other classes is made anew, which the loading reports
         options["ignore_mismatched_sizes"] = True
     model = load_model(task_of(data_args.task).auto_class, finetune_args.checkpoint, **options)

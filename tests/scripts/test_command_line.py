@@ -252,6 +252,13 @@ def test_frozen_parts_stay_as_they_were(pretrained, photographs, tmp_path):
     assert {name.split(".")[1] for name in changed} == {"projector", "fusion_model"}
 
 
+def test_fields_of_the_configuration_may_change_in_finetuning(pretrained, photographs, tmp_path):
+    options = {"checkpoint": pretrained, "dataset": photographs, "answer_column": "captions", "eval_split": ""}
+    options |= {"config_overrides": '{"loss_chunk_size": 3}', "output_dir": tmp_path / "run"}
+    finetune.main(arguments(**options, **SHORT_TRAINING, **QUIET))
+    assert read_json(tmp_path / "run" / "config.json")["loss_chunk_size"] == 3
+
+
 def test_freezing_what_is_not_there_is_refused(pretrained, photographs, tmp_path):
     options = {"checkpoint": pretrained, "dataset": photographs, "answer_column": "captions"}
     with pytest.raises(ValueError, match="no stream 'eyes' to freeze"):

@@ -206,6 +206,16 @@ class TestFiles:
         assert [said(row) for row in rows] == [(1, "Describe the picture.", f"It is {i}.") for i in range(2)]
         assert [[image.size for image in pictures(row)] for row in rows] == [[(20, 16)], [(21, 16)]]
 
+    def test_pictures_may_stand_behind_the_words(self, write, tmp_path):
+        picture(0).save(tmp_path / "a.bin", format="PNG")
+        lines = [{"image": str(tmp_path / "a.bin"), "caption": "A."}, {"image": None, "caption": "B."}]
+        for images_last in (False, True):
+            rows = list(write(lines, answer_column="caption", images_last=images_last))
+            kinds = [[part["type"] for part in row["prompt"][0]["content"]] for row in rows]
+            assert kinds == [["text", "image"] if images_last else ["image", "text"], ["text"]]
+        with pytest.raises(ValueError, match="`images_last` is for prompts that are made"):
+            write([{"messages": conversation("What?", "That.")}], images_last=True)
+
     def test_rows_are_numbered(self, write):
         rows = write([{"messages": conversation("What?", str(i))} for i in range(3)])
         assert [row["row"] for row in rows] == [0, 1, 2]
