@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from matplotlib import pyplot as plt
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import CodeCarbonCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
@@ -354,9 +353,7 @@ def _draw_curve(run: dict[str, Any], output_dir: Path) -> str | None:
     curves = {title: curve for title, curve in curves.items() if len(curve) > 1}
     if not curves:
         return None
-    figure = draw_losses(curves)
-    figure.savefig(output_dir / CURVE, dpi=110)
-    plt.close(figure)
+    draw_losses(curves).savefig(output_dir / CURVE, dpi=110)
     return CURVE
 
 

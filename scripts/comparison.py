@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from .report import new_figure
 
 Row = dict[str, Any]
 
@@ -108,9 +107,7 @@ def write_rows(path: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
     table = as_table(measured)
     print(f"\n{table}")
     path.with_suffix(".md").write_text(table)
-    figure = draw(measured)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    plt.close(figure)
+    draw(measured).savefig(path.with_suffix(".png"), dpi=120)
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -122,7 +119,7 @@ def as_table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(rows: Sequence[Row]) -> plt.Figure:
+def draw(rows: Sequence[Row]) -> Figure:
     """Each row's ratio with its quartiles, and its bar."""
     fields = [name for name, value in rows[0].items() if not isinstance(value, float) and "bytes" not in name]
     varied = [name for name in fields if len({row[name] for row in rows}) > 1 and not name.startswith("at_")]
@@ -130,7 +127,7 @@ def draw(rows: Sequence[Row]) -> plt.Figure:
     ratios = [row["ratio"] for row in rows]
     spread = [[row["ratio"] - row.get("ratio_quartile_1", row["ratio"]) for row in rows]]
     spread += [[row.get("ratio_quartile_3", row["ratio"]) - row["ratio"] for row in rows]]
-    figure, axis = plt.subplots(figsize=(10, 1 + 0.25 * len(rows)), layout="constrained")
+    figure, axis = new_figure(figsize=(10, 1 + 0.25 * len(rows)))
     axis.barh(range(len(rows)), ratios, xerr=spread, color="tab:blue", ecolor="black")
     for i, row in enumerate(rows):
         bar = row.get("at_least", row.get("at_most"))

@@ -17,7 +17,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -51,9 +50,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from .. import (
     DuoStreamConfig,
     DuoStreamForConditionalGeneration,
@@ -70,6 +66,7 @@ from .compose import load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, read_classes, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
+from .report import new_figure
 from .training import DuoStreamTrainer, collator_of
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -590,14 +587,13 @@ def train_and_measure(
 
 def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
     """Validation loss by seconds of training, a line for each run."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = new_figure(figsize=(6, 4))
     for run in runs:
         seconds, losses = zip(*((point["seconds"], point["loss"]) for point in run["curve"]), strict=True)
         axis.plot(seconds, losses, marker=".", label=f"{run['side']} ({run['model']}), seed {run['seed']}")
     axis.set(xlabel="seconds of training", ylabel="validation loss", xscale="log", yscale="log")
     axis.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,10 +12,8 @@ import PIL.Image
 import torch
 from datasets import Dataset
 from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_picture
@@ -207,15 +205,24 @@ def pick(results: list[dict], number: int) -> list[dict]:
     return results[:: max(1, len(results) // number)][:number]
 
 
-def draw_histogram(scores: list[float]) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+def new_figure(*args: int, figsize: tuple[float, float], **kwargs: Any) -> tuple[Figure, Any]:
+    """
+    A figure and its axes, as `pyplot.subplots` makes them, but without `pyplot`: that has one backend for the whole
+    process, which may be a notebook's, and keeps figures until they are closed.
+    """
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def draw_histogram(scores: list[float]) -> Figure:
+    figure, axis = new_figure(figsize=(6, 2.6))
     axis.hist(scores, bins=20)
     axis.set(xlabel="score", ylabel="rows")
     return figure
 
 
-def draw_losses(losses: dict[str, list[tuple[int, float]]]) -> plt.Figure:
-    figure, axes = plt.subplots(1, len(losses), figsize=(4.5 * len(losses), 3), layout="constrained", squeeze=False)
+def draw_losses(losses: dict[str, list[tuple[int, float]]]) -> Figure:
+    figure, axes = new_figure(1, len(losses), figsize=(4.5 * len(losses), 3), squeeze=False)
     for axis, (stage, curve) in zip(axes[0], losses.items(), strict=True):
         axis.plot(*zip(*curve, strict=True))
         axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
@@ -223,10 +230,10 @@ def draw_losses(losses: dict[str, list[tuple[int, float]]]) -> plt.Figure:
     return figure
 
 
-def draw_accuracies(metrics: dict[str, Any]) -> plt.Figure:
+def draw_accuracies(metrics: dict[str, Any]) -> Figure:
     """Exact answers of each kind of question: with the picture, and with a blank one in its place."""
     kinds = [name for name in metrics["held_out_scenes"] if name != "exact_match"]
-    figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+    figure, axis = new_figure(figsize=(9, 3))
     for offset, (group, label) in enumerate((("held_out_scenes", "picture"), ("blank_picture", "blank picture"))):
         values = [100 * metrics[group][kind] for kind in kinds]
         bars = axis.bar([i + 0.4 * offset for i in range(len(kinds))], values, width=0.38, label=label)
@@ -237,8 +244,8 @@ def draw_accuracies(metrics: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def draw_attention(picture: PIL.Image.Image, result: dict[str, Any], attention: torch.Tensor) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(5, 2.6), layout="constrained")
+def draw_attention(picture: PIL.Image.Image, result: dict[str, Any], attention: torch.Tensor) -> Figure:
+    figure, (left, right) = new_figure(1, 2, figsize=(5, 2.6))
     left.imshow(picture)
     right.imshow(picture)
     width, height = picture.size
@@ -253,12 +260,11 @@ def enlarge(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture.resize((PICTURE_SIDE, PICTURE_SIDE), PIL.Image.Resampling.NEAREST)
 
 
-def embed(picture: plt.Figure | PIL.Image.Image) -> str:
+def embed(picture: Figure | PIL.Image.Image) -> str:
     """A figure or picture as a `data:` address."""
     buffer = BytesIO()
     if isinstance(picture, PIL.Image.Image):
         picture.convert("RGB").save(buffer, format="PNG")
     else:
         picture.savefig(buffer, format="png", dpi=110)
-        plt.close(picture)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
