@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import PIL.Image
@@ -118,9 +118,12 @@ class DuoStreamDataCollator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     packing: bool = False
+    can_pack: ClassVar[bool] = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
+        if self.packing and not self.can_pack:
+            raise ValueError(f"`packing` is for models that write: {type(self).__name__} takes rows as they are")
         # A row may hold several conversations; `owners` are their rows
         owned: list[tuple[int, dict[str, Any]]] = []
         for i, row in enumerate(rows):

@@ -1,7 +1,7 @@
 """Batches for what is not written answers: masked tokens, classes, and pictures with the texts that belong to them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import DataCollatorForLanguageModeling
@@ -31,6 +31,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
 
     mlm_probability: float = 0.15
     whole_word_mask: bool = False
+    can_pack: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.processor.tokenizer.mask_token_id is None:
@@ -92,6 +93,8 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
     Raises:
         ValueError: a row has no picture, or several, or no text.
     """
+
+    can_pack: ClassVar[bool] = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
@@ -189,6 +192,7 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
     """
 
     num_labels: int = field(kw_only=True)
+    can_pack: ClassVar[bool] = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)

@@ -77,6 +77,9 @@ class DuoStreamTrainer(LongRunTrainer):
         super().__init__(*args, **kwargs)
         # Of a stream one rank would read all batches, and deal out pictures as if there were one in each row
         self.accelerator.dataloader_config.dispatch_batches = False
+        if self.args.cache_vision and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # A rank whose rows have no pictures gathers the vision stream's weights, for which the others would wait
+            raise ValueError("`cache_vision` goes without FSDP and DeepSpeed: ranks that share weights read pictures")
         # FSDP looks for each of these layers, and RegNet names one that not all of its kinds have
         kinds = {type(module).__name__ for module in self.model.modules()}
         self.model._no_split_modules = set(self.model._no_split_modules or ()) & kinds

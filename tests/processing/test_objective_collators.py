@@ -217,3 +217,16 @@ def test_a_text_beside_a_conversation_is_not_read(processor):
 def test_a_text_that_is_none_names_its_row(processor):
     with pytest.raises(ValueError, match="Row 3: expected text, not None"):
         DuoStreamClassificationCollator(processor, num_labels=2)([{"text": None, "label": 1, "row": 3}])
+
+
+@pytest.mark.parametrize(
+    ("collator", "options"),
+    [
+        (DuoStreamMaskedLMCollator, {}),
+        (DuoStreamPreTrainingCollator, {"mlm": False}),
+        (DuoStreamClassificationCollator, {"num_labels": 2}),
+    ],
+)
+def test_what_counts_by_rows_is_not_packed(processor, collator, options):
+    with pytest.raises(ValueError, match=f"{collator.__name__} takes rows as they are"):
+        collator(processor, packing=True, **options)([caption_row(0)])

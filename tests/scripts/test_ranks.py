@@ -173,6 +173,13 @@ def test_four_ranks_go_on_from_the_shards_of_two_and_learn_as_one(alone, trainin
 
 
 @pytest.mark.slow
+def test_stored_states_of_pictures_are_refused_where_ranks_share_weights(training, tmp_path):
+    args = [*training, "--cache_vision", "true", "--output_dir", tmp_path]
+    finished = launch(accelerate("fsdp2", 2), __file__, *args)
+    assert finished.returncode != 0 and "`cache_vision` goes without FSDP" in finished.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed, nor among the tests' packages")
 def test_two_ranks_that_share_weights_by_deepspeed_learn_as_one(alone, training, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
