@@ -4,6 +4,7 @@ Measures each thing beside what it is compared with, in one process. The first a
 prefill, decode, memory, training    DuoStream beside LLaVA, PaliGemma and SmolVLM
 overhead                             the model's forward over its three backbones run by hand on the same tokens
 input                                the processor beside stock ones; how much of training waits for batches
+padding                              batches of random rows, of rows of like length, and of packed rows
 speed                                prefill, decode, memory, training and overhead, with the options that all have
 quality                              DuoStream and a model of `transformers` as large, trained for the same minutes
 
@@ -18,11 +19,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from . import input_speed, quality, speed
+from . import input_speed, padding, quality, speed
 
 PARTS: dict[str, Callable[[list[str]], None]] = {
     **{part: partial(speed.main, part) for part in speed.PARTS},
     "input": input_speed.main,
+    "padding": padding.main,
     "speed": speed.all_parts,
     "quality": quality.main,
 }

@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -136,19 +136,25 @@ class WaitingTrainer(DuoStreamTrainer):
         return batch
 
 
+def tiny_model(
+    image_size: int, vocab_size: int, texts: Iterable[str]
+) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
+    """The preset `tiny` with random weights, and a processor for it."""
+    config = DuoStreamConfig.from_preset("tiny", vocab_size=vocab_size, vision_config={"image_size": image_size})
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
+        train_tokenizer(texts, vocab_size=vocab_size),
+        image_seq_length=image_token_shape(config.vision_config)[0],
+    )
+    config.image_token_id = processor.image_token_id
+    return DuoStreamForConditionalGeneration(config), processor
+
+
 def share_waited(args: InputArguments, data_args: DataArguments) -> Row:
     """Trains the tiny model, and returns the share of the time that it waited."""
     set_seed(0)
     rows = load_rows(data_args, data_args.train_split, data_args.max_train_rows)
-    config = DuoStreamConfig.from_preset("tiny", vocab_size=1024, vision_config={"image_size": args.image_size})
-    processor = DuoStreamProcessor(
-        SiglipImageProcessorPil(size={"height": args.image_size, "width": args.image_size}),
-        train_tokenizer([CAPTION], vocab_size=1024),
-        image_seq_length=image_token_shape(config.vision_config)[0],
-    )
-    config.image_token_id = processor.image_token_id
-    model = DuoStreamForConditionalGeneration(config)
-
+    model, processor = tiny_model(args.image_size, vocab_size=1024, texts=[CAPTION])
     with tempfile.TemporaryDirectory() as folder:
         training_args = DuoStreamTrainingArguments(
             output_dir=folder,

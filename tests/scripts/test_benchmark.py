@@ -100,6 +100,13 @@ def test_input_is_measured_from_files_parquet_and_streams(measure):
     assert all(0 <= row["ratio"] <= 1 for row in rows[2:])
 
 
+def test_padding_is_measured_in_batches_of_random_of_grouped_and_of_packed_rows(measure):
+    rows = measure("padding", "--rows", "24", "--batch_size", "8", "--repeats", "2", "--vocab_size", "300")
+    assert [row["batches"] for row in rows] == ["group_by_length", "packing"]
+    assert all(0 <= row["padding"] < row["padding_random"] for row in rows)
+    check_ratios(rows)
+
+
 def test_all_sides_that_can_share_a_language_model_say_the_same_about_text(sides):
     text = torch.randint(FIRST_TEXT_ID, 99, (2, 7))
     with torch.no_grad():
