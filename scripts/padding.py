@@ -79,7 +79,9 @@ def measure(args: PaddingArguments, data_args: DataArguments) -> Iterator[Row]:
     collator = DuoStreamDataCollator(processor, data_args.max_length)
     packed = replace(collator, packing=True)
     listed = list(rows)
-    grouped = get_length_grouped_indices([row["length"] for row in listed], args.batch_size)
+    # All of these rows are sorted together, as the library does with 50 batches where there are more
+    num_batches = len(listed) // args.batch_size
+    grouped = get_length_grouped_indices([row["length"] for row in listed], args.batch_size, num_batches)
     orders = {
         "random": (collator, listed),
         "group_by_length": (collator, [listed[i] for i in grouped]),
