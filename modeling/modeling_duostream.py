@@ -388,8 +388,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     @property
     def _are_weights_shared_out(self) -> bool:
         """Whether ranks gather each part's weights when it runs, as FSDP2 and DeepSpeed's ZeRO-3 do."""
-        is_zero3 = any(hasattr(weight, "ds_id") for weight in self.vision_model.parameters())
-        return is_zero3 or isinstance(self.projector, FSDPModule)
+        return isinstance(self.projector, FSDPModule) or hasattr(next(self.vision_model.parameters()), "ds_id")
 
     def _read_unused_picture(self) -> torch.Tensor:
         """Zero, from a picture: ranks that share weights gather each stream's together, so none may leave one out."""
@@ -641,7 +640,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         # Decoding reads no pictures on any rank
         is_decoding = fusion_cache is not None and fusion_cache.get_seq_length() > 0
         unused = None
-        if image_features is None and not is_decoding and self._are_weights_shared_out:
+        # In this order: with a static cache only the device knows whether it decodes
+        if image_features is None and self._are_weights_shared_out and not is_decoding:
             unused = self._read_unused_picture()
         num_image_tokens = 0 if image_features is None else image_features.shape[:-1].numel()
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
@@ -1072,6 +1072,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+        # Of a trainer that splits sequences over ranks, which shifts labels before
+        shifted = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1091,9 +1093,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        shifted = None
         if self.training and labels is not None:
-            shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            if shifted is None:
+                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             if targets_per_row is not None:
                 hidden_states, shifted = gather_labelled(hidden_states, shifted, targets_per_row)
         logits, loss = None, None

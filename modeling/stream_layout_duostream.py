@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 
 
@@ -262,8 +263,9 @@ def prefix_length_of(
         is_prefix = is_prefix & attention_mask.to(torch.bool)
     if segment_ids is None:
         return is_prefix.sum(dim=1)  # (batch,)
-    # There are fewer segments than tokens
-    lengths = torch.zeros_like(segment_ids).scatter_add(1, segment_ids, is_prefix.long())  # (batch, any segment)
+    # There are as many segments as tokens at most, and number 0
+    lengths = nn.functional.pad(torch.zeros_like(segment_ids), (0, 1))  # (batch, seq_len + 1)
+    lengths = lengths.scatter_add(1, segment_ids, is_prefix.long())  # (batch, any segment)
     own = lengths.gather(1, segment_ids)  # (batch, seq_len)
     return own + torch.where(segment_ids == 0, 0, lengths[:, :1])
 

@@ -330,7 +330,7 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
     while True:
         try:
             for item in islice(generate(**shard), num_read, None):
-                num_read += 1
+                num_read, num_tries = num_read + 1, 0
                 yield item
             return
         except (OSError, ValueError, TarError) as error:
@@ -374,6 +374,8 @@ def _make_rows(
 ) -> Rows:
     """Rows of a task from rows with plain columns."""
     kind = args.task if args.task in ("classification", "masked") else "generated"
+    if args.images_last and kind != "generated":
+        raise ValueError(f"`images_last` is for prompts, of which `task` {args.task!r} has none")
     wanted = {"prompt_column": args.prompt_column}
     if kind == "classification":
         wanted["label_column"] = args.label_column

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, set_seed
+from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging
 
+from ..configuration import DuoStreamConfig
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
@@ -47,6 +48,23 @@ def class_options(classes: list[str], label: Any) -> dict[str, Any]:
         "label2id": {name: number for number, name in enumerate(classes)},
         "problem_type": "multi_label_classification" if is_soft else "single_label_classification",
     }
+
+
+def changed_config(args: FinetuneArguments) -> dict[str, Any]:
+    """
+    `config_overrides`, with which the checkpoint's configuration was tried out.
+
+    Raises:
+        ValueError: They are no fields of it, or no values for them.
+    """
+    overrides = json.loads(args.config_overrides)
+    if overrides:
+        fields = AutoConfig.from_pretrained(args.checkpoint).to_dict()
+        if unknown := set(overrides) - set(fields):
+            raise ValueError(f"`config_overrides` has {sorted(unknown)}, which are no fields of the configuration")
+        # `from_pretrained` sets fields without looking at them
+        DuoStreamConfig.from_dict({**fields, **overrides})
+    return overrides
 
 
 OPTIONS = (FinetuneArguments, DataArguments, DuoStreamTrainingArguments)
@@ -82,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
         metric_rows = load_rows(
             data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, classes=classes
         )
-    options = json.loads(finetune_args.config_overrides)
+    options = changed_config(finetune_args)
     if is_classification:
         options |= class_options(classes, next(iter(rows))["label"])
         # A head for other classes is made anew, which the loading reports

@@ -32,7 +32,7 @@ class PaddingArguments:
     How much is trained on.
 
     Raises:
-        ValueError: There are fewer rows than a batch has.
+        ValueError: There are to be fewer rows than four batches have, which is too few to sort.
     """
 
     rows: int = field(default=128, metadata={"help": "How many rows, drawn at random."})
@@ -45,8 +45,8 @@ class PaddingArguments:
     output: str = field(default="runs/benchmark/padding.json", metadata={"help": "JSON file for the figures."})
 
     def __post_init__(self) -> None:
-        if self.rows < self.batch_size:
-            raise ValueError(f"`rows` is {self.rows}; expected `batch_size`, which is {self.batch_size}, or more")
+        if self.rows < 4 * self.batch_size:
+            raise ValueError(f"`rows` is {self.rows}; expected at least four batches of {self.batch_size}")
         if self.clock not in CLOCKS:
             raise ValueError(f"`clock` is {self.clock!r}; there are {', '.join(map(repr, CLOCKS))}")
 
@@ -74,14 +74,18 @@ def training(model: torch.nn.Module, batches: list[dict[str, Any]]) -> Callable[
 
 def measure(args: PaddingArguments, data_args: DataArguments) -> Iterator[Row]:
     set_seed(args.seed)
-    rows = load_mixture(data_args, seed=args.seed).shuffle(seed=args.seed).select(range(args.rows))
+    rows = load_mixture(data_args, seed=args.seed)
+    if len(rows) < args.rows:
+        raise ValueError(f"`rows` is {args.rows}, but the data set has {len(rows)}")
+    rows = rows.shuffle(seed=args.seed).select(range(args.rows))
     model, processor = tiny_model(args.image_size, args.vocab_size, texts_of(rows))
     collator = DuoStreamDataCollator(processor, data_args.max_length)
     packed = replace(collator, packing=True)
     listed = list(rows)
     # All of these rows are sorted together, as the library does with 50 batches where there are more
     num_batches = len(listed) // args.batch_size
-    grouped = get_length_grouped_indices([row["length"] for row in listed], args.batch_size, num_batches)
+    lengths = [collator([row])["input_ids"].shape[1] for row in listed]
+    grouped = get_length_grouped_indices(lengths, args.batch_size, num_batches)
     orders = {
         "random": (collator, listed),
         "group_by_length": (collator, [listed[i] for i in grouped]),

@@ -184,6 +184,8 @@ def push_adapter(args: PushArguments) -> tuple[str, str]:
                 # PEFT's says where the base model was when the adapter was saved
                 filled = ModelCard.load(folder / CARD)
                 filled.data.base_model = base
+                tags = [tag for tag in filled.data.tags or [] if not tag.startswith("base_model:")]
+                filled.data.tags = [*tags, f"base_model:adapter:{base}"]
                 filled.save(folder / CARD)
         patterns = ADAPTER if not (folder / PROCESSOR_NAME).exists() else (*ADAPTER, *PROCESSOR)
         return upload(args, folder, repo_id, [name for name in there if is_ours(name, patterns)]), told

@@ -505,6 +505,12 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients
         assert chunked.logits is None
         assert abs(chunked.loss - whole.loss) < 1e-5
         assert_same_gradients(expected, gradients(model))
+    # Labels that were shifted before, as where sequences are split over ranks
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    for chunk_size in (5, None):
+        model.config.loss_chunk_size = chunk_size
+        given = model(**{**inputs, "labels": torch.full_like(shifted, 3)}, shift_labels=shifted, num_items_in_batch=7)
+        assert abs(given.loss - whole.loss) < 1e-5
     mean = model(**inputs).loss
     model.eval()
     evaluated = model(**inputs)

@@ -253,3 +253,9 @@ def test_positions_where_a_mask_holds_come_first_and_all_others_behind_them_in_o
     ]
     assert first_where(torch.tensor(rows)).tolist() == expected
     assert first_where(torch.tensor(rows[0])).tolist() == expected[0]
+
+
+def test_each_token_may_be_a_sequence_of_its_own() -> None:
+    token_type_ids = torch.tensor([[0, 0, 1]])
+    assert prefix_length_of(token_type_ids, None, torch.tensor([[1, 2, 3]])).tolist() == [[1, 1, 0]]
+    assert prefix_length_of(token_type_ids, None, torch.tensor([[0, 0, 1]])).tolist() == [[2, 2, 2]]

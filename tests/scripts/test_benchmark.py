@@ -101,7 +101,7 @@ def test_input_is_measured_from_files_parquet_and_streams(measure):
 
 
 def test_padding_is_measured_in_batches_of_random_of_grouped_and_of_packed_rows(measure):
-    rows = measure("padding", "--rows", "24", "--batch_size", "8", "--repeats", "2", "--vocab_size", "300")
+    rows = measure("padding", "--rows", "48", "--batch_size", "8", "--repeats", "2", "--vocab_size", "300")
     assert [row["batches"] for row in rows] == ["group_by_length", "packing"]
     assert all(0 <= row["padding"] < row["padding_random"] for row in rows)
     check_ratios(rows)

@@ -257,6 +257,13 @@ def test_fields_of_the_configuration_may_change_in_finetuning(pretrained, photog
     options |= {"config_overrides": '{"loss_chunk_size": 3}', "output_dir": tmp_path / "run"}
     finetune.main(arguments(**options, **SHORT_TRAINING, **QUIET))
     assert read_json(tmp_path / "run" / "config.json")["loss_chunk_size"] == 3
+    for wrong, message in (
+        ('{"loss_chunk_size": 0}', "`loss_chunk_size` is 0"),
+        ('{"bidirectional_images": "false"}', "`bidirectional_images`"),
+        ('{"loss_chunk": 3}', r"has \['loss_chunk'\], which are no fields"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune.main(arguments(**{**options, "config_overrides": wrong}, **SHORT_TRAINING, **QUIET))
 
 
 def test_freezing_what_is_not_there_is_refused(pretrained, photographs, tmp_path):

@@ -215,6 +215,8 @@ class TestFiles:
             assert kinds == [["text", "image"] if images_last else ["image", "text"], ["text"]]
         with pytest.raises(ValueError, match="`images_last` is for prompts that are made"):
             write([{"messages": conversation("What?", "That.")}], images_last=True)
+        with pytest.raises(ValueError, match="of which `task` 'masked' has none"):
+            write(lines, task="masked", answer_column="caption", images_last=True)
 
     def test_rows_are_numbered(self, write):
         rows = write([{"messages": conversation("What?", str(i))} for i in range(3)])
