@@ -327,6 +327,7 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
     paths = [each for value in shard.values() if isinstance(value, list) for each in value if isinstance(each, str)]
     name = ", ".join(dict.fromkeys(paths)) or "A shard"
     num_read = num_tries = 0
+    was_away = False
     while True:
         try:
             for item in islice(generate(**shard), num_read, None):
@@ -334,8 +335,9 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
                 yield item
             return
         except (OSError, ValueError, TarError) as error:
-            if num_tries == 0 and not isinstance(error, OSError):
+            if not was_away and not isinstance(error, OSError):
                 raise  # broken, while one that is just being put back may be half a file
+            was_away = True
             # Of a lost connection `datasets` has tried it so often
             num_tries = max_tries if isinstance(error, ConnectionError) else num_tries + 1
             if num_tries >= max_tries:
