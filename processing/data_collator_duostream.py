@@ -41,9 +41,10 @@ def load_pictures(images: Sequence[Any], name: str) -> list[PIL.Image.Image]:
 class ImageStates(BaseModelOutputWithPooling):
     """The vision stream's states of a batch's pictures, as a model takes them instead of `pixel_values`."""
 
-    def pin_memory(self) -> "ImageStates":
-        # For a GPU `DataLoader` would copy and update it, as it does a mapping, which the library forbids
-        return ImageStates(last_hidden_state=self.last_hidden_state.pin_memory())
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        # For a GPU `DataLoader` copies a mapping, and updates the copy with what it pinned; the library forbids it.
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
 
 def is_plain_text(row: dict[str, Any]) -> bool:

@@ -284,7 +284,7 @@ def test_where_nothing_can_be_stored_the_option_is_refused(pretrained, photograp
 
 def test_states_go_to_pinned_memory_as_other_inputs(monkeypatch):
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: pinned.append(tensor) or tensor.clone())
     states = torch.rand(2, 4, 8)
     batch = pin_memory({"mm_encoder_outputs": {"image": ImageStates(last_hidden_state=states)}})
     assert pinned[0] is states and len(pinned) == 1
