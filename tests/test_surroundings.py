@@ -154,6 +154,7 @@ def test_losses_are_logged_where_people_look_at_them(tmp_path: Path) -> None:
     assert [entry["train/loss"] for entry in logged if "train/loss" in entry] == pytest.approx(losses)
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_learning_rate_that_learns(tmp_path: Path) -> None:
     rows = plain_rows()
     arguments = plain_arguments(tmp_path, eval_strategy="steps", eval_steps=3)
@@ -186,6 +187,7 @@ class SmallMemory(DuoStreamForConditionalGeneration):
         return super().forward(input_ids, labels=labels, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_batch_that_memory_has_no_room_for_is_made_smaller(tmp_path: Path) -> None:
     arguments = plain_arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
     trainer = Trainer(model=small_model(cls=SmallMemory), args=arguments, train_dataset=plain_rows())

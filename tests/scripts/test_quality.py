@@ -213,6 +213,7 @@ def test_each_side_may_have_its_own_rate_and_first_weights_and_duostream_its_own
     assert (config.text_config.intermediate_size, config.fusion_stack_config.intermediate_size) == (32, 256)
 
 
+@pytest.mark.slow
 def test_a_step_has_as_many_answers_however_many_share_a_row(dataset, tmp_path):
     options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "batch_size": 16}
     options |= {"max_steps": 2, "conversations_per_row": 2, "max_new_tokens": 2}

@@ -108,6 +108,7 @@ class Seen:
         self.count += len(kwargs["pixel_values"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conversations_per_row", [1, 2])
 @pytest.mark.parametrize("metric_rows", [0, 2])
 def test_from_stored_states_everything_is_learnt_and_measured_as_from_pictures(
