@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before transformers is imported, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # And trackio, which would keep the tests' runs in the home folder
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -33,3 +36,12 @@ def pytest_unconfigure() -> None:
 def seed() -> None:
     """Every test draws the same numbers, alone or with others."""
     transformers.set_seed(0)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder, empty, and a cache of its own for the data sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.chdir(tmp_path_factory.mktemp("workplace"))
+        yield Path.cwd()

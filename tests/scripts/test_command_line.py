@@ -4,12 +4,11 @@ import json
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
+from command_lines import arguments
 from datasets import Dataset, List
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,6 +36,8 @@ from duostream.scripts.data import UNDECODED, load_rows, pack_rows
 from duostream.scripts.report import attended_tokens
 from duostream.scripts.scenes import build_scenes, caption_rows, question_rows
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 SHORT_TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
 CHECKPOINT_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
@@ -47,23 +48,6 @@ CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
-
-
-def arguments(**options):
-    """As they stand on the command line."""
-    args = []
-    for name, value in options.items():
-        args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return args
-
-
-@pytest.fixture(autouse=True, scope="module")
-def workplace(tmp_path_factory):
-    """The current folder, empty, and a cache of its own for the data sets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.chdir(tmp_path_factory.mktemp("workplace"))
-        yield Path.cwd()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
+from command_lines import arguments
 from PIL import Image
 
 from duostream import DuoStreamDataCollator
 from duostream.scripts import finetune, pretrain
+
+pytestmark = pytest.mark.usefixtures("workplace")
 
 SHORT = {
     "per_device_train_batch_size": 4,
@@ -17,23 +19,6 @@ SHORT = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-
-
-def arguments(**options):
-    """As they stand on the command line."""
-    args = []
-    for name, value in options.items():
-        args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return args
-
-
-@pytest.fixture(autouse=True, scope="module")
-def workplace(tmp_path_factory):
-    """The current folder, empty, and a cache of its own for the data sets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.chdir(tmp_path_factory.mktemp("workplace"))
-        yield Path.cwd()
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import json
 import shlex
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
+from command_lines import arguments
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoProcessor
@@ -20,28 +20,13 @@ from duostream.scripts.data import load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
 from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 RECIPES = Path(finetune.__file__).parent / "recipes"
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 4, **QUIET}
 SENTENCES = ["a good film", "a bad film", "a very good film", "a very bad film"]
 GENERATED = {name for name, task in TASKS.items() if task.answer_column and name not in ("retrieval", "masked")}
-
-
-def arguments(**options):
-    args = []
-    for name, value in options.items():
-        args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return args
-
-
-@pytest.fixture(autouse=True, scope="module")
-def workplace(tmp_path_factory):
-    """The current folder, empty, and a cache of its own for the data sets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        folder = tmp_path_factory.mktemp("workplace")
-        patch.chdir(folder)
-        yield folder
 
 
 def pictures(row):

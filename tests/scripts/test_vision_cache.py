@@ -1,10 +1,10 @@
 import json
 import shutil
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from command_lines import arguments
 from datasets import Dataset, List
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -19,17 +19,11 @@ from duostream.scripts.data import load_mixture, load_rows
 from duostream.scripts.training import train
 from duostream.scripts.vision_cache import with_states
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 NUM_PICTURES = {"train": 4, "validation": 2}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 FROZEN = {"freeze": ["vision"], "per_device_train_batch_size": 3, "logging_steps": 1, **QUIET}
-
-
-def arguments(**options):
-    """As they stand on the command line."""
-    args = []
-    for name, value in options.items():
-        args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return args
 
 
 def make_photographs(folder):
@@ -43,15 +37,6 @@ def make_photographs(folder):
             lines.append(json.dumps({"file_name": f"{i}.jpg", "captions": captions}) + "\n")
         (folder / split / "metadata.jsonl").write_text("".join(lines))
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def workplace(tmp_path_factory):
-    """The current folder, empty."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.chdir(tmp_path_factory.mktemp("workplace"))
-        yield Path.cwd()
 
 
 @pytest.fixture(autouse=True)
