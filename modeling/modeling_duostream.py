@@ -39,6 +39,7 @@ from .composition_duostream import (
     load_backbones,
     stack_of,
 )
+from .prefill_duostream import PrefillCache, read_last_positions
 from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
@@ -328,6 +329,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         self.fusion_model = AutoModel.from_config(config.fusion_stack_config)
         remove_final_norm(self.text_model)
         remove_embeddings(self.fusion_model)
+        read_last_positions(self.fusion_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -572,6 +574,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         images_per_row: int | None = None,
         prefix_length: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        states_to_keep: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamModelOutputWithPast:
         r"""
@@ -608,6 +611,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 several continuations of one beginning, as questions about one picture, where the beginning has 0.
                 Each sees the beginning and itself, and counts its positions on from the beginning's end, so that its
                 states are those of a row of its own. Goes without a cache.
+            states_to_keep (`int`, *optional*, defaults to 0):
+                `last_hidden_state` of the last so many positions alone, or of all (0). Where a prompt is read into a
+                cache, the last fusion layer then makes only keys and values of the others.
 
         Raises:
             ValueError: placeholders and pictures don't match, or the arguments contradict each other.
@@ -729,6 +735,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
+        reads_prompt = fusion_cache is not None and 0 < states_to_keep < seq_len
+        if reads_prompt and not fusion_cache.offloading and self._may_cut_last_layer(kwargs):
+            fusion_cache = PrefillCache(fusion_cache.layers, states_to_keep)
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
@@ -738,12 +747,19 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             **kwargs,
         )
         return DuoStreamModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.last_hidden_state[:, -states_to_keep:],  # (batch, states_to_keep or all, hidden)
             past_key_values=past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _may_cut_last_layer(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing but the states that are kept is asked of the last fusion layer, and it may be run twice."""
+        names = {"output_hidden_states", "output_attentions", "output_router_logits"}
+        is_asked = any(kwargs.get(name) or getattr(self.config.fusion_stack_config, name, False) for name in names)
+        is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self._are_weights_shared_out)
+        return is_plain and not is_asked
 
     def _fusion_mask(
         self,
@@ -1089,6 +1105,7 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             images_per_row=images_per_row,
             prefix_length=prefix_length,
             segment_ids=segment_ids,
+            states_to_keep=logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0,
             return_dict=True,
             **kwargs,
         )

@@ -1,0 +1,143 @@
+"""Reading a prompt: the last layer works for the last positions alone, and nothing that is read is another for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from backbones import TEXTS, VISIONS
+from tiny_models import PICTURE, Row, batch, difference, ragged_rows, roughen, small_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from duostream import DuoStreamForConditionalGeneration, DuoStreamModel
+from duostream.configuration.configuration_duostream import layer_types
+from duostream.modeling.composition_duostream import stack_of
+
+ENOUGH = 1e-4
+# Layers that are called, or made, in different ways
+EVERYDAY = ("llama", "gpt2", "opt", "gemma3")
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[list[int]]:
+    """How many positions went through the last fusion layer up to its end, each time."""
+    stack = next(each for each in stack_of(model.model.fusion_model).children() if isinstance(each, nn.ModuleList))
+    # A layer's last part of its own: what comes out of it has been through the whole layer
+    part = list(stack[-1].children())[-1]
+    lengths: list[int] = []
+
+    def note(part: nn.Module, args: Any, output: torch.Tensor) -> None:
+        lengths.append(output.numel() // output.shape[-1])
+
+    handle = part.register_forward_hook(note)
+    yield lengths
+    handle.remove()
+
+
+@pytest.fixture(
+    scope="module", params=[name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in TEXTS]
+)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    language = AutoModelForCausalLM.from_config(TEXTS[request.param]())
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    return roughen(DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=2), 0.05)
+
+
+def prompts(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """A picture and text, more of it than a sliding window holds; text; and several rows, padded."""
+    yield Row(model, PICTURE, 9).inputs
+    yield Row(model, 9).inputs
+    if "sliding_attention" not in layer_types(model.config.text_config):
+        # With windows, rows with pictures in different places are refused
+        yield batch(ragged_rows(model), "left")
+
+
+@torch.no_grad()
+def test_a_prompt_gives_the_logits_and_the_cache_of_one_whose_every_state_is_made(model: Any) -> None:
+    for inputs in prompts(model):
+        whole, last = model(**inputs), model(**inputs, logits_to_keep=1)
+        assert difference(last.logits, whole.logits[:, -1:]) < ENOUGH
+        for cached, expected in zip(last.past_key_values.layers, whole.past_key_values.layers, strict=True):
+            assert difference(cached.keys, expected.keys) == difference(cached.values, expected.values) == 0
+        input_ids = inputs["input_ids"]
+        attention_mask = inputs.get("attention_mask", torch.ones_like(input_ids))
+        further = {
+            "input_ids": torch.full((len(input_ids), 1), 5),
+            "attention_mask": nn.functional.pad(attention_mask, (0, 1), value=1),
+            "mm_token_type_ids": nn.functional.pad((input_ids == model.config.image_token_id).long(), (0, 1)),
+        }
+        next_logits = model(**further, past_key_values=last.past_key_values).logits
+        assert difference(next_logits, model(**further, past_key_values=whole.past_key_values).logits) < ENOUGH
+
+
+@torch.no_grad()
+def test_the_last_layer_works_for_the_positions_that_are_read_alone(model: Any) -> None:
+    inputs = Row(model, PICTURE, 9).inputs
+    for num_kept in (1, 3):
+        with watched(model) as lengths:
+            model(**inputs, logits_to_keep=num_kept)
+        assert lengths == [num_kept]
+
+
+@torch.no_grad()
+def test_some_last_positions_are_those_of_all(model: Any) -> None:
+    for inputs in prompts(model):
+        whole = model(**inputs).logits
+        for num_kept in (2, 4, whole.shape[1], whole.shape[1] + 1):
+            expected = whole[:, -num_kept:]
+            assert difference(model(**inputs, logits_to_keep=num_kept).logits, expected) < ENOUGH
+
+
+@torch.no_grad()
+def test_a_second_picture_is_read_behind_a_cached_one() -> None:
+    model = small_model()
+    row = Row(model, PICTURE, 4, PICTURE, 5)
+    first_len = model.config.image_seq_length + 4
+    expected = model(**row.inputs).logits[:, -1:]
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+        for place, picture in ((slice(first_len), 0), (slice(first_len, None), 1)):
+            ids = row.ids[None, place]
+            types = (row.ids[None, : place.stop] == model.config.image_token_id).long()
+            logits = model(
+                input_ids=ids,
+                pixel_values=row.pictures[picture : picture + 1],
+                attention_mask=torch.ones_like(types),
+                mm_token_type_ids=types,
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits
+        assert difference(logits, expected) < ENOUGH
+
+
+@torch.no_grad()
+def test_states_that_are_asked_for_are_all_made() -> None:
+    model = small_model()
+    inputs = Row(model, PICTURE, 9).inputs
+    outputs = model(**inputs, logits_to_keep=1, output_hidden_states=True)
+    assert difference(outputs.hidden_states[-1], model.model(**inputs).last_hidden_state) == 0
+    assert outputs.logits.shape[1] == 1
+    model.set_attn_implementation("eager")
+    seq_len = inputs["input_ids"].shape[1]
+    assert model(**inputs, logits_to_keep=1, output_attentions=True).attentions[-1].shape[-2:] == (seq_len, seq_len)
+
+
+def test_the_base_model_gives_the_states_that_are_kept() -> None:
+    model = small_model(cls=DuoStreamModel)
+    inputs = Row(model, PICTURE, 9).inputs
+    whole = model(**inputs).last_hidden_state
+    for options in ({}, {"use_cache": False}):
+        with torch.set_grad_enabled(not options):
+            states = model(**inputs, **options, states_to_keep=2).last_hidden_state
+        assert difference(states, whole[:, -2:]) < ENOUGH
+
+
+def test_states_that_are_trained_on_are_all_made() -> None:
+    model = small_model()
+    inputs = Row(model, PICTURE, 9).inputs
+    with watched(model) as lengths:
+        model(**inputs, logits_to_keep=1).logits.sum().backward()
+    assert lengths == [inputs["input_ids"].shape[1]]
+    assert all(weight.grad is not None for weight in model.model.fusion_model.parameters())
