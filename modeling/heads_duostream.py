@@ -19,7 +19,7 @@ from .modeling_duostream import (
     DuoStreamPreTrainedModel,
     check_can_write,
     count_items,
-    gather_labelled,
+    find_labelled,
 )
 from .objectives_duostream import contrastive_loss, hard_negatives, num_ranks
 from .stream_layout_duostream import check
@@ -136,6 +136,9 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 The largest number of `labels` in a row. In training, `logits` are then of the masked positions alone,
                 of shape `(batch, targets_per_row, vocab_size)`.
         """
+        states_to_keep: int | torch.Tensor = 0
+        if self.training and labels is not None and targets_per_row is not None:
+            states_to_keep, labels = find_labelled(labels, targets_per_row)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -147,12 +150,11 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
             use_cache=False,
             mm_encoder_outputs=mm_encoder_outputs,
             images_per_row=images_per_row,
+            states_to_keep=states_to_keep,
             return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if self.training and labels is not None and targets_per_row is not None:
-            hidden_states, labels = gather_labelled(hidden_states, labels, targets_per_row)
         logits, loss = None, None
         if self.chunks_loss(labels):
             loss = self.chunked_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
@@ -467,12 +469,16 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         outputs = DuoStreamForPreTrainingOutput()
         losses: list[torch.Tensor] = []
         if weights.lm_weight or labels is None:
-            states = self.model(input_ids=input_ids, token_type_ids=token_type_ids, **common)
-            hidden_states, shifted = states.last_hidden_state, None
+            states_to_keep: int | torch.Tensor = 0
+            shifted = None
             if labels is not None:
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
                 if self.training and targets_per_row is not None:
-                    hidden_states, shifted = gather_labelled(hidden_states, shifted, targets_per_row)
+                    states_to_keep, shifted = find_labelled(shifted, targets_per_row)
+            states = self.model(
+                input_ids=input_ids, token_type_ids=token_type_ids, states_to_keep=states_to_keep, **common
+            )
+            hidden_states = states.last_hidden_state
             outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
             if shifted is None:
                 outputs.logits = self.compute_logits(hidden_states)
@@ -481,11 +487,16 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                 outputs.lm_loss = lm_loss
                 losses.append(weights.lm_weight * lm_loss)
         if weights.mlm_weight and masked_input_ids is not None:
-            states = self.model(input_ids=masked_input_ids, token_type_ids=whole_prefix(input_ids, None), **common)
-            hidden_states = states.last_hidden_state
+            states_to_keep = 0
             if self.training and masked_per_row is not None:
-                hidden_states, masked_labels = gather_labelled(hidden_states, masked_labels, masked_per_row)
-            _, mlm_loss = self.logits_and_loss(hidden_states, masked_labels, num_masked_in_batch)
+                states_to_keep, masked_labels = find_labelled(masked_labels, masked_per_row)
+            states = self.model(
+                input_ids=masked_input_ids,
+                token_type_ids=whole_prefix(input_ids, None),
+                states_to_keep=states_to_keep,
+                **common,
+            )
+            _, mlm_loss = self.logits_and_loss(states.last_hidden_state, masked_labels, num_masked_in_batch)
             outputs.mlm_loss = mlm_loss
             losses.append(weights.mlm_weight * mlm_loss)
         if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:

@@ -39,7 +39,7 @@ from .composition_duostream import (
     load_backbones,
     stack_of,
 )
-from .prefill_duostream import PrefillCache, read_last_positions
+from .kept_states_duostream import CacheOfKeptStates, is_worth_it, make_kept_states_alone, take
 from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
@@ -329,7 +329,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         self.fusion_model = AutoModel.from_config(config.fusion_stack_config)
         remove_final_norm(self.text_model)
         remove_embeddings(self.fusion_model)
-        read_last_positions(self.fusion_model)
+        make_kept_states_alone(self.fusion_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -574,7 +574,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         images_per_row: int | None = None,
         prefix_length: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        states_to_keep: int = 0,
+        states_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamModelOutputWithPast:
         r"""
@@ -611,9 +611,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 several continuations of one beginning, as questions about one picture, where the beginning has 0.
                 Each sees the beginning and itself, and counts its positions on from the beginning's end, so that its
                 states are those of a row of its own. Goes without a cache.
-            states_to_keep (`int`, *optional*, defaults to 0):
-                `last_hidden_state` of the last so many positions alone, or of all (0). Where a prompt is read into a
-                cache, the last fusion layer then makes only keys and values of the others.
+            states_to_keep (`int` or `torch.LongTensor` of shape `(batch, num_kept)`, *optional*, defaults to 0):
+                `last_hidden_state` of the last so many positions alone, of these positions of each row, each named
+                once, or of all (0). Of the others the last fusion layer makes keys and values only, where it may.
 
         Raises:
             ValueError: placeholders and pictures don't match, or the arguments contradict each other.
@@ -735,31 +735,38 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        reads_prompt = fusion_cache is not None and 0 < states_to_keep < seq_len
-        if reads_prompt and not fusion_cache.offloading and self._may_cut_last_layer(kwargs):
-            fusion_cache = PrefillCache(fusion_cache.layers, states_to_keep)
+        last_cache = fusion_cache
+        has_own_mask = block_ids is not None or segment_ids is not None
+        if is_worth_it(states_to_keep, seq_len) and self._may_cut_last_layer(fusion_cache, has_own_mask, kwargs):
+            last_cache = CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, states_to_keep)
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
             position_ids=position_ids,
-            past_key_values=fusion_cache,
+            past_key_values=last_cache,
             use_cache=fusion_cache is not None,
             **kwargs,
         )
         return DuoStreamModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state[:, -states_to_keep:],  # (batch, states_to_keep or all, hidden)
+            last_hidden_state=take(outputs.last_hidden_state, states_to_keep),  # (batch, num_kept, hidden)
             past_key_values=past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
 
-    def _may_cut_last_layer(self, kwargs: dict[str, Any]) -> bool:
+    def _may_cut_last_layer(self, fusion_cache: Cache | None, has_own_mask: bool, kwargs: dict[str, Any]) -> bool:
         """Whether nothing but the states that are kept is asked of the last fusion layer, and it may be run twice."""
-        names = {"output_hidden_states", "output_attentions", "output_router_logits"}
-        is_asked = any(kwargs.get(name) or getattr(self.config.fusion_stack_config, name, False) for name in names)
-        is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self._are_weights_shared_out)
-        return is_plain and not is_asked
+        if self._are_weights_shared_out or torch.compiler.is_compiling():
+            return False
+        config = self.config.fusion_stack_config
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if kwargs.get(name) or getattr(config, name, False):
+                return False
+        if fusion_cache is None:
+            # The library would make the masks by the sizes of a cache that isn't there
+            return has_own_mask and is_causal(config) and not self.fusion_model.is_activation_checkpointing
+        return not (torch.is_grad_enabled() or fusion_cache.offloading)
 
     def _fusion_mask(
         self,
@@ -993,34 +1000,28 @@ def count_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | N
     return (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
 
 
-def gather_labelled(
-    hidden_states: torch.Tensor, labels: torch.Tensor, targets_per_row: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The positions that have a label, so that no logits are made of the others, which are most of them: a picture's
     tokens, the prompt and padding. Nothing waits for the device.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): States.
         labels (`torch.Tensor` of shape `(batch, seq_len)`): What the state in the same place predicts; -100 = nothing.
         targets_per_row (`int`): How many labels a row has at most.
 
     Returns:
-        States of shape `(batch, targets_per_row, hidden)` and labels of shape `(batch, targets_per_row)`, in order.
+        Positions and their labels, both of shape `(batch, targets_per_row)`, in order.
 
     Raises:
         ValueError: A row has more labels.
     """
-    labels = labels.to(hidden_states.device)
     has_label = labels != -100
     check(
         (has_label.sum(dim=1) <= targets_per_row).all(),
         f"A row has more labels than `targets_per_row`, which is {targets_per_row}",
     )
     index = first_where(has_label)[:, :targets_per_row]  # (batch, targets_per_row)
-    labels = labels.gather(1, index)  # (batch, targets_per_row)
-    index = index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-    return hidden_states.gather(1, index), labels  # (batch, targets_per_row, hidden)
+    return index, labels.gather(1, index)  # (batch, targets_per_row)
 
 
 class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
@@ -1090,6 +1091,12 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         # Of a trainer that splits sequences over ranks, which shifts labels before
         shifted = kwargs.pop("shift_labels", None)
+        states_to_keep = logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0
+        if self.training and labels is not None:
+            if shifted is None:
+                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            if targets_per_row is not None:
+                states_to_keep, shifted = find_labelled(shifted, targets_per_row)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1105,16 +1112,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             images_per_row=images_per_row,
             prefix_length=prefix_length,
             segment_ids=segment_ids,
-            states_to_keep=logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0,
+            states_to_keep=states_to_keep,
             return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if self.training and labels is not None:
-            if shifted is None:
-                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if targets_per_row is not None:
-                hidden_states, shifted = gather_labelled(hidden_states, shifted, targets_per_row)
         logits, loss = None, None
         if self.chunks_loss(labels):
             loss = self.chunked_loss(hidden_states, shifted, kwargs.get("num_items_in_batch"))

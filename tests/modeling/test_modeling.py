@@ -50,7 +50,7 @@ from duostream import (
     DuoStreamForSequenceClassification,
     DuoStreamModel,
 )
-from duostream.modeling.modeling_duostream import gather_labelled
+from duostream.modeling.modeling_duostream import find_labelled
 
 # float32, with logits of up to ten; an error of layout is of the order of one
 CLOSE = 2e-4
@@ -532,11 +532,11 @@ def test_labelled_positions_are_packed_in_order(labelled: list[list[bool]], spar
     places = torch.arange(5).expand(len(labelled), -1)
     labels = places.masked_fill(~has_label, -100)
     count = min(int(has_label.sum(dim=1).max()) + spare, 5)
-    states, kept = gather_labelled(places.unsqueeze(-1).float(), labels, count)
+    index, kept = find_labelled(labels, count)
     for i, row in enumerate(has_label):
         own = places[0][row].tolist()
         assert kept[i].tolist() == own + [-100] * (count - len(own))
-        assert states[i, : len(own), 0].tolist() == own
+        assert index[i, : len(own)].tolist() == own
 
 
 def test_gradients_of_one_batch_of_eight_are_those_of_two_of_four() -> None:

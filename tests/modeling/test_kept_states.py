@@ -1,4 +1,4 @@
-"""Reading a prompt: the last layer works for the last positions alone, and nothing that is read is another for it."""
+"""The last layer makes the states alone that are read, and nothing that is read is another for it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from backbones import TEXTS, VISIONS
-from tiny_models import PICTURE, Row, batch, difference, ragged_rows, roughen, small_model
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import PICTURE, Row, batch, difference, places, ragged_rows, roughen, small_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamModel
 from duostream.configuration.configuration_duostream import layer_types
 from duostream.modeling.composition_duostream import stack_of
+from duostream.modeling.kept_states_duostream import CacheOfKeptStates, make_kept_states_alone, take
 
 ENOUGH = 1e-4
 # Layers that are called, or made, in different ways
@@ -74,7 +77,7 @@ def test_a_prompt_gives_the_logits_and_the_cache_of_one_whose_every_state_is_mad
 
 
 @torch.no_grad()
-def test_the_last_layer_works_for_the_positions_that_are_read_alone(model: Any) -> None:
+def test_the_last_layer_works_for_the_end_of_a_prompt_alone(model: Any) -> None:
     inputs = Row(model, PICTURE, 9).inputs
     for num_kept in (1, 3):
         with watched(model) as lengths:
@@ -134,10 +137,90 @@ def test_the_base_model_gives_the_states_that_are_kept() -> None:
         assert difference(states, whole[:, -2:]) < ENOUGH
 
 
-def test_states_that_are_trained_on_are_all_made() -> None:
-    model = small_model()
-    inputs = Row(model, PICTURE, 9).inputs
+def trained(model: Any, inputs: dict[str, Any], **kwargs: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients."""
+    model.zero_grad()
+    loss = model(**inputs, **kwargs).loss
+    loss.backward()
+    return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_in_training_the_last_layer_works_for_labelled_positions_alone_with_the_same_gradients(model: Any) -> None:
+    rows = ragged_rows(model)
+    model.training = True  # of the head alone: there is no dropout
+    for side in ("left", "right"):
+        inputs = batch(rows, side)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for i, place in places(rows, side):
+            labels[i, place.stop - 3 : place.stop] = inputs["input_ids"][i, place.stop - 3 : place.stop]
+        inputs["token_type_ids"] = (labels != -100).long()
+        inputs["labels"] = labels
+        loss, gradients = trained(model, inputs)
+        with watched(model) as lengths:
+            cut_loss, cut_gradients = trained(model, inputs, targets_per_row=3)
+        assert lengths == [3 * len(rows)]
+        assert abs(loss - cut_loss) < ENOUGH
+        assert gradients.keys() == cut_gradients.keys()
+        for name, gradient in gradients.items():
+            assert difference(gradient, cut_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+    model.eval()
+
+
+def test_with_checkpoints_of_activations_all_states_are_made_with_the_same_loss() -> None:
+    model = small_model().train()
+    row = Row(model, PICTURE, 9)
+    labels = row.ids[None].clone()
+    labels[:, :-4] = -100
+    inputs = {**row.inputs, "labels": labels, "targets_per_row": 4}
+    loss, gradients = trained(model, inputs)
+    model.gradient_checkpointing_enable()
     with watched(model) as lengths:
-        model(**inputs, logits_to_keep=1).logits.sum().backward()
-    assert lengths == [inputs["input_ids"].shape[1]]
-    assert all(weight.grad is not None for weight in model.model.fusion_model.parameters())
+        again, same_gradients = trained(model, inputs)
+    assert set(lengths) == {len(row)} and abs(loss - again) < ENOUGH
+    for name, gradient in gradients.items():
+        assert difference(gradient, same_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+
+
+def test_most_positions_are_not_worth_a_second_run() -> None:
+    model = small_model()
+    row = Row(model, PICTURE, 9)
+    num_kept = len(row) - 1
+    with watched(model) as lengths, torch.no_grad():
+        assert model(**row.inputs, logits_to_keep=num_kept).logits.shape[1] == num_kept
+    assert lengths == [len(row)]
+
+
+class Unlike(nn.Module):
+    """A stack whose layer makes no use of a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+
+
+class Layer(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> torch.Tensor:
+        return 2 * hidden_states
+
+
+@pytest.mark.parametrize("other", [{}, {"something_new": torch.ones(1, 5)}], ids=["no cache", "an unknown argument"])
+def test_a_layer_of_an_unknown_kind_makes_all_states(other: dict[str, Any]) -> None:
+    stack = Unlike()
+    make_kept_states_alone(stack)
+    cache = CacheOfKeptStates(None, small_model().config.fusion_stack_config, 1)
+    states = torch.randn(1, 5, 8)
+    assert torch.equal(stack.layers[0](states, past_key_values=cache, **other), 2 * states)
+
+
+@given(st.data())
+def test_kept_positions_are_taken_along_any_dimension(data: st.DataObject) -> None:
+    batch_size, num_heads, seq_len, width = (data.draw(st.integers(1, 4)) for _ in range(4))
+    states = torch.randn(batch_size, num_heads, seq_len, width)
+    num_kept = data.draw(st.integers(1, seq_len))
+    assert torch.equal(take(states, num_kept, dim=2), states[:, :, -num_kept:])
+    assert torch.equal(take(states, 0, dim=2), states)
+    kept = torch.stack([torch.randperm(seq_len)[:num_kept] for _ in range(batch_size)])  # (batch, num_kept)
+    taken = take(states, kept, dim=2)
+    assert all(torch.equal(taken[i], states[i][:, kept[i]]) for i in range(batch_size))
+    one = take(states[:1, 0, :, 0], kept)
+    assert all(torch.equal(one[i], states[0, 0, kept[i], 0]) for i in range(batch_size))

@@ -1,0 +1,160 @@
+"""
+The last layer's states are read at few positions: at the end of a prompt, where the next token is predicted, and in
+training where there are labels. At all others, image tokens first of all, that layer needs to make no more than the
+keys and values that those few attend to.
+"""
+
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+
+from .composition_duostream import stack_of
+
+AnyCache = TypeVar("AnyCache", bound=Cache)
+
+
+class CacheOfKeptStates(Cache):
+    """
+    A stack's cache, or what stands for one, that tells the stack's last layer which states are read.
+
+    Args:
+        cache (`Cache`): Of the stack; or `None`, and nothing is cached.
+        config (`PreTrainedConfig`): Of the stack.
+        kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`): States of so many last positions, or of these.
+    """
+
+    def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: int | torch.Tensor):
+        super().__init__(layers=(cache or DynamicCache(config=config)).layers)
+        self.kept, self.stores = kept, cache is not None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.stores:
+            return key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+class _KeysAndValuesMade(Exception):
+    """Ends a layer's run where its keys and values are cached."""
+
+
+class _CacheOfLastLayer(Cache):
+    """For a layer that is run twice: caches its keys and values, ends the first run, and hands them to the second."""
+
+    def __init__(self, cache: CacheOfKeptStates, seq_len: int):
+        super().__init__(layers=cache.layers)
+        self.cache, self.seq_len = cache, seq_len
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.states is None:
+            self.states = self.cache.update(*args, **kwargs)
+            raise _KeysAndValuesMade
+        return self.states
+
+
+def make_kept_states_alone(stack: nn.Module) -> None:
+    """
+    Has the last layer of a stack, wherever a [`CacheOfKeptStates`] comes, run for the states that are kept. Its states
+    of other positions are then zero. A layer of any type will do, as it is run by its own code: on all positions as
+    far as its keys and values, and on the kept ones, by those, to its end.
+
+    Args:
+        stack (`nn.Module`): A decoder of `transformers`.
+    """
+    layers = next(each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList))
+    layers[-1].register_forward_pre_hook(_cut, with_kwargs=True)
+    layers[-1].register_forward_hook(_put_back, with_kwargs=True)
+
+
+def is_worth_it(kept: int | torch.Tensor, seq_len: int) -> bool:
+    """Whether more is saved than the run for keys and values costs, which is about a quarter of a layer's."""
+    num_kept = kept if isinstance(kept, int) else kept.shape[1]
+    return 0 < num_kept <= 0.75 * seq_len
+
+
+def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """
+    The kept positions of states whose first dimension is the batch, or 1.
+
+    Args:
+        states (`torch.Tensor`): With positions along `dim`.
+        kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`):
+            So many last positions (0 = all), or these of each row.
+        dim (`int`, defaults to 1): At least 1.
+    """
+    if isinstance(kept, int):
+        return states.narrow(dim, max(states.shape[dim] - kept, 0), min(kept, states.shape[dim])) if kept else states
+    batch_size, num_kept = kept.shape
+    shape = [batch_size, *states.shape[1:]]
+    states = states.expand(shape)
+    shape[dim] = num_kept
+    index = kept.to(states.device).view(batch_size, *[1] * (dim - 1), num_kept, *[1] * (states.ndim - dim - 1))
+    return states.gather(dim, index.expand(shape))  # (batch, ..., num_kept, ...)
+
+
+def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    cache = _find(CacheOfKeptStates, args, kwargs)
+    if cache is None:
+        return None
+    given = dict(zip(signature(layer.forward).parameters, args, strict=False)) | kwargs
+    cut = {name: _cut_argument(name, value, cache) for name, value in given.items()}
+    if any(value is NotImplemented for value in cut.values()):
+        return None
+    name = next(name for name, value in given.items() if value is cache)
+    keys_and_values = _CacheOfLastLayer(cache, given["hidden_states"].shape[1])
+    try:
+        layer(**{**given, name: keys_and_values})
+    except _KeysAndValuesMade:
+        return (), {**cut, name: keys_and_values}
+    # It made use of no cache: all of it is run
+    return None
+
+
+def _cut_argument(name: str, value: Any, cache: CacheOfKeptStates) -> Any:
+    """A layer's argument for the kept positions alone; `NotImplemented` where its kind isn't known."""
+    if name == "hidden_states":
+        return take(value, cache.kept)  # (batch, num_kept, hidden)
+    if name == "attention_mask":
+        if value is None:
+            # Causal: a last position sees all that is cached. Others don't, and a static cache has room behind it.
+            return (
+                None
+                if isinstance(cache.kept, int) and cache.kept == 1 and not cache.is_compileable
+                else NotImplemented
+            )
+        is_mask = isinstance(value, torch.Tensor) and value.ndim == 4
+        return take(value, cache.kept, dim=2) if is_mask else NotImplemented  # (batch, heads or 1, num_kept, past+seq)
+    if value is None or isinstance(value, (bool, int, float, str, Cache)):
+        return value
+    if name == "position_ids":
+        return take(value, cache.kept)  # (batch or 1, num_kept)
+    if name == "position_embeddings":
+        return tuple(take(each, cache.kept) for each in value)  # (batch or 1, num_kept, rotary_dim) each
+    return NotImplemented
+
+
+def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    keys_and_values = _find(_CacheOfLastLayer, args, kwargs)
+    if keys_and_values is None:
+        return None
+    kept, seq_len = keys_and_values.cache.kept, keys_and_values.seq_len
+    states = output[0] if isinstance(output, tuple) else output
+    batch_size, num_kept, hidden_size = states.shape
+    if isinstance(kept, int):
+        states = nn.functional.pad(states, (0, 0, seq_len - num_kept, 0))  # (batch, seq_len, hidden)
+    else:
+        index = kept.to(states.device).unsqueeze(-1).expand(-1, -1, hidden_size)
+        states = states.new_zeros(batch_size, seq_len, hidden_size).scatter(
+            1, index, states
+        )  # (batch, seq_len, hidden)
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _find(cache_class: type[AnyCache], args: tuple, kwargs: dict[str, Any]) -> AnyCache | None:
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, cache_class)), None)
