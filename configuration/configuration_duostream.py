@@ -141,6 +141,10 @@ class DuoStreamConfig(PreTrainedConfig):
             effect.
         vision_feature_layer (`int`, *optional*, defaults to -1):
             Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`.
+        spatial_merge_size (`int`, *optional*, defaults to 1):
+            A square of so many by so many neighbouring tokens of the vision stream becomes one image token, as wide as
+            all of them together: 2 makes a picture cost a quarter of the tokens. (Idefics3 and Qwen2-VL have such a
+            step, too.) Not for vision streams with a class token.
         loss_chunk_size (`int`, *optional*):
             In training, how many tokens' logits are made at a time: they are thrown away, not returned, and made again
             in the backward, which takes less memory where the vocabulary is large. By default all at once.
@@ -208,6 +212,7 @@ class DuoStreamConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_position_embeddings: bool = False
     vision_feature_layer: int = -1
+    spatial_merge_size: int = 1
     bidirectional_images: bool = True
     restart_positions: bool = False
     projection_dim: int = 256
@@ -257,13 +262,16 @@ class DuoStreamConfig(PreTrainedConfig):
             "image_seq_length",
             "image_hidden_size",
             "loss_chunk_size",
+            "spatial_merge_size",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more")
         self._check_widths()
         self._check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:
-            image_seq_length, image_hidden_size = image_token_shape(self.vision_config, self.vision_feature_layer)
+            image_seq_length, image_hidden_size = image_token_shape(
+                self.vision_config, self.vision_feature_layer, self.spatial_merge_size
+            )
             self.image_seq_length = self.image_seq_length or image_seq_length
             self.image_hidden_size = self.image_hidden_size or image_hidden_size
         if self.projector_type == "none" and self.image_hidden_size != self.fusion_stack_config.hidden_size:

@@ -4,11 +4,17 @@ import copy
 from functools import lru_cache
 
 import torch
+from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 
-def image_tokens(outputs: ModelOutput, vision_feature_layer: int = -1) -> torch.Tensor:
+def image_tokens(
+    outputs: ModelOutput,
+    vision_feature_layer: int = -1,
+    spatial_merge_size: int = 1,
+    grid: tuple[int, int] | None = None,
+) -> torch.Tensor:
     """
     Takes one sequence of image tokens out of a vision model's outputs.
 
@@ -17,18 +23,52 @@ def image_tokens(outputs: ModelOutput, vision_feature_layer: int = -1) -> torch.
             Outputs of any vision `AutoModel`. `hidden_states` must be there unless `vision_feature_layer` is -1.
         vision_feature_layer (`int`, *optional*, defaults to -1):
             -1 takes `last_hidden_state`; any other number indexes `hidden_states`.
+        spatial_merge_size (`int`, *optional*, defaults to 1):
+            A square of so many by so many tokens becomes one, as wide as all of them together (Shi et al. 2016, from
+            space to depth).
+        grid (`tuple[int, int]`, *optional*): Rows and columns of a sequence that is merged: see `patch_grid`.
 
     Returns:
         `torch.Tensor` of shape `(num_images, image_seq_length, image_hidden_size)`. Sequences are taken as they are,
         class and register tokens included; feature maps are read row by row.
+
+    Raises:
+        ValueError: The tokens can't be merged: they are no grid, or one that the squares don't fill.
     """
     features = outputs.last_hidden_state if vision_feature_layer == -1 else outputs.hidden_states[vision_feature_layer]
+    if spatial_merge_size > 1:
+        if features.ndim == 3:
+            if grid is None or features.shape[1] != grid[0] * grid[1]:
+                raise ValueError(
+                    f"`spatial_merge_size` is {spatial_merge_size}, but a picture's {features.shape[1]} tokens are no "
+                    "grid of patches alone: a class token has no place in it"
+                )
+            features = features.transpose(1, 2).unflatten(2, grid)  # (num_images, channels, rows, columns)
+        if features.shape[2] % spatial_merge_size or features.shape[3] % spatial_merge_size:
+            raise ValueError(
+                f"`spatial_merge_size` {spatial_merge_size} doesn't divide the {features.shape[2]} x "
+                f"{features.shape[3]} tokens of a picture"
+            )
+        features = nn.functional.pixel_unshuffle(
+            features, spatial_merge_size
+        )  # (num_images, more channels, fewer rows, columns)
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)  # (num_images, height * width, channels)
     return features
 
 
-def image_token_shape(vision_config: PreTrainedConfig, vision_feature_layer: int = -1) -> tuple[int, int]:
+def patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Rows and columns of patches in a picture; `None` for a model without patches of one size."""
+    patch_size = getattr(vision_config, "patch_size", None)
+    if not isinstance(patch_size, int):
+        return None
+    height, width = image_size_of(vision_config)
+    return height // patch_size, width // patch_size
+
+
+def image_token_shape(
+    vision_config: PreTrainedConfig, vision_feature_layer: int = -1, spatial_merge_size: int = 1
+) -> tuple[int, int]:
     """
     Number and width of the tokens that one picture gives, found by running the vision model on the meta device: no
     memory, no weights, and right for every architecture without knowing any.
@@ -36,6 +76,7 @@ def image_token_shape(vision_config: PreTrainedConfig, vision_feature_layer: int
     Args:
         vision_config (`PreTrainedConfig`): A config of any vision `AutoModel`, with an `image_size`.
         vision_feature_layer (`int`, *optional*, defaults to -1): See `image_tokens`.
+        spatial_merge_size (`int`, *optional*, defaults to 1): See `image_tokens`.
 
     Returns:
         `(image_seq_length, image_hidden_size)`.
@@ -43,11 +84,14 @@ def image_token_shape(vision_config: PreTrainedConfig, vision_feature_layer: int
     Raises:
         ValueError: `vision_config` has no `image_size`, or its model can't be run on the meta device.
     """
-    return _image_token_shape(vision_config.model_type, vision_config.to_json_string(), vision_feature_layer)
+    given = vision_config.model_type, vision_config.to_json_string()
+    return _image_token_shape(*given, vision_feature_layer, spatial_merge_size)
 
 
 @lru_cache(maxsize=64)
-def _image_token_shape(model_type: str, config_json: str, vision_feature_layer: int) -> tuple[int, int]:
+def _image_token_shape(
+    model_type: str, config_json: str, vision_feature_layer: int, spatial_merge_size: int
+) -> tuple[int, int]:
     import json
 
     from transformers import CONFIG_MAPPING
@@ -59,7 +103,9 @@ def _image_token_shape(model_type: str, config_json: str, vision_feature_layer: 
             model = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
             pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), height, width)
             outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1)
-        _, image_seq_length, image_hidden_size = image_tokens(outputs, vision_feature_layer).shape
+            grid = patch_grid(vision_config)
+            tokens = image_tokens(outputs, vision_feature_layer, spatial_merge_size, grid)
+        _, image_seq_length, image_hidden_size = tokens.shape
     except Exception as error:
         raise ValueError(
             f"`vision_config` of type {model_type!r} gives no image tokens at `vision_feature_layer="

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
-from ..configuration.image_tokens_duostream import image_size_of, image_tokens
+from ..configuration.image_tokens_duostream import image_size_of, image_tokens, patch_grid
 from .composition_duostream import (
     FINAL_NORMS,
     POSITION_EMBEDDINGS,
@@ -373,7 +373,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             kwargs["output_hidden_states"] = True
         with without_graph(self.vision_model, pixel_values):
             outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
-        features = image_tokens(outputs, layer)  # (num_images, image_seq_length, image_hidden_size)
+        grid = patch_grid(self.config.vision_config)
+        features = image_tokens(outputs, layer, self.config.spatial_merge_size, grid)  # (num_images, tokens, width)
         if features.shape[1] != self.config.image_seq_length:
             raise ValueError(
                 f"`pixel_values` of shape {tuple(pixel_values.shape)} give {features.shape[1]} tokens a picture, but "

@@ -99,6 +99,7 @@ def with_states(
             dict(vision_model.state_dict()),
             vision_model.config.to_diff_dict(),
             base.config.vision_feature_layer,
+            base.config.spatial_merge_size,
             image_processor.to_dict(),
             str(dtype),
             transformers.__version__,

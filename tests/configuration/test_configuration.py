@@ -20,8 +20,10 @@ from transformers import (
     SiglipVisionConfig,
     ViTConfig,
 )
+from transformers.utils import ModelOutput
 
 from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration
+from duostream.configuration.image_tokens_duostream import image_tokens
 
 RESNET = {
     "model_type": "resnet",
@@ -139,6 +141,31 @@ def test_number_and_width_of_image_tokens_are_derived(vision: PreTrainedConfig, 
     assert (config.image_seq_length, config.image_hidden_size) == (tokens, width)
 
 
+@pytest.mark.parametrize(
+    ("vision", "tokens", "width"),
+    [
+        (SiglipVisionConfig(**SIGLIP), 1, 96),
+        (SiglipVisionConfig(**{**SIGLIP, "image_size": 32}), 4, 96),
+        (ResNetConfig(**RESNET, image_size=[48, 32]), 6, 64),
+    ],
+    ids=["siglip", "siglip, larger", "resnet, not square"],
+)
+def test_merged_tokens_are_fewer_and_wider(vision: PreTrainedConfig, tokens: int, width: int) -> None:
+    config = DuoStreamConfig(text_config=LLAMA, vision_config=vision, fusion_stack_config=LLAMA, spatial_merge_size=2)
+    assert (config.image_seq_length, config.image_hidden_size) == (tokens, width)
+
+
+@pytest.mark.parametrize("kind", ["map", "sequence"])
+def test_a_merged_token_is_its_square_of_neighbours(kind: str) -> None:
+    features = torch.randn(2, 3, 4, 6)  # (num_images, channels, rows, columns)
+    states = features if kind == "map" else features.flatten(2).transpose(1, 2)
+    tokens = image_tokens(ModelOutput(last_hidden_state=states), spatial_merge_size=2, grid=(4, 6))
+    for row in range(2):
+        for column in range(3):
+            square = features[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]  # (2, channels, 2, 2)
+            assert torch.equal(tokens[:, 3 * row + column], square.flatten(1))
+
+
 def test_tokens_of_an_inner_layer_are_counted_there() -> None:
     config = DuoStreamConfig(vision_config=ResNetConfig(**RESNET, image_size=48), vision_feature_layer=1)
     assert (config.image_seq_length, config.image_hidden_size) == (144, 8)  # one halving and one layer earlier
@@ -171,6 +198,12 @@ def test_tokens_of_an_inner_layer_are_counted_there() -> None:
         ),
         ({"image_token_id": -1}, ["image_token_id", "-1"]),
         ({"vision_feature_layer": 9}, ["vision_feature_layer", "9"]),
+        ({"spatial_merge_size": 0}, ["spatial_merge_size", "0"]),
+        ({"spatial_merge_size": 2, "vision_config": VIT}, ["spatial_merge_size", "5 tokens", "class token"]),
+        (
+            {"spatial_merge_size": 2, "vision_config": {**SIGLIP, "image_size": 24}},
+            ["spatial_merge_size", "2", "3 x 3 tokens"],
+        ),
     ],
     ids=lambda value: "" if isinstance(value, list) else ", ".join(value),
 )

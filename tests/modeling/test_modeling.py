@@ -483,6 +483,19 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(model: Any) -> None:
     assert outputs.past_key_values is None
 
 
+def test_merged_tokens_are_read_in_a_batch_as_alone_and_are_trained() -> None:
+    model = small_model(vision_config={**SIGLIP, "image_size": 32}, spatial_merge_size=2)
+    assert model.config.image_seq_length == 4
+    rows = ragged_rows(model)
+    together = logits(model, batch(rows))
+    for i, place in places(rows, "left"):
+        assert difference(together[i, place], logits(model, rows[i].inputs)[0]) < 1e-4
+    row = Row(model, PICTURE, 5)
+    labels = row.ids[None].masked_fill(row.ids[None] == model.config.image_token_id, -100)
+    model(**row.inputs, labels=labels).loss.backward()
+    assert model.model.vision_model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients(kind: str) -> None:
     model = small_model(kind)
