@@ -41,6 +41,9 @@ class ComposeArguments:
     fusion_config: str | None = field(
         default=None, metadata={"help": "Local folder or Hub id of a config for a new fusion stack instead."}
     )
+    spatial_merge_size: int = field(
+        default=1, metadata={"help": "A square of so many by so many tokens of the vision model becomes one."}
+    )
     task: str = field(
         default="chat",
         metadata={"help": "What it is for. A text encoder keeps reading both ways, unless the model is to write."},
@@ -108,6 +111,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         num_fusion_layers=args.num_fusion_layers,
         fusion_config=None if args.fusion_config is None else AutoConfig.from_pretrained(args.fusion_config),
         image_size=vision_config.image_size,
+        spatial_merge_size=args.spatial_merge_size,
         image_token_id=processor.image_token_id,
         dtype=args.dtype,
     )

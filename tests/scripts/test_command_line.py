@@ -565,9 +565,10 @@ def test_composing_says_what_it_wrote(language_model, vision_model, tmp_path, ca
     options = {"text": language_model, "vision": vision_model, "num_fusion_layers": 1, "output_dir": tmp_path / "out"}
     compose.main(arguments(**options))
     assert "num_text_layers: 2\nnum_fusion_layers: 1\nimage_seq_length: 4\n" in capsys.readouterr().out
-    compose.main(arguments(**options, json=True))
+    compose.main(arguments(**options, spatial_merge_size=2, json=True))
     made = json.loads(capsys.readouterr().out)
-    assert made["num_text_layers"] == 2 and made["num_parameters"] > 0
+    assert made["num_text_layers"] == 2 and made["num_parameters"] > 0 and made["image_seq_length"] == 1
+    assert AutoProcessor.from_pretrained(tmp_path / "out").image_seq_length == 1
 
 
 def test_composing_twice_with_one_seed_gives_the_same_new_weights(language_model, vision_model, composed, tmp_path):
