@@ -11,6 +11,7 @@ import yaml
 from command_lines import arguments
 from datasets import Dataset, List
 from PIL import Image
+from tiny_models import save_photographs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -59,17 +60,7 @@ def pretrained(workplace):
 
 @pytest.fixture(scope="module")
 def photographs(workplace):
-    """Laid out as Flickr8k's photographs."""
-    folder = workplace / "photographs"
-    for split, number in (("train", 4), ("validation", 2)):
-        (folder / split).mkdir(parents=True)
-        lines = []
-        for i in range(number):
-            Image.effect_noise((90 + 10 * i, 70), 60).convert("RGB").save(folder / split / f"{i}.jpg")
-            captions = [f"Picture {i} of {split} .", "A dog runs through the snow ."]
-            lines.append(json.dumps({"file_name": f"{i}.jpg", "captions": captions}) + "\n")
-        (folder / split / "metadata.jsonl").write_text("".join(lines))
-    return folder
+    return save_photographs(workplace / "photographs")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from command_lines import arguments
 from datasets import Dataset, List
 from PIL import Image
+from tiny_models import NUM_PHOTOGRAPHS, save_photographs
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -21,22 +22,8 @@ from duostream.scripts.vision_cache import with_states
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
-NUM_PICTURES = {"train": 4, "validation": 2}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 FROZEN = {"freeze": ["vision"], "per_device_train_batch_size": 3, "logging_steps": 1, **QUIET}
-
-
-def make_photographs(folder):
-    """Two captions for each picture, which make a row each."""
-    for split, number in NUM_PICTURES.items():
-        (folder / split).mkdir(parents=True)
-        lines = []
-        for i in range(number):
-            Image.effect_noise((90 + 10 * i, 70), 60).convert("RGB").save(folder / split / f"{i}.jpg")
-            captions = [f"Picture {i} of {split} .", "A dog runs through the snow ."]
-            lines.append(json.dumps({"file_name": f"{i}.jpg", "captions": captions}) + "\n")
-        (folder / split / "metadata.jsonl").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +35,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs(workplace):
-    return make_photographs(workplace / "photographs")
+    return save_photographs(workplace / "photographs")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +99,7 @@ def test_from_stored_states_everything_is_learnt_and_measured_as_from_pictures(
     for cache_vision in (False, True):
         finetune.main(arguments(**options, cache_vision=cache_vision, output_dir=tmp_path / str(cache_vision)))
     plain, cached = tmp_path / "False", tmp_path / "True"
-    assert len(losses(plain)) == 2 * -(-2 * NUM_PICTURES["train"] // conversations_per_row // 3)
+    assert len(losses(plain)) == 2 * -(-2 * NUM_PHOTOGRAPHS["train"] // conversations_per_row // 3)
     assert_same_losses(plain, cached)
     results = [json.loads((folder / "eval_results.json").read_text()) for folder in (plain, cached)]
     assert results[0].keys() == results[1].keys() and ("eval_cider_d" in results[0]) == (metric_rows > 0)
@@ -128,9 +115,9 @@ def test_each_picture_is_read_once_and_by_a_later_run_not_at_all(pretrained, par
     rows = load_mixture(caption_options(photographs))
     seen = Seen(parts[0])
     stored = with_states(rows, *parts, training_options(tmp_path, per_device_eval_batch_size=3))
-    assert seen.count == NUM_PICTURES["train"]
+    assert seen.count == NUM_PHOTOGRAPHS["train"]
     train(*parts, training_options(tmp_path), stored)
-    assert seen.count == NUM_PICTURES["train"]
+    assert seen.count == NUM_PHOTOGRAPHS["train"]
     again = AutoModelForImageTextToText.from_pretrained(pretrained)
     seen = Seen(again)
     same = with_states(load_mixture(caption_options(photographs)), again, parts[1], training_options(tmp_path))
@@ -155,9 +142,9 @@ def test_states_are_those_that_the_stream_gives_in_its_own_type(parts, photograp
 
 
 def test_no_picture_is_opened_once_its_states_are_stored(parts, tmp_path):
-    photographs = make_photographs(tmp_path / "photographs")
+    photographs = save_photographs(tmp_path / "photographs")
     args = training_options(tmp_path / "run", num_train_epochs=2, max_steps=-1, dataloader_num_workers=1)
-    rows, held_out = (load_rows(caption_options(photographs), split) for split in NUM_PICTURES)
+    rows, held_out = (load_rows(caption_options(photographs), split) for split in NUM_PHOTOGRAPHS)
     stored, stored_held_out = (with_states(each, *parts, args) for each in (rows, held_out))
     shutil.rmtree(photographs)
     trainer = train(*parts, args, stored, stored_held_out)
@@ -168,7 +155,7 @@ def test_no_picture_is_opened_once_its_states_are_stored(parts, tmp_path):
 
 @pytest.mark.parametrize("changed", ["weights", "buffers", "processor", "dtype", "layer", "pictures", "rows"])
 def test_what_the_states_depend_on_makes_them_anew(parts, tmp_path, changed):
-    photographs = make_photographs(tmp_path / "photographs")
+    photographs = save_photographs(tmp_path / "photographs")
     model, processor = parts
     args = training_options(tmp_path / "run")
     model.model.vision_model.register_buffer("running_mean", torch.zeros(3))
@@ -194,7 +181,7 @@ def test_what_the_states_depend_on_makes_them_anew(parts, tmp_path, changed):
         options = {"max_train_rows": 3}
     seen = Seen(model)
     with_states(load_mixture(caption_options(photographs, **options)), model, processor, args)
-    assert seen.count == options.get("max_train_rows", NUM_PICTURES["train"])
+    assert seen.count == options.get("max_train_rows", NUM_PHOTOGRAPHS["train"])
 
 
 def test_pictures_of_rows_in_memory_and_of_rows_with_several_or_none_are_stored(parts, tmp_path, cache):
@@ -233,7 +220,7 @@ def test_rows_without_pictures_stay_as_they_are(parts, tmp_path, cache):
 
 
 def test_a_picture_that_cannot_be_read_names_its_row_or_is_left_out(pretrained, tmp_path):
-    photographs = make_photographs(tmp_path / "photographs")
+    photographs = save_photographs(tmp_path / "photographs")
     (photographs / "train" / "2.jpg").write_bytes(b"<html>")
     options = {"checkpoint": pretrained, "task": "caption", "dataset": photographs, "cache_vision": True}
     options |= {"output_dir": tmp_path / "run", "num_train_epochs": 1, **FROZEN}
