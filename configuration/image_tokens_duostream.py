@@ -39,9 +39,10 @@ def image_tokens(
     if spatial_merge_size > 1:
         if features.ndim == 3:
             if grid is None or features.shape[1] != grid[0] * grid[1]:
+                patches = "without a patch size" if grid is None else f"of {grid[0]} x {grid[1]} patches"
                 raise ValueError(
                     f"`spatial_merge_size` is {spatial_merge_size}, but a picture's {features.shape[1]} tokens are no "
-                    "grid of patches alone: a class token has no place in it"
+                    f"grid {patches}: neither a class token nor tokens that the model itself has merged fit in"
                 )
             features = features.transpose(1, 2).unflatten(2, grid)  # (num_images, channels, rows, columns)
         if features.shape[2] % spatial_merge_size or features.shape[3] % spatial_merge_size:
@@ -58,7 +59,10 @@ def image_tokens(
 
 
 def patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Rows and columns of patches in a picture; `None` for a model without patches of one size."""
+    """
+    Rows and columns of patches in a picture, which a model that merges them (Swin) has fewer of at its end; `None` for
+    a model without patches of one size.
+    """
     patch_size = getattr(vision_config, "patch_size", None)
     if not isinstance(patch_size, int):
         return None

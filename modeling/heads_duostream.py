@@ -136,6 +136,8 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 The largest number of `labels` in a row. In training, `logits` are then of the masked positions alone,
                 of shape `(batch, targets_per_row, vocab_size)`.
         """
+        # A tensor, as `Trainer` gives it, would go through all layers for nothing
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         states_to_keep: int | torch.Tensor = 0
         if self.training and labels is not None and targets_per_row is not None:
             states_to_keep, labels = find_labelled(labels, targets_per_row)
@@ -157,12 +159,18 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
         hidden_states = outputs.last_hidden_state
         logits, loss = None, None
         if self.chunks_loss(labels):
-            loss = self.chunked_loss(hidden_states, labels, kwargs.get("num_items_in_batch"))
+            loss = self.chunked_loss(hidden_states, labels, num_items_in_batch)
         else:
             logits = self.compute_logits(hidden_states)
         if labels is not None and logits is not None:
             vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

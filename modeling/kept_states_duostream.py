@@ -9,10 +9,29 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .composition_duostream import stack_of
+
+# Their layers attend by positions and masks as they are given, and cache keys and values alone. (GPT-Neo reads windows
+# off the numbers of queries and keys, Llama 4 scales by a cache's length.) Each is tested; others make all states.
+KNOWN_TYPES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
@@ -24,12 +43,13 @@ class CacheOfKeptStates(Cache):
     Args:
         cache (`Cache`): Of the stack; or `None`, and nothing is cached.
         config (`PreTrainedConfig`): Of the stack.
+        last_layer (`nn.Module`): Of the stack.
         kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`): States of so many last positions, or of these.
     """
 
-    def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: int | torch.Tensor):
-        super().__init__(layers=(cache or DynamicCache(config=config)).layers)
-        self.kept, self.stores = kept, cache is not None
+    def __init__(self, cache: Cache | None, config: PreTrainedConfig, last_layer: nn.Module, kept: int | torch.Tensor):
+        super().__init__(layers=(DynamicCache(config=config) if cache is None else cache).layers)
+        self.last_layer, self.kept, self.stores = last_layer, kept, cache is not None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -58,18 +78,26 @@ class _CacheOfLastLayer(Cache):
         return self.states
 
 
-def make_kept_states_alone(stack: nn.Module) -> None:
+def last_layer_of(stack: PreTrainedModel) -> nn.Module | None:
+    """The last layer of a decoder of `transformers`, where its type is a known one."""
+    if stack.config.model_type not in KNOWN_TYPES:
+        return None
+    return next(each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList))[-1]
+
+
+def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
-    Has the last layer of a stack, wherever a [`CacheOfKeptStates`] comes, run for the states that are kept. Its states
-    of other positions are then zero. A layer of any type will do, as it is run by its own code: on all positions as
-    far as its keys and values, and on the kept ones, by those, to its end.
+    Has the last layer of a stack, wherever a [`CacheOfKeptStates`] comes, run for the states that are kept: by its own
+    code, on all positions as far as its keys and values, and on the kept ones, by those, to its end. What comes out of
+    it, and what other hooks on it see, is zero elsewhere. Layers of types that are not known stay as they are.
 
     Args:
-        stack (`nn.Module`): A decoder of `transformers`.
+        stack (`PreTrainedModel`): A decoder of `transformers`.
     """
-    layers = next(each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList))
-    layers[-1].register_forward_pre_hook(_cut, with_kwargs=True)
-    layers[-1].register_forward_hook(_put_back, with_kwargs=True)
+    layer = last_layer_of(stack)
+    if layer is not None:
+        layer.register_forward_pre_hook(_cut, with_kwargs=True)
+        layer.register_forward_hook(_put_back, with_kwargs=True)
 
 
 def is_worth_it(kept: int | torch.Tensor, seq_len: int) -> bool:
@@ -100,20 +128,24 @@ def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.
 
 def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = _find(CacheOfKeptStates, args, kwargs)
-    if cache is None:
+    # A copy of the last layer has this hook, too
+    if cache is None or layer is not cache.last_layer:
         return None
-    given = dict(zip(signature(layer.forward).parameters, args, strict=False)) | kwargs
+    names = list(signature(layer.forward).parameters)[: len(args)]
+    given = dict(zip(names, args, strict=True)) | kwargs
     cut = {name: _cut_argument(name, value, cache) for name, value in given.items()}
     if any(value is NotImplemented for value in cut.values()):
         return None
-    name = next(name for name, value in given.items() if value is cache)
     keys_and_values = _CacheOfLastLayer(cache, given["hidden_states"].shape[1])
+    for arguments in (given, cut):
+        arguments.update({name: keys_and_values for name, value in arguments.items() if value is cache})
+    # By position what came so, as other hooks may look there
+    in_place = [given.pop(name) for name in names]
     try:
-        layer(**{**given, name: keys_and_values})
+        layer(*in_place, **given)
     except _KeysAndValuesMade:
-        return (), {**cut, name: keys_and_values}
-    # It made use of no cache: all of it is run
-    return None
+        return tuple(cut.pop(name) for name in names), cut
+    raise RuntimeError(f"{type(layer).__name__} was given a cache, but cached no keys and values")
 
 
 def _cut_argument(name: str, value: Any, cache: CacheOfKeptStates) -> Any:

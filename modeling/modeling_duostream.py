@@ -39,7 +39,7 @@ from .composition_duostream import (
     load_backbones,
     stack_of,
 )
-from .kept_states_duostream import CacheOfKeptStates, is_worth_it, make_kept_states_alone, take
+from .kept_states_duostream import CacheOfKeptStates, is_worth_it, last_layer_of, make_kept_states_alone, take
 from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
@@ -736,15 +736,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        last_cache = fusion_cache
+        cache, last_layer = fusion_cache, last_layer_of(self.fusion_model)
         has_own_mask = block_ids is not None or segment_ids is not None
-        if is_worth_it(states_to_keep, seq_len) and self._may_cut_last_layer(fusion_cache, has_own_mask, kwargs):
-            last_cache = CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, states_to_keep)
+        can_cut = last_layer is not None and is_worth_it(states_to_keep, seq_len)
+        if can_cut and self._may_cut_last_layer(fusion_cache, has_own_mask, kwargs):
+            cache = CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, last_layer, states_to_keep)
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
             position_ids=position_ids,
-            past_key_values=last_cache,
+            past_key_values=cache,
             use_cache=fusion_cache is not None,
             **kwargs,
         )
@@ -761,12 +762,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self._are_weights_shared_out or torch.compiler.is_compiling():
             return False
         config = self.config.fusion_stack_config
+        if is_flash_attention_requested(config):
+            # It may read off the positions that a row holds several sequences, for which one position is too few
+            return False
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if kwargs.get(name) or getattr(config, name, False):
                 return False
         if fusion_cache is None:
             # The library would make the masks by the sizes of a cache that isn't there
-            return has_own_mask and is_causal(config) and not self.fusion_model.is_activation_checkpointing
+            return has_own_mask and not self.fusion_model.is_activation_checkpointing
         return not (torch.is_grad_enabled() or fusion_cache.offloading)
 
     def _fusion_mask(
@@ -1092,7 +1096,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         # Of a trainer that splits sequences over ranks, which shifts labels before
         shifted = kwargs.pop("shift_labels", None)
-        states_to_keep = logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0
+        # A tensor, as `Trainer` gives it, would go through all layers for nothing
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        states_to_keep: int | torch.Tensor = 0
+        if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
+            states_to_keep = logits_to_keep
         if self.training and labels is not None:
             if shifted is None:
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -1120,13 +1128,20 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         logits, loss = None, None
         if self.chunks_loss(labels):
-            loss = self.chunked_loss(hidden_states, shifted, kwargs.get("num_items_in_batch"))
+            loss = self.chunked_loss(hidden_states, shifted, num_items_in_batch)
         else:
             logits = self.compute_logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is not None and logits is not None:
             vocab_size = self.config.text_config.vocab_size
             shift_labels = {} if shifted is None else {"shift_labels": shifted}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **shift_labels, **kwargs)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **shift_labels,
+                **kwargs,
+            )
         return DuoStreamCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
