@@ -155,11 +155,8 @@ def _cut_argument(name: str, value: Any, cache: CacheOfKeptStates) -> Any:
     if name == "attention_mask":
         if value is None:
             # Causal: a last position sees all that is cached. Others don't, and a static cache has room behind it.
-            return (
-                None
-                if isinstance(cache.kept, int) and cache.kept == 1 and not cache.is_compileable
-                else NotImplemented
-            )
+            is_last = isinstance(cache.kept, int) and cache.kept == 1
+            return None if is_last and not cache.is_compileable else NotImplemented
         is_mask = isinstance(value, torch.Tensor) and value.ndim == 4
         return take(value, cache.kept, dim=2) if is_mask else NotImplemented  # (batch, heads or 1, num_kept, past+seq)
     if value is None or isinstance(value, (bool, int, float, str, Cache)):
@@ -182,9 +179,8 @@ def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
         states = nn.functional.pad(states, (0, 0, seq_len - num_kept, 0))  # (batch, seq_len, hidden)
     else:
         index = kept.to(states.device).unsqueeze(-1).expand(-1, -1, hidden_size)
-        states = states.new_zeros(batch_size, seq_len, hidden_size).scatter(
-            1, index, states
-        )  # (batch, seq_len, hidden)
+        whole = states.new_zeros(batch_size, seq_len, hidden_size)
+        states = whole.scatter(1, index, states)  # (batch, seq_len, hidden)
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
