@@ -28,6 +28,7 @@ class GenerateArguments:
     checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
     prompt: str = field(default="Describe the picture.", metadata={"help": "What the user says."})
     image: list[str] = field(default_factory=list, metadata={"help": "Paths of the pictures that go before it."})
+    images_last: bool = field(default=False, metadata={"help": "They go behind it, as `images_last` in training."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest."})
@@ -64,9 +65,10 @@ def main(args: list[str] | None = None) -> None:
     model = load_model(AutoModelForImageTextToText, generate_args.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(generate_args.checkpoint)
     pictures = [{"type": "image", "image": each} for each in load_pictures(generate_args.image, "`image`")]
-    conversation = [{"role": "user", "content": [*pictures, {"type": "text", "text": generate_args.prompt}]}]
+    prompt = [{"type": "text", "text": generate_args.prompt}]
+    content = prompt + pictures if generate_args.images_last else pictures + prompt
     options = {name: getattr(generate_args, name) for name in ("max_new_tokens", "num_beams", "do_sample")}
-    (text,) = answer(model, processor, [conversation], **options)
+    (text,) = answer(model, processor, [[{"role": "user", "content": content}]], **options)
     record = {"prompt": generate_args.prompt, "images": generate_args.image, "answer": text}
     print(json.dumps(record, ensure_ascii=False) if generate_args.json else text)
 

@@ -424,13 +424,14 @@ def greedy(checkpoint, content):
     return processor.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 2])
-def test_generation_prints_what_the_model_says(finetuned, checkpoint, photographs, capsys, num_images):
+@pytest.mark.parametrize(("num_images", "images_last"), [(0, False), (1, False), (2, False), (1, True)])
+def test_generation_prints_what_the_model_says(finetuned, checkpoint, photographs, capsys, num_images, images_last):
     paths = [photographs / "train" / f"{i}.jpg" for i in range(num_images)]
-    options = {"checkpoint": finetuned, "prompt": "What is it?", "max_new_tokens": 5}
+    options = {"checkpoint": finetuned, "prompt": "What is it?", "max_new_tokens": 5, "images_last": images_last}
     generate.main(arguments(**options, **({"image": paths} if paths else {})))
-    content = [{"type": "image", "image": Image.open(path)} for path in paths]
-    expected = greedy(checkpoint, [*content, {"type": "text", "text": "What is it?"}])
+    pictures = [{"type": "image", "image": Image.open(path)} for path in paths]
+    words = [{"type": "text", "text": "What is it?"}]
+    expected = greedy(checkpoint, words + pictures if images_last else pictures + words)
     assert capsys.readouterr().out == f"{expected}\n"
 
 
