@@ -550,6 +550,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         if self.chunks_loss(labels):
             return None, self.chunked_loss(hidden_states, labels, num_items)
         logits = self.compute_logits(hidden_states)
+        labels = labels.to(logits.device)
         total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
         return logits, total / count_items(labels, num_items)
 

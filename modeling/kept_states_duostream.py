@@ -79,10 +79,11 @@ class _CacheOfLastLayer(Cache):
 
 
 def last_layer_of(stack: PreTrainedModel) -> nn.Module | None:
-    """The last layer of a decoder of `transformers`, where its type is a known one."""
-    if stack.config.model_type not in KNOWN_TYPES:
+    """The last layer of a decoder of `transformers`, if its type is a known one and nothing is wrapped around it."""
+    if getattr(getattr(stack, "config", None), "model_type", None) not in KNOWN_TYPES:
         return None
-    return next(each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList))[-1]
+    layers = next((each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList)), None)
+    return None if layers is None else layers[-1]
 
 
 def make_kept_states_alone(stack: PreTrainedModel) -> None:
@@ -132,6 +133,8 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     if cache is None or layer is not cache.last_layer:
         return None
     names = list(signature(layer.forward).parameters)[: len(args)]
+    if len(names) < len(args):
+        return None
     given = dict(zip(names, args, strict=True)) | kwargs
     cut = {name: _cut_argument(name, value, cache) for name, value in given.items()}
     if any(value is NotImplemented for value in cut.values()):

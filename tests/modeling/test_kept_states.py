@@ -11,6 +11,7 @@ import transformers
 from backbones import TEXTS, VISIONS
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny_models import (
     PICTURE,
     VOCAB_SIZE,
@@ -251,6 +252,18 @@ def test_a_copy_of_the_last_layer_behind_it_is_one_more_layer() -> None:
     stack.config.num_hidden_layers += 1
     inputs = Row(model, PICTURE, 9).inputs
     assert difference(model(**inputs, logits_to_keep=1).logits, model(**inputs).logits[:, -1:]) < ENOUGH
+
+
+@torch.no_grad()
+def test_a_stack_with_something_wrapped_around_it_makes_all_states() -> None:
+    model = small_model()
+    inputs = Row(model, PICTURE, 9).inputs
+    expected = model(**inputs).logits[:, -1:]
+    wrapped: list[nn.Module] = [torch.compile(model.model.fusion_model, backend="eager")]
+    wrapped.append(get_peft_model(copy.deepcopy(model.model.fusion_model), LoraConfig(target_modules=["q_proj"])))
+    for stack in wrapped:
+        model.model.fusion_model = stack
+        assert difference(model(**inputs, logits_to_keep=1).logits, expected) < ENOUGH
 
 
 @torch.no_grad()
