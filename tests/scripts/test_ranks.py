@@ -113,15 +113,18 @@ def assert_same(alone, together):
             assert other == pytest.approx(one, abs=TOLERANCE)
 
 
-def assert_same_weights(alone, together):
-    """As one process loads them, however many have saved them."""
+def assert_same_weights(alone, together, undetermined=()):
+    """As one process loads them, however many have saved them; but for those that the loss leaves undetermined."""
     weights = []
     for folder in (alone, together):
         (name,) = AutoConfig.from_pretrained(folder).architectures
         weights.append(getattr(duostream, name).from_pretrained(folder).state_dict())
     assert weights[0].keys() == weights[1].keys()
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, atol=2e-4, rtol=0)
+    for name in weights[0].keys() - set(undetermined):
+        weight = weights[0][name]
+        torch.testing.assert_close(
+            weights[1][name], weight, atol=2e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.slow
@@ -211,7 +214,8 @@ def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_picture
     for one, other in zip(alone, losses(tmp_path / "two"), strict=True):
         # Of each objective four digits are logged
         assert other == pytest.approx(one, abs=2e-4)
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    # A softmax takes no notice of the bias: its gradient is rounding alone, of which Adam makes whole steps
+    assert_same_weights(tmp_path / "one", tmp_path / "two", undetermined=["image_text_head.logit_bias"])
 
 
 @pytest.mark.slow
