@@ -50,9 +50,8 @@ def image_tokens(
                 f"`spatial_merge_size` {spatial_merge_size} doesn't divide the {features.shape[2]} x "
                 f"{features.shape[3]} tokens of a picture"
             )
-        features = nn.functional.pixel_unshuffle(
-            features, spatial_merge_size
-        )  # (num_images, more channels, fewer rows, columns)
+        # (num_images, channels * spatial_merge_size ** 2, rows / spatial_merge_size, columns / spatial_merge_size)
+        features = nn.functional.pixel_unshuffle(features, spatial_merge_size)
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)  # (num_images, height * width, channels)
     return features
