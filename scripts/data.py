@@ -257,8 +257,7 @@ def _rows_of_task(
     if args.dataset == "scenes":
         if args.images_last:
             raise ValueError(ready)
-        scenes = build_scenes(split, num_rows=max_rows)
-        return _rows_of_scenes(scenes, args, split)
+        return _rows_of_scenes(args, split, max_rows)
     try:
         rows = _load(args, split, bad_rows)
     except StopIteration as error:  # what `datasets` makes of an empty file
@@ -277,11 +276,12 @@ def _rows_of_task(
     return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
 
 
-def _rows_of_scenes(scenes: Dataset, args: DataArguments, split: str) -> Dataset:
+def _rows_of_scenes(args: DataArguments, split: str, max_rows: int | None) -> Dataset:
+    if args.task not in ("caption", "retrieval", "chat", "vqa"):
+        raise ValueError(f"`task` {args.task!r} needs a data set of its own: `scenes` has captions and questions")
+    scenes = build_scenes(split, num_rows=max_rows)
     if args.task in ("caption", "retrieval"):
         return caption_rows(scenes)
-    if args.task not in ("chat", "vqa"):
-        raise ValueError(f"`task` {args.task!r} needs a data set of its own: `scenes` has captions and questions")
     return training_rows(scenes) if args.task == "chat" and split == "train" else question_rows(scenes)
 
 

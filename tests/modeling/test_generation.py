@@ -41,7 +41,7 @@ def bert_that_writes() -> DuoStreamForConditionalGeneration:
     return small_model("bert", text_config={**BERT, "is_decoder": True})
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "bert"])
+@pytest.fixture(scope="module", params=[*KINDS, pytest.param("bert", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> Any:
     return bert_that_writes() if request.param == "bert" else small_model(request.param)
 

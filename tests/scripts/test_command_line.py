@@ -165,6 +165,7 @@ def test_pretraining_evaluates_when_asked_to(tmp_path):
     assert [entry["step"] for entry in entries if "eval_loss" in entry][:2] == [1, 2]
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_where_it_was_interrupted(tmp_path):
     options = {**SHORT_TRAINING, **QUIET, "output_dir": tmp_path / "run", "max_train_rows": 8, "vocab_size": 300}
     options |= {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "lr_scheduler_type": "constant"}

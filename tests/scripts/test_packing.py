@@ -67,7 +67,7 @@ def eval_loss(folder):
     return json.loads((Path(folder) / "eval_results.json").read_text())["eval_loss"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_finetuning_on_packed_rows_learns_as_from_rows_apart_and_evaluates_rows_apart(
     pretrained, texts, tmp_path, shapes, streaming
 ):
@@ -88,6 +88,7 @@ def test_finetuning_on_packed_rows_learns_as_from_rows_apart_and_evaluates_rows_
     assert [length for _, _, length in by_packing[True]] == longest
 
 
+@pytest.mark.slow
 def test_pretraining_on_packed_rows_learns_as_from_rows_apart(texts, tmp_path, shapes):
     options = {"task": "summarization", "dataset": texts, "vocab_size": 400, **SHORT}
     for packing in (False, True):

@@ -253,6 +253,7 @@ def test_pretraining_without_masks_measures_a_loss(photographs, tmp_path):
     assert [entry["eval_loss"] > 0 for entry in state["log_history"] if "eval_loss" in entry] == [True, True]
 
 
+@pytest.mark.slow
 def test_smoothed_labels_are_for_tokens_and_classes_only(pretrained, photographs, texts, tmp_path):
     options = {"checkpoint": pretrained, "output_dir": tmp_path, "label_smoothing_factor": 0.1, **SHORT}
     with pytest.raises(ValueError, match="the losses of others know no smoothing"):
@@ -261,6 +262,7 @@ def test_smoothed_labels_are_for_tokens_and_classes_only(pretrained, photographs
     finetune.main(arguments(task="classification", dataset=texts, **options))
 
 
+@pytest.mark.slow
 def test_a_classifier_goes_on_to_other_classes(pretrained, texts, tmp_path):
     checkpoint = pretrained
     for column, kind in (("label", "single_label"), ("answers", "multi_label"), ("score", "regression")):
@@ -331,6 +333,7 @@ def test_pictures_are_classified_by_name(pretrained, photographs, tmp_path):
     assert [json.loads(line)["label"] for line in lines] == [["dark"], ["dark"], ["light"], ["light"]]
 
 
+@pytest.mark.slow
 def test_pictures_that_are_learnt_by_heart_are_found(pretrained, photographs, tmp_path):
     options = {"task": "retrieval", "dataset": photographs, "answer_column": "captions"}
     rows = [json.loads(line) for line in (photographs / "train" / "metadata.jsonl").read_text().splitlines()]

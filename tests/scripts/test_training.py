@@ -114,7 +114,7 @@ def assert_same_weights(a, b, **tolerance):
         torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("vision", ["convolution", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_training_learns_a_few_rows(new_parts, rows, tmp_path, vision):
     trainer = train(*new_parts(vision), options(tmp_path, max_steps=40), rows)
     assert len(losses(trainer)) == 40
@@ -149,7 +149,7 @@ class Steps(TrainerCallback):
         self.taken.append(state.global_step)
 
 
-@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("vision", ["convolution", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_an_interrupted_run_that_is_resumed_ends_where_an_uninterrupted_one_does(new_parts, rows, tmp_path, vision):
     # Three steps are in the middle of the second epoch of two
     def run(folder, callbacks=None, **kwargs):
@@ -250,7 +250,9 @@ class FullDisk(TrainerCallback):
 
 
 # The weights, the optimizer's state, and the config are too large
-@pytest.mark.parametrize("num_bytes", [100_000, 300_000, 1_000])
+@pytest.mark.parametrize(
+    "num_bytes", [100_000, *(pytest.param(size, marks=pytest.mark.slow) for size in (300_000, 1_000))]
+)
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_an_error_and_those_before_it_stay(
     new_parts, rows, tmp_path, num_bytes
 ):

@@ -141,6 +141,7 @@ def test_states_are_those_that_the_stream_gives_in_its_own_type(parts, photograp
         torch.testing.assert_close(states, model.get_image_features(expected).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_no_picture_is_opened_once_its_states_are_stored(parts, tmp_path):
     photographs = save_photographs(tmp_path / "photographs")
     args = training_options(tmp_path / "run", num_train_epochs=2, max_steps=-1, dataloader_num_workers=1)
@@ -231,6 +232,7 @@ def test_a_picture_that_cannot_be_read_names_its_row_or_is_left_out(pretrained, 
     assert {line["row"] for line in lines} == {2}
 
 
+@pytest.mark.slow
 def test_pretraining_with_a_frozen_vision_stream_reads_stored_states(tmp_path, photographs):
     options = {"task": "caption", "dataset": photographs, "vocab_size": 400, "max_steps": 4, **FROZEN}
     for cache_vision in (False, True):
