@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
 from .report import new_figure
 from .training import DuoStreamTrainer, collator_of
+from .vision_cache import check_cacheable, with_states
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -109,6 +111,13 @@ class QualityArguments:
     )
     vision_size: int | None = field(
         default=None, metadata={"help": "Side of that model's pictures in pixels, if not the one it was trained with."}
+    )
+    store_vision: bool = field(
+        default=False,
+        metadata={
+            "help": "Have DuoStream keep on disk what that model gives, as `--cache_vision` of training does: reading "
+            "each picture once is a part of its minutes."
+        },
     )
     stack: str = field(
         default="{}",
@@ -162,6 +171,8 @@ class QualityArguments:
                 f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer', 'blind', and 'duostream-1' to "
                 f"'duostream-{self.num_layers - 1}'"
             )
+        if self.store_vision and self.vision is None:
+            raise ValueError("`store_vision` keeps what a frozen vision model gives: it goes with `vision`")
         if not 0 < self.num_text_layers < self.num_layers:
             raise ValueError(
                 f"`num_text_layers` is {self.num_text_layers}; expected at least 1 and fewer than `num_layers`, "
@@ -225,11 +236,12 @@ class TimedTrainer(DuoStreamTrainer):
 
 @dataclass
 class Side:
-    """A model, what makes its batches, and what measures it on rows."""
+    """A model, what makes its batches, what measures it on rows, and what makes of rows those it is trained on."""
 
     model: PreTrainedModel
     collator: Collator
     measure: Callable[[Rows], dict[str, Any]]
+    prepare: Callable[[Rows, DuoStreamTrainingArguments, str], Rows] = lambda rows, args, folder: rows
 
 
 class FrozenVision(PreTrainedModel):
@@ -310,11 +322,14 @@ def duostream_side(
     if data_args.task not in heads:
         generation = {"max_new_tokens": args.max_new_tokens}
         stop_at_the_end(model, processor.tokenizer)
-    return Side(
+    side = Side(
         model,
         collator_of(data_args, processor, model),
         lambda rows: evaluate(model, processor, rows, data_args.task, **generation)[0],
     )
+    if args.store_vision:
+        side.prepare = lambda rows, *where: with_states(rows, model, processor, *where)
+    return side
 
 
 def stop_at_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -564,23 +579,27 @@ def train_and_measure(
         # As much padding for all sides: little
         train_sampling_strategy="group_by_length" if "length" in rows.column_names else "random",
     )
-    clock = Clock(60 * args.minutes, args.max_steps, args.curve_points)
-    trainer = TimedTrainer(
-        model=side.model,
-        args=training_args,
-        data_collator=side.collator,
-        train_dataset=rows,
-        eval_dataset=loss_rows if args.curve_points else None,
-        clock=clock,
-    )
-    cpu_seconds = time.process_time()
-    trainer.train()
+    cpu_seconds, started = time.process_time(), time.perf_counter()
+    # Of this run alone: what an earlier one had left would take no time
+    with TemporaryDirectory() as folder:
+        rows = side.prepare(rows, training_args, folder)
+        preparing = time.perf_counter() - started
+        clock = Clock(60 * args.minutes - preparing, args.max_steps, args.curve_points)
+        trainer = TimedTrainer(
+            model=side.model,
+            args=training_args,
+            data_collator=side.collator,
+            train_dataset=rows,
+            eval_dataset=loss_rows if args.curve_points else None,
+            clock=clock,
+        )
+        trainer.train()
     # Far below minutes times threads, if other processes were in the way
     cpu_seconds = time.process_time() - cpu_seconds
     trained = sum(weight.numel() for weight in trainer.optimizer.state)  # what never had a gradient has no state
     figures = side.measure(eval_rows)
     counts = {"parameters": side.model.num_parameters(), "trained_parameters": trained}
-    passes = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch}
+    passes = {"preparing_seconds": preparing, "steps": trainer.state.global_step, "epochs": trainer.state.epoch}
     curve = {"curve": clock.curve} if args.curve_points else {}
     return {**counts, "learning_rate": learning_rate, **passes, "cpu_seconds": cpu_seconds, **figures, **curve}
 
@@ -600,6 +619,8 @@ def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
+    if quality_args.store_vision:
+        check_cacheable(data_args)
     classes = read_classes(data_args) if data_args.task == "classification" else []
 
     def load(data_args: DataArguments) -> tuple[Rows, Rows, Rows]:

@@ -58,7 +58,11 @@ class StoredStates:
 
 
 def with_states(
-    rows: Rows, model: PreTrainedModel, processor: DuoStreamProcessor, args: DuoStreamTrainingArguments
+    rows: Rows,
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    args: DuoStreamTrainingArguments,
+    folder: str | os.PathLike | None = None,
 ) -> Rows:
     """
     Rows that have the vision stream's states of their pictures, as `image_features`, instead of the pictures. Each
@@ -70,6 +74,7 @@ def with_states(
         model (`PreTrainedModel`): Its vision stream is frozen.
         processor (`DuoStreamProcessor`): Of the model.
         args (`DuoStreamTrainingArguments`): Device and batch size of the reading.
+        folder (`str` or `os.PathLike`, *optional*, defaults to one in the cache of `datasets`): Where they are kept.
 
     Raises:
         ValueError: A picture can't be read. Its row is named.
@@ -121,7 +126,7 @@ def with_states(
         return {"states": [each.numpy().tobytes() for each in states]}
 
     # Named, as rows that were put together in memory have no place on disk beside which theirs would be kept
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "duostream_vision"
+    folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE) / "duostream_vision")
     folder.mkdir(parents=True, exist_ok=True)
     with args.main_process_first(desc="reading pictures"):
         states = Dataset.from_dict(places).map(

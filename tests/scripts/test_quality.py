@@ -84,7 +84,7 @@ def vision(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["caption", "vqa", "retrieval"])
+@pytest.mark.parametrize("name", ["caption", "retrieval"])
 def test_a_pretrained_vision_model_serves_both_sides_and_stays_as_it_is(dataset, tmp_path, vision, name, monkeypatch):
     sides = []
     train_and_measure = quality.train_and_measure
@@ -100,6 +100,32 @@ def test_a_pretrained_vision_model_serves_both_sides_and_stays_as_it_is(dataset,
         for key, weight in expected.items():
             (found,) = [name for name in state if name.endswith(key) and "decoder" not in name]
             assert torch.equal(state[found], weight)
+
+
+@pytest.mark.slow
+def test_duostream_may_store_what_that_model_gives_within_its_time(dataset, tmp_path, vision, monkeypatch):
+    trained_on = []
+    made = quality.TimedTrainer.__init__
+
+    def make(self, *args, train_dataset, clock, **kwargs):
+        trained_on.append(("image_features" in train_dataset[0], clock.seconds))
+        made(self, *args, train_dataset=train_dataset, clock=clock, **kwargs)
+
+    monkeypatch.setattr(quality.TimedTrainer, "__init__", make)
+    options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "vision": vision}
+    compare({**options, "conversations_per_row": 2, "store_vision": True, "minutes": 1, "max_steps": 2})
+    ours, theirs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert trained_on == [(True, 60 - ours["preparing_seconds"]), (False, 60 - theirs["preparing_seconds"])]
+    assert ours["preparing_seconds"] > theirs["preparing_seconds"]
+    assert ours["exact_match"] >= 0 and ours["trained_parameters"] < ours["parameters"]
+
+
+def test_there_is_nothing_to_store_without_a_vision_model_or_for_retrieval(dataset, tmp_path, vision):
+    options = {"dataset": dataset, "output": tmp_path / "out.json", "store_vision": True}
+    with pytest.raises(ValueError, match="`store_vision` keeps what a frozen vision model gives: it goes with `vis"):
+        compare({**options, "task": "caption"})
+    with pytest.raises(ValueError, match="`cache_vision` is not for `task` 'retrieval'"):
+        compare({**options, "task": "retrieval", "vision": vision})
 
 
 @pytest.mark.slow
