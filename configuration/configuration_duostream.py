@@ -139,8 +139,10 @@ class DuoStreamConfig(PreTrainedConfig):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
             effect.
-        vision_feature_layer (`int`, *optional*, defaults to -1):
-            Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
+            Which hidden states of the vision stream are read: -1 for the last, else an index of `hidden_states`. A
+            list has each image token made of several layers' states, side by side (as in LLaVA); feature maps that
+            are larger than the smallest go from space to depth.
         spatial_merge_size (`int`, *optional*, defaults to 1):
             A square of so many by so many neighbouring tokens of the vision stream becomes one image token, as wide as
             all of them together: 2 makes a picture cost a quarter of the tokens. (Idefics3 and Qwen2-VL have such a
@@ -211,7 +213,7 @@ class DuoStreamConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     projector_hidden_size: int | None = None
     projector_position_embeddings: bool = False
-    vision_feature_layer: int = -1
+    vision_feature_layer: int | list[int] = -1
     spatial_merge_size: int = 1
     bidirectional_images: bool = True
     restart_positions: bool = False

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 def image_tokens(
     outputs: ModelOutput,
-    vision_feature_layer: int = -1,
+    vision_feature_layer: int | list[int] = -1,
     spatial_merge_size: int = 1,
     grid: tuple[int, int] | None = None,
 ) -> torch.Tensor:
@@ -21,8 +21,9 @@ def image_tokens(
     Args:
         outputs (`ModelOutput`):
             Outputs of any vision `AutoModel`. `hidden_states` must be there unless `vision_feature_layer` is -1.
-        vision_feature_layer (`int`, *optional*, defaults to -1):
-            -1 takes `last_hidden_state`; any other number indexes `hidden_states`.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
+            -1 takes `last_hidden_state`; any other number indexes `hidden_states`. A list takes several, side by side
+            in each token; of feature maps, the larger ones go from space to depth first.
         spatial_merge_size (`int`, *optional*, defaults to 1):
             A square of so many by so many tokens becomes one, as wide as all of them together (Shi et al. 2016, from
             space to depth).
@@ -33,9 +34,14 @@ def image_tokens(
         class and register tokens included; feature maps are read row by row.
 
     Raises:
-        ValueError: The tokens can't be merged: they are no grid, or one that the squares don't fill.
+        ValueError: The tokens can't be merged: they are no grid, or one that the squares don't fill. Or layers of
+            several sizes can't be laid side by side.
     """
-    features = outputs.last_hidden_state if vision_feature_layer == -1 else outputs.hidden_states[vision_feature_layer]
+    numbers = vision_feature_layer if isinstance(vision_feature_layer, list) else [vision_feature_layer]
+    if not numbers:
+        raise ValueError("`vision_feature_layer` is a list of no layers")
+    layers = [outputs.last_hidden_state if number == -1 else outputs.hidden_states[number] for number in numbers]
+    features = layers[0] if len(layers) == 1 else side_by_side(layers)
     if spatial_merge_size > 1:
         if features.ndim == 3:
             if grid is None or features.shape[1] != grid[0] * grid[1]:
@@ -57,6 +63,30 @@ def image_tokens(
     return features
 
 
+def side_by_side(layers: list[torch.Tensor]) -> torch.Tensor:
+    """
+    Several layers' states as one, as wide as all of them together, with as many tokens as the smallest has.
+
+    Args:
+        layers (`list[torch.Tensor]`): Sequences of shape `(num_images, tokens, width)`, or feature maps of shape
+            `(num_images, channels, rows, columns)`.
+
+    Raises:
+        ValueError: The sequences are of several lengths, or the smallest map's sides don't divide those of another.
+    """
+    sizes = [tuple(layer.shape[1:-1] if layer.ndim == 3 else layer.shape[2:]) for layer in layers]
+    smallest = min(sizes)
+    factors = [size[0] // smallest[0] for size in sizes]
+    for size, factor in zip(sizes, factors, strict=True):
+        if size != tuple(factor * side for side in smallest) or (len(size) == 1 and factor > 1):
+            told = " and ".join(" x ".join(map(str, each)) for each in sizes)
+            raise ValueError(f"`vision_feature_layer` names layers of {told} tokens, which can't be laid side by side")
+    if len(smallest) == 1:
+        return torch.cat(layers, dim=-1)  # (num_images, tokens, sum of widths)
+    maps = [nn.functional.pixel_unshuffle(layer, factor) for layer, factor in zip(layers, factors, strict=True)]
+    return torch.cat(maps, dim=1)  # (num_images, sum of channels, rows, columns)
+
+
 def patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int] | None:
     """
     Rows and columns of patches in a picture, which a model that merges them (Swin) has fewer of at its end; `None` for
@@ -70,7 +100,7 @@ def patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int] | None:
 
 
 def image_token_shape(
-    vision_config: PreTrainedConfig, vision_feature_layer: int = -1, spatial_merge_size: int = 1
+    vision_config: PreTrainedConfig, vision_feature_layer: int | list[int] = -1, spatial_merge_size: int = 1
 ) -> tuple[int, int]:
     """
     Number and width of the tokens that one picture gives, found by running the vision model on the meta device: no
@@ -78,7 +108,7 @@ def image_token_shape(
 
     Args:
         vision_config (`PreTrainedConfig`): A config of any vision `AutoModel`, with an `image_size`.
-        vision_feature_layer (`int`, *optional*, defaults to -1): See `image_tokens`.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1): See `image_tokens`.
         spatial_merge_size (`int`, *optional*, defaults to 1): See `image_tokens`.
 
     Returns:
@@ -88,12 +118,14 @@ def image_token_shape(
         ValueError: `vision_config` has no `image_size`, or its model can't be run on the meta device.
     """
     given = vision_config.model_type, vision_config.to_json_string()
-    return _image_token_shape(*given, vision_feature_layer, spatial_merge_size)
+    # A list can't be looked up in the cache
+    layer = tuple(vision_feature_layer) if isinstance(vision_feature_layer, list) else vision_feature_layer
+    return _image_token_shape(*given, layer, spatial_merge_size)
 
 
 @lru_cache(maxsize=64)
 def _image_token_shape(
-    model_type: str, config_json: str, vision_feature_layer: int, spatial_merge_size: int
+    model_type: str, config_json: str, vision_feature_layer: int | tuple[int, ...], spatial_merge_size: int
 ) -> tuple[int, int]:
     import json
 
@@ -107,7 +139,8 @@ def _image_token_shape(
             pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), height, width)
             outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1)
             grid = patch_grid(vision_config)
-            tokens = image_tokens(outputs, vision_feature_layer, spatial_merge_size, grid)
+            layer = list(vision_feature_layer) if isinstance(vision_feature_layer, tuple) else vision_feature_layer
+            tokens = image_tokens(outputs, layer, spatial_merge_size, grid)
         _, image_seq_length, image_hidden_size = tokens.shape
     except Exception as error:
         raise ValueError(

@@ -171,6 +171,29 @@ def test_tokens_of_an_inner_layer_are_counted_there() -> None:
     assert (config.image_seq_length, config.image_hidden_size) == (144, 8)  # one halving and one layer earlier
 
 
+def test_of_several_layers_each_token_has_all_states_of_its_place() -> None:
+    large, small = torch.randn(2, 3, 4, 6), torch.randn(2, 5, 2, 3)  # (num_images, channels, rows, columns)
+    outputs = ModelOutput(last_hidden_state=small, hidden_states=(large, small))
+    tokens = image_tokens(outputs, [0, -1])
+    for row in range(2):
+        for column in range(3):
+            square = large[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]  # (2, channels, 2, 2)
+            place = torch.cat([square.flatten(1), small[:, :, row, column]], dim=1)
+            assert torch.equal(tokens[:, 3 * row + column], place)
+    lower, upper = torch.randn(2, 6, 4), torch.randn(2, 6, 4)  # (num_images, tokens, width)
+    states = ModelOutput(last_hidden_state=upper, hidden_states=(lower, upper))
+    assert torch.equal(image_tokens(states, [0, -1]), torch.cat([lower, upper], dim=2))
+
+
+def test_layers_that_do_not_go_side_by_side_are_refused() -> None:
+    outputs = ModelOutput(last_hidden_state=torch.zeros(1, 5, 2, 3), hidden_states=(torch.zeros(1, 3, 5, 6),))
+    with pytest.raises(ValueError, match="layers of 5 x 6 and 2 x 3 tokens, which can't be laid side by side"):
+        image_tokens(outputs, [0, -1])
+    outputs = ModelOutput(last_hidden_state=torch.zeros(1, 4, 5), hidden_states=(torch.zeros(1, 8, 5),))
+    with pytest.raises(ValueError, match="layers of 8 and 4 tokens, which can't be laid side by side"):
+        image_tokens(outputs, [0, -1])
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -198,6 +221,8 @@ def test_tokens_of_an_inner_layer_are_counted_there() -> None:
         ),
         ({"image_token_id": -1}, ["image_token_id", "-1"]),
         ({"vision_feature_layer": 9}, ["vision_feature_layer", "9"]),
+        ({"vision_feature_layer": [0, 9]}, ["vision_feature_layer", "9"]),
+        ({"vision_feature_layer": []}, ["vision_feature_layer", "no layers"]),
         ({"spatial_merge_size": 0}, ["spatial_merge_size", "0"]),
         ({"spatial_merge_size": 2, "vision_config": VIT}, ["spatial_merge_size", "5 tokens", "class token"]),
         (

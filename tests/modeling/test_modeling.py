@@ -1046,6 +1046,19 @@ def test_any_layer_of_the_vision_stream_may_be_read(layer: int) -> None:
     assert torch.equal(got, outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer])
 
 
+def test_several_layers_of_the_vision_stream_may_be_read_and_come_back_from_disk(tmp_path: Path) -> None:
+    model = small_model("llama", vision_feature_layer=[0, -1])
+    row = Row(model, PICTURE, 5)
+    with torch.no_grad():
+        outputs = model.model.vision_model(pixel_values=row.pictures, output_hidden_states=True)
+        got = model.get_image_features(row.pictures).last_hidden_state
+        assert torch.equal(got, torch.cat([outputs.hidden_states[0], outputs.last_hidden_state], dim=-1))
+        model.save_pretrained(tmp_path)
+        again = DuoStreamForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert again.config.vision_feature_layer == [0, -1]
+        assert torch.equal(again(**row.inputs).logits, model(**row.inputs).logits)
+
+
 def test_a_model_that_writes_refuses_a_stream_that_looks_ahead() -> None:
     with pytest.raises(ValueError, match=r"text_config.*bert.*is_decoder"):
         DuoStreamForConditionalGeneration(small_config("bert"))
