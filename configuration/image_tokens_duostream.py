@@ -1,6 +1,7 @@
 """What a vision model yields as tokens: the one place that knows how a feature map becomes a sequence."""
 
 import copy
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import ModelOutput
 
 def image_tokens(
     outputs: ModelOutput,
-    vision_feature_layer: int | list[int] = -1,
+    vision_feature_layer: int | Sequence[int] = -1,
     spatial_merge_size: int = 1,
     grid: tuple[int, int] | None = None,
 ) -> torch.Tensor:
@@ -37,7 +38,7 @@ def image_tokens(
         ValueError: The tokens can't be merged: they are no grid, or one that the squares don't fill. Or layers of
             several sizes can't be laid side by side.
     """
-    numbers = vision_feature_layer if isinstance(vision_feature_layer, list) else [vision_feature_layer]
+    numbers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
     if not numbers:
         raise ValueError("`vision_feature_layer` is a list of no layers")
     layers = [outputs.last_hidden_state if number == -1 else outputs.hidden_states[number] for number in numbers]
@@ -118,9 +119,9 @@ def image_token_shape(
         ValueError: `vision_config` has no `image_size`, or its model can't be run on the meta device.
     """
     given = vision_config.model_type, vision_config.to_json_string()
-    # A list can't be looked up in the cache
-    layer = tuple(vision_feature_layer) if isinstance(vision_feature_layer, list) else vision_feature_layer
-    return _image_token_shape(*given, layer, spatial_merge_size)
+    # A cache looks up no lists
+    layers = vision_feature_layer if isinstance(vision_feature_layer, int) else tuple(vision_feature_layer)
+    return _image_token_shape(*given, layers, spatial_merge_size)
 
 
 @lru_cache(maxsize=64)
@@ -139,8 +140,7 @@ def _image_token_shape(
             pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), height, width)
             outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1)
             grid = patch_grid(vision_config)
-            layer = list(vision_feature_layer) if isinstance(vision_feature_layer, tuple) else vision_feature_layer
-            tokens = image_tokens(outputs, layer, spatial_merge_size, grid)
+            tokens = image_tokens(outputs, vision_feature_layer, spatial_merge_size, grid)
         _, image_seq_length, image_hidden_size = tokens.shape
     except Exception as error:
         raise ValueError(

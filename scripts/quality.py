@@ -112,11 +112,11 @@ class QualityArguments:
     vision_size: int | None = field(
         default=None, metadata={"help": "Side of that model's pictures in pixels, if not the one it was trained with."}
     )
-    store_vision: bool = field(
+    cache_vision: bool = field(
         default=False,
         metadata={
-            "help": "Have DuoStream keep on disk what that model gives, as `--cache_vision` of training does: reading "
-            "each picture once is a part of its minutes."
+            "help": "Have DuoStream keep on disk what that model gives, as in fine-tuning: reading each picture once "
+            "is a part of its minutes."
         },
     )
     stack: str = field(
@@ -171,8 +171,8 @@ class QualityArguments:
                 f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer', 'blind', and 'duostream-1' to "
                 f"'duostream-{self.num_layers - 1}'"
             )
-        if self.store_vision and self.vision is None:
-            raise ValueError("`store_vision` keeps what a frozen vision model gives: it goes with `vision`")
+        if self.cache_vision and self.vision is None:
+            raise ValueError("`cache_vision` keeps what a frozen vision model gives: it goes with `vision`")
         if not 0 < self.num_text_layers < self.num_layers:
             raise ValueError(
                 f"`num_text_layers` is {self.num_text_layers}; expected at least 1 and fewer than `num_layers`, "
@@ -327,7 +327,7 @@ def duostream_side(
         collator_of(data_args, processor, model),
         lambda rows: evaluate(model, processor, rows, data_args.task, **generation)[0],
     )
-    if args.store_vision:
+    if args.cache_vision:
         side.prepare = lambda rows, *where: with_states(rows, model, processor, *where)
     return side
 
@@ -619,7 +619,7 @@ def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
-    if quality_args.store_vision:
+    if quality_args.cache_vision:
         check_cacheable(data_args)
     classes = read_classes(data_args) if data_args.task == "classification" else []
 

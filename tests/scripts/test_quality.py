@@ -113,7 +113,7 @@ def test_duostream_may_store_what_that_model_gives_within_its_time(dataset, tmp_
 
     monkeypatch.setattr(quality.TimedTrainer, "__init__", make)
     options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "vision": vision}
-    compare({**options, "conversations_per_row": 2, "store_vision": True, "minutes": 1, "max_steps": 2})
+    compare({**options, "conversations_per_row": 2, "cache_vision": True, "minutes": 1, "max_steps": 2})
     ours, theirs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert trained_on == [(True, 60 - ours["preparing_seconds"]), (False, 60 - theirs["preparing_seconds"])]
     assert ours["preparing_seconds"] > theirs["preparing_seconds"]
@@ -121,8 +121,8 @@ def test_duostream_may_store_what_that_model_gives_within_its_time(dataset, tmp_
 
 
 def test_there_is_nothing_to_store_without_a_vision_model_or_for_retrieval(dataset, tmp_path, vision):
-    options = {"dataset": dataset, "output": tmp_path / "out.json", "store_vision": True}
-    with pytest.raises(ValueError, match="`store_vision` keeps what a frozen vision model gives: it goes with `vis"):
+    options = {"dataset": dataset, "output": tmp_path / "out.json", "cache_vision": True}
+    with pytest.raises(ValueError, match="`cache_vision` keeps what a frozen vision model gives: it goes with `vis"):
         compare({**options, "task": "caption"})
     with pytest.raises(ValueError, match="`cache_vision` is not for `task` 'retrieval'"):
         compare({**options, "task": "retrieval", "vision": vision})
