@@ -119,7 +119,7 @@ def image_token_shape(
         ValueError: `vision_config` has no `image_size`, or its model can't be run on the meta device.
     """
     given = vision_config.model_type, vision_config.to_json_string()
-    # A cache looks up no lists
+    # `lru_cache` takes what has a hash
     layers = vision_feature_layer if isinstance(vision_feature_layer, int) else tuple(vision_feature_layer)
     return _image_token_shape(*given, layers, spatial_merge_size)
 
@@ -144,8 +144,8 @@ def _image_token_shape(
         _, image_seq_length, image_hidden_size = tokens.shape
     except Exception as error:
         raise ValueError(
-            f"`vision_config` of type {model_type!r} gives no image tokens at `vision_feature_layer="
-            f"{vision_feature_layer}` for pictures of {height} x {width} pixels: {error}"
+            f"`vision_config` of type {model_type!r} gives no image tokens at `vision_feature_layer` "
+            f"{vision_feature_layer} for pictures of {height} x {width} pixels: {error}"
         ) from error
     return image_seq_length, image_hidden_size
 

@@ -375,10 +375,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
         grid = patch_grid(self.config.vision_config)
         features = image_tokens(outputs, layer, self.config.spatial_merge_size, grid)  # (num_images, tokens, width)
-        if features.shape[1] != self.config.image_seq_length:
+        expected = self.config.image_seq_length, self.config.image_hidden_size
+        if tuple(features.shape[1:]) != expected:
             raise ValueError(
-                f"`pixel_values` of shape {tuple(pixel_values.shape)} give {features.shape[1]} tokens a picture, but "
-                f"`config.image_seq_length` is {self.config.image_seq_length}"
+                f"`pixel_values` of shape {tuple(pixel_values.shape)} give {features.shape[1]} tokens a picture, of "
+                f"width {features.shape[2]}, but `config.image_seq_length` and `config.image_hidden_size` are "
+                f"{expected[0]} and {expected[1]}"
             )
         return BaseModelOutputWithPooling(
             last_hidden_state=features,

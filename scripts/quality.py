@@ -186,11 +186,16 @@ class QualityArguments:
 class Clock(TrainerCallback):
     """
     How much of the training is over, and an end to it: by time, or by steps where there is a number of them. It stands
-    still while the validation loss is measured, `num_points` times on the way.
+    still while the validation loss is measured, `num_points` times on the way. Of `seconds`, `spent` were over before.
+
+    Raises:
+        ValueError: No time is left.
     """
 
-    def __init__(self, seconds: float, max_steps: int | None, num_points: int = 0):
-        self.seconds, self.max_steps, self.num_points = seconds, max_steps, num_points
+    def __init__(self, seconds: float, max_steps: int | None, num_points: int = 0, spent: float = 0.0):
+        if max_steps is None and spent >= seconds:
+            raise ValueError(f"To read each picture once took {spent:.0f} s, which is all of `minutes`: give it more")
+        self.seconds, self.max_steps, self.num_points, self.spent = seconds - spent, max_steps, num_points, spent
         self.started, self.steps, self.stood = time.perf_counter(), 0, 0.0
         self.stopped_at = 0.0
         self.curve: list[dict[str, float]] = []
@@ -211,7 +216,7 @@ class Clock(TrainerCallback):
         control.should_training_stop = self.share >= 1
         if len(self.curve) + 1 <= self.share * self.num_points:
             self.stopped_at = time.perf_counter()
-            self.curve.append({"seconds": self.elapsed, "steps": self.steps})
+            self.curve.append({"seconds": self.spent + self.elapsed, "steps": self.steps})
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
@@ -236,7 +241,10 @@ class TimedTrainer(DuoStreamTrainer):
 
 @dataclass
 class Side:
-    """A model, what makes its batches, what measures it on rows, and what makes of rows those it is trained on."""
+    """
+    A model, what makes its batches, what measures it on rows, and what makes of rows those it is trained on, which
+    takes of its time.
+    """
 
     model: PreTrainedModel
     collator: Collator
@@ -328,7 +336,7 @@ def duostream_side(
         lambda rows: evaluate(model, processor, rows, data_args.task, **generation)[0],
     )
     if args.cache_vision:
-        side.prepare = lambda rows, *where: with_states(rows, model, processor, *where)
+        side.prepare = lambda rows, training_args, folder: with_states(rows, model, processor, training_args, folder)
     return side
 
 
@@ -581,10 +589,10 @@ def train_and_measure(
     )
     cpu_seconds, started = time.process_time(), time.perf_counter()
     # Of this run alone: what an earlier one had left would take no time
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=Path(args.output).parent) as folder:
         rows = side.prepare(rows, training_args, folder)
         preparing = time.perf_counter() - started
-        clock = Clock(60 * args.minutes - preparing, args.max_steps, args.curve_points)
+        clock = Clock(60 * args.minutes, args.max_steps, args.curve_points, spent=preparing)
         trainer = TimedTrainer(
             model=side.model,
             args=training_args,

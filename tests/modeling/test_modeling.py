@@ -1057,6 +1057,10 @@ def test_several_layers_of_the_vision_stream_may_be_read_and_come_back_from_disk
         again = DuoStreamForConditionalGeneration.from_pretrained(tmp_path).eval()
         assert again.config.vision_feature_layer == [0, -1]
         assert torch.equal(again(**row.inputs).logits, model(**row.inputs).logits)
+    # The weights are those for two layers
+    again.config.vision_feature_layer = -1
+    with pytest.raises(ValueError, match=r"of width 24, but .*`config.image_hidden_size` are 4 and 48"):
+        again.get_image_features(row.pictures)
 
 
 def test_a_model_that_writes_refuses_a_stream_that_looks_ahead() -> None:

@@ -103,29 +103,39 @@ def test_a_pretrained_vision_model_serves_both_sides_and_stays_as_it_is(dataset,
 
 
 @pytest.mark.slow
-def test_duostream_may_store_what_that_model_gives_within_its_time(dataset, tmp_path, vision, monkeypatch):
+def test_duostream_may_store_what_that_model_gives(dataset, tmp_path, vision, monkeypatch):
     trained_on = []
     made = quality.TimedTrainer.__init__
 
-    def make(self, *args, train_dataset, clock, **kwargs):
-        trained_on.append(("image_features" in train_dataset[0], clock.seconds))
-        made(self, *args, train_dataset=train_dataset, clock=clock, **kwargs)
+    def make(self, *args, train_dataset, **kwargs):
+        trained_on.append("image_features" in train_dataset[0])
+        made(self, *args, train_dataset=train_dataset, **kwargs)
 
     monkeypatch.setattr(quality.TimedTrainer, "__init__", make)
-    options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "vision": vision}
-    compare({**options, "conversations_per_row": 2, "cache_vision": True, "minutes": 1, "max_steps": 2})
+    options = {"task": "vqa", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, **TASKS["vqa"][0]}
+    compare({**options, "vision": vision, "cache_vision": True, "max_steps": 2, "curve_points": 1})
     ours, theirs = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert trained_on == [(True, 60 - ours["preparing_seconds"]), (False, 60 - theirs["preparing_seconds"])]
+    assert trained_on == [True, False] and theirs["model"] == "LlavaForConditionalGeneration"
     assert ours["preparing_seconds"] > theirs["preparing_seconds"]
-    assert ours["exact_match"] >= 0 and ours["trained_parameters"] < ours["parameters"]
+    assert all(run["curve"][0]["seconds"] > run["preparing_seconds"] for run in (ours, theirs))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["quality"]
 
 
-def test_there_is_nothing_to_store_without_a_vision_model_or_for_retrieval(dataset, tmp_path, vision):
-    options = {"dataset": dataset, "output": tmp_path / "out.json", "cache_vision": True}
+def test_what_was_spent_before_training_is_of_its_time():
+    clock = quality.Clock(seconds=10.0, max_steps=None, spent=9.9)
+    clock.on_train_begin()
+    time.sleep(0.2)
+    assert clock.share >= 1
+    with pytest.raises(ValueError, match="took 70 s, which is all of `minutes`"):
+        quality.Clock(seconds=60.0, max_steps=None, spent=70.0)
+
+
+def test_there_is_nothing_to_store_without_a_vision_model_or_for_retrieval(tmp_path):
+    options = {"dataset": "unread", "output": tmp_path / "out.json", "cache_vision": True}
     with pytest.raises(ValueError, match="`cache_vision` keeps what a frozen vision model gives: it goes with `vis"):
         compare({**options, "task": "caption"})
     with pytest.raises(ValueError, match="`cache_vision` is not for `task` 'retrieval'"):
-        compare({**options, "task": "retrieval", "vision": vision})
+        compare({**options, "task": "retrieval", "vision": "unread"})
 
 
 @pytest.mark.slow
