@@ -76,13 +76,12 @@ def test_image_tokens_are_cached_in_the_fusion_layers_alone(measure):
 
 
 def test_a_training_step_is_measured_with_what_is_frozen(measure):
-    options = (*TINY, "--batch_sizes", "1", "--peers", "llava")
-    rows = measure("training", *options, "--frozen", "nothing", "language")
+    rows = measure("training", *TINY, "--batch_sizes", "1", "--frozen", "nothing", "language")
     cases = [("nothing", "off"), ("nothing", "on"), ("language", "off"), ("language", "on")]
     assert [(row["frozen"], row["checkpointing"]) for row in rows] == cases
     assert all(row["peak_bytes_ours"] is None or row["peak_bytes_ours"] >= 0 for row in rows)
     check_ratios(rows)
-    chunked = measure("training", *options, "--frozen", "nothing", "--loss_chunk_sizes", "0", "2")
+    chunked = measure("training", *TINY, "--batch_sizes", "1", "--frozen", "nothing", "--loss_chunk_sizes", "0", "2")
     assert [row["loss_chunk_size"] for row in chunked] == [0, 2, 0, 2]
 
 

@@ -84,7 +84,7 @@ def vision(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["caption", "retrieval"])
+@pytest.mark.parametrize("name", ["caption", "vqa", "retrieval"])
 def test_a_pretrained_vision_model_serves_both_sides_and_stays_as_it_is(dataset, tmp_path, vision, name, monkeypatch):
     sides = []
     train_and_measure = quality.train_and_measure
