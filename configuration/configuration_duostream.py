@@ -135,6 +135,10 @@ class DuoStreamConfig(PreTrainedConfig):
         bidirectional_images (`bool`, *optional*, defaults to `True`):
             Whether a picture's tokens see each other both ways in the fusion stack, or, as those of text do, only what
             stands before them: then its masks are causal ones, for which there are faster kernels (flash attention).
+        update_image_states (`bool`, *optional*, defaults to `True`):
+            Whether the fusion layers make new states for image tokens, too, or each layer reads those that the
+            projector made, as keys and values alone: then a picture costs a fraction of it. (As in SAISA: Yuan et al.
+            2025, section 3, here for the fusion layers.)
         restart_positions (`bool`, *optional*, defaults to `False`):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
@@ -216,6 +220,7 @@ class DuoStreamConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     spatial_merge_size: int = 1
     bidirectional_images: bool = True
+    update_image_states: bool = True
     restart_positions: bool = False
     projection_dim: int = 256
     contrastive_loss: Literal["sigmoid", "softmax"] = "sigmoid"

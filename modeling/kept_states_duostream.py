@@ -1,7 +1,8 @@
 """
-The last layer's states are read at few positions: at the end of a prompt, where the next token is predicted, and in
-training where there are labels. At all others, image tokens first of all, that layer needs to make no more than the
-keys and values that those few attend to.
+A layer's states are made where they are read. The last layer's are at few positions: at the end of a prompt, where the
+next token is predicted, and in training where there are labels. Image states that no layer changes are made by none
+(`config.update_image_states`). At all other positions a layer needs to make no more than the keys and values that those
+few attend to.
 """
 
 from inspect import signature
@@ -38,18 +39,19 @@ AnyCache = TypeVar("AnyCache", bound=Cache)
 
 class CacheOfKeptStates(Cache):
     """
-    A stack's cache, or what stands for one, that tells the stack's last layer which states are read.
+    A stack's cache, or what stands for one, that tells layers which of their states are read.
 
     Args:
         cache (`Cache`): Of the stack; or `None`, and nothing is cached.
         config (`PreTrainedConfig`): Of the stack.
-        last_layer (`nn.Module`): Of the stack.
-        kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`): States of so many last positions, or of these.
+        kept (`dict[nn.Module, int | torch.LongTensor]`):
+            By layer: states of so many last positions, or of these, of shape `(batch, num_kept)`. Other layers make
+            all.
     """
 
-    def __init__(self, cache: Cache | None, config: PreTrainedConfig, last_layer: nn.Module, kept: int | torch.Tensor):
+    def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: dict[nn.Module, int | torch.Tensor]):
         super().__init__(layers=(DynamicCache(config=config) if cache is None else cache).layers)
-        self.last_layer, self.kept, self.stores = last_layer, kept, cache is not None
+        self.kept, self.stores = kept, cache is not None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -63,12 +65,12 @@ class _KeysAndValuesMade(Exception):
     """Ends a layer's run where its keys and values are cached."""
 
 
-class _CacheOfLastLayer(Cache):
+class _CacheOfOneLayer(Cache):
     """For a layer that is run twice: caches its keys and values, ends the first run, and hands them to the second."""
 
-    def __init__(self, cache: CacheOfKeptStates, seq_len: int):
+    def __init__(self, cache: CacheOfKeptStates, kept: int | torch.Tensor, hidden_states: torch.Tensor):
         super().__init__(layers=cache.layers)
-        self.cache, self.seq_len = cache, seq_len
+        self.cache, self.kept, self.hidden_states = cache, kept, hidden_states
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,25 +80,25 @@ class _CacheOfLastLayer(Cache):
         return self.states
 
 
-def last_layer_of(stack: PreTrainedModel) -> nn.Module | None:
-    """The last layer of a decoder of `transformers`, if its type is a known one and nothing is wrapped around it."""
+def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a decoder of `transformers`; none, if its type isn't a known one or something is wrapped around."""
     if getattr(getattr(stack, "config", None), "model_type", None) not in KNOWN_TYPES:
-        return None
-    layers = next((each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList)), None)
-    return None if layers is None else layers[-1]
+        return []
+    return list(next((each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList)), []))
 
 
 def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
-    Has the last layer of a stack, wherever a [`CacheOfKeptStates`] comes, run for the states that are kept: by its own
-    code, on all positions as far as its keys and values, and on the kept ones, by those, to its end. What comes out of
-    it, and what other hooks on it see, is zero elsewhere. Layers of types that are not known stay as they are.
+    Has the layers of a stack, wherever a [`CacheOfKeptStates`] comes that names them, run for the states that are kept:
+    by their own code, on all positions as far as their keys and values, and on the kept ones, by those, to their end.
+    Elsewhere what comes out of a layer, and what other hooks on it see, is what went in. It is so, too, where a layer
+    gets an `image_mask` of shape `(batch, seq_len)`, at the positions that it marks. Layers of types that are not known
+    stay as they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.
     """
-    layer = last_layer_of(stack)
-    if layer is not None:
+    for layer in layers_of(stack):
         layer.register_forward_pre_hook(_cut, with_kwargs=True)
         layer.register_forward_hook(_put_back, with_kwargs=True)
 
@@ -129,17 +131,18 @@ def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.
 
 def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = _find(CacheOfKeptStates, args, kwargs)
-    # A copy of the last layer has this hook, too
-    if cache is None or layer is not cache.last_layer:
+    # A copy of a layer has this hook, too
+    if cache is None or layer not in cache.kept:
         return None
+    kept = cache.kept[layer]
     names = list(signature(layer.forward).parameters)[: len(args)]
     if len(names) < len(args):
         return None
     given = dict(zip(names, args, strict=True)) | kwargs
-    cut = {name: _cut_argument(name, value, cache) for name, value in given.items()}
+    cut = {name: _cut_argument(name, value, kept, cache.is_compileable) for name, value in given.items()}
     if any(value is NotImplemented for value in cut.values()):
         return None
-    keys_and_values = _CacheOfLastLayer(cache, given["hidden_states"].shape[1])
+    keys_and_values = _CacheOfOneLayer(cache, kept, given["hidden_states"])
     for arguments in (given, cut):
         arguments.update({name: keys_and_values for name, value in arguments.items() if value is cache})
     # By position what came so, as other hooks may look there
@@ -151,39 +154,43 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     raise RuntimeError(f"{type(layer).__name__} was given a cache, but cached no keys and values")
 
 
-def _cut_argument(name: str, value: Any, cache: CacheOfKeptStates) -> Any:
+def _cut_argument(name: str, value: Any, kept: int | torch.Tensor, is_static: bool) -> Any:
     """A layer's argument for the kept positions alone; `NotImplemented` where its kind isn't known."""
     if name == "hidden_states":
-        return take(value, cache.kept)  # (batch, num_kept, hidden)
+        return take(value, kept)  # (batch, num_kept, hidden)
     if name == "attention_mask":
         if value is None:
             # Causal: a last position sees all that is cached. Others don't, and a static cache has room behind it.
-            is_last = isinstance(cache.kept, int) and cache.kept == 1
-            return None if is_last and not cache.is_compileable else NotImplemented
+            is_last = isinstance(kept, int) and kept == 1
+            return None if is_last and not is_static else NotImplemented
         is_mask = isinstance(value, torch.Tensor) and value.ndim == 4
-        return take(value, cache.kept, dim=2) if is_mask else NotImplemented  # (batch, heads or 1, num_kept, past+seq)
-    if value is None or isinstance(value, (bool, int, float, str, Cache)):
+        return take(value, kept, dim=2) if is_mask else NotImplemented  # (batch, heads or 1, num_kept, past+seq)
+    if value is None or name == "image_mask" or isinstance(value, (bool, int, float, str, Cache)):
         return value
     if name == "position_ids":
-        return take(value, cache.kept)  # (batch or 1, num_kept)
+        return take(value, kept)  # (batch or 1, num_kept)
     if name == "position_embeddings":
-        return tuple(take(each, cache.kept) for each in value)  # (batch or 1, num_kept, rotary_dim) each
+        return tuple(take(each, kept) for each in value)  # (batch or 1, num_kept, rotary_dim) each
     return NotImplemented
 
 
 def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    keys_and_values = _find(_CacheOfLastLayer, args, kwargs)
-    if keys_and_values is None:
+    keys_and_values, image_mask = _find(_CacheOfOneLayer, args, kwargs), kwargs.get("image_mask")
+    if keys_and_values is None and image_mask is None:
         return None
-    kept, seq_len = keys_and_values.cache.kept, keys_and_values.seq_len
     states = output[0] if isinstance(output, tuple) else output
-    batch_size, num_kept, hidden_size = states.shape
-    if isinstance(kept, int):
-        states = nn.functional.pad(states, (0, 0, seq_len - num_kept, 0))  # (batch, seq_len, hidden)
+    if keys_and_values is None:
+        before = args[0] if args else kwargs["hidden_states"]
     else:
-        index = kept.to(states.device).unsqueeze(-1).expand(-1, -1, hidden_size)
-        whole = states.new_zeros(batch_size, seq_len, hidden_size)
-        states = whole.scatter(1, index, states)  # (batch, seq_len, hidden)
+        before, kept = keys_and_values.hidden_states, keys_and_values.kept
+        if isinstance(kept, int):
+            states = torch.cat([before[:, :-kept], states], dim=1)  # (batch, seq_len, hidden)
+        else:
+            index = kept.to(states.device).unsqueeze(-1).expand_as(states)
+            states = before.scatter(1, index, states)  # (batch, seq_len, hidden)
+    if image_mask is not None:
+        # Where a row holds more pictures than others do, some of their positions are among the kept ones
+        states = torch.where(image_mask.to(states.device).unsqueeze(-1), before, states)  # (batch, seq_len, hidden)
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 

@@ -39,7 +39,14 @@ from .composition_duostream import (
     load_backbones,
     stack_of,
 )
-from .kept_states_duostream import CacheOfKeptStates, is_worth_it, last_layer_of, make_kept_states_alone, take
+from .kept_states_duostream import (
+    KNOWN_TYPES,
+    CacheOfKeptStates,
+    is_worth_it,
+    layers_of,
+    make_kept_states_alone,
+    take,
+)
 from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
@@ -330,6 +337,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         remove_final_norm(self.text_model)
         remove_embeddings(self.fusion_model)
         make_kept_states_alone(self.fusion_model)
+        if not config.update_image_states and not layers_of(self.fusion_model):
+            raise ValueError(
+                f"`update_image_states=False` goes with fusion stacks of the types {', '.join(KNOWN_TYPES)}, not with "
+                f"{config.fusion_stack_config.model_type}"
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -657,7 +669,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
         past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
 
-        fusion_attention_mask, block_ids = attention_mask, None
+        fusion_attention_mask, block_ids, image_mask = attention_mask, None, None
         if isinstance(attention_mask, dict):
             layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
             fusion_attention_mask = attention_mask["fusion"]
@@ -669,6 +681,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             is_image = self.locate_images(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_len, past_text_len, has_new_images
             )
+            if has_new_images and not self.config.update_image_states:
+                image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
             if segment_ids is not None and position_ids is None:
@@ -738,11 +752,17 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        cache, last_layer = fusion_cache, last_layer_of(self.fusion_model)
+        cache, kept = fusion_cache, {}
+        layers = layers_of(self.fusion_model)
+        if image_mask is not None:
+            kwargs["image_mask"] = image_mask
+            if layout.text_index is not None and is_worth_it(layout.text_index, seq_len):
+                kept = dict.fromkeys(layers, layout.text_index)
+        if layers and is_worth_it(states_to_keep, seq_len):
+            kept[layers[-1]] = states_to_keep
         has_own_mask = block_ids is not None or segment_ids is not None
-        can_cut = last_layer is not None and is_worth_it(states_to_keep, seq_len)
-        if can_cut and self._may_cut_last_layer(fusion_cache, has_own_mask, kwargs):
-            cache = CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, last_layer, states_to_keep)
+        if kept and self._may_cut_layers(fusion_cache, has_own_mask, kwargs):
+            cache = CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, kept)
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
@@ -759,8 +779,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def _may_cut_last_layer(self, fusion_cache: Cache | None, has_own_mask: bool, kwargs: dict[str, Any]) -> bool:
-        """Whether nothing but the states that are kept is asked of the last fusion layer, and it may be run twice."""
+    def _may_cut_layers(self, fusion_cache: Cache | None, has_own_mask: bool, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing but the states that are kept is asked of the fusion layers, and they may be run twice."""
         if self._are_weights_shared_out or torch.compiler.is_compiling():
             return False
         config = self.config.fusion_stack_config
@@ -852,6 +872,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """
         hidden_states = torch.cat([image_hidden_states.to(text_hidden_states.dtype), text_hidden_states], dim=1)
         batch_size, seq_len = hidden_states.shape[:2]
+        kwargs = {}
+        if not self.config.update_image_states:
+            is_image = torch.arange(seq_len, device=hidden_states.device) < image_hidden_states.shape[1]
+            kwargs["image_mask"] = is_image.expand(batch_size, -1)  # (batch, seq_len)
         attention_mask = None
         if text_attention_mask is not None:
             # An image token is as valid as any
@@ -862,6 +886,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             attention_mask=self._fusion_mask(hidden_states, attention_mask, block_ids=prefix),
             position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len),
             use_cache=False,
+            **kwargs,
         ).last_hidden_state
 
     def _count_tokens(

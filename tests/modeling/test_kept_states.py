@@ -1,4 +1,4 @@
-"""The last layer makes the states alone that are read, and nothing that is read is another for it."""
+"""Layers make the states alone that are read, and nothing that is read is another for it."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from duostream.modeling.composition_duostream import stack_of
 from duostream.modeling.kept_states_duostream import (
     KNOWN_TYPES,
     CacheOfKeptStates,
-    last_layer_of,
+    layers_of,
     make_kept_states_alone,
     take,
 )
@@ -44,11 +44,11 @@ EVERYDAY = ("tiny", "llama", "gpt2", "opt", "gemma3")
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[list[int]]:
-    """How many positions went through the last fusion layer up to its end, each time."""
+def watched(model: Any, layer: int = -1) -> Iterator[list[int]]:
+    """How many positions went through the last fusion layer, or another one, up to its end, each time."""
     stack = next(each for each in stack_of(model.model.fusion_model).children() if isinstance(each, nn.ModuleList))
     # A layer's last part of its own: what comes out of it has been through the whole layer
-    part = list(stack[-1].children())[-1]
+    part = list(stack[layer].children())[-1]
     lengths: list[int] = []
 
     def note(part: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -223,24 +223,23 @@ def test_each_type_whose_last_layer_is_cut_is_tested_here() -> None:
 
 def test_a_layer_with_an_argument_that_is_not_known_makes_all_states() -> None:
     stack = small_model().model.fusion_model
-    layer = last_layer_of(stack)
-    assert layer is not None
+    layer = layers_of(stack)[-1]
     states = torch.randn(1, 5, stack.config.hidden_size)
     positions = torch.arange(5)[None]
     given = {"position_embeddings": stack.rotary_emb(states, positions), "position_ids": positions}
-    cache = CacheOfKeptStates(None, stack.config, layer, 1)
+    cache = CacheOfKeptStates(None, stack.config, {layer: 1})
     with torch.no_grad():
         cut = layer(states, **given, past_key_values=cache)
         whole = layer(states, **given, past_key_values=cache, something_new=torch.ones(1, 5))
     assert difference(cut[:, -1], whole[:, -1]) < ENOUGH
-    assert not cut[:, :-1].any() and whole.all()
+    assert torch.equal(cut[:, :-1], states[:, :-1]) and (whole != states).all()
 
 
 def test_gpt_neo_whose_windows_go_by_numbers_of_queries_makes_all_states() -> None:
     fields = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4}
     stack = AutoModel.from_config(transformers.GPTNeoConfig(**fields, attention_types=[[["global", "local"], 1]]))
     make_kept_states_alone(stack)
-    assert last_layer_of(stack) is None and not stack.h[-1]._forward_pre_hooks
+    assert not layers_of(stack) and not stack.h[-1]._forward_pre_hooks
 
 
 @torch.no_grad()
@@ -279,6 +278,126 @@ def test_a_hook_of_ones_own_gets_the_last_layers_states_in_their_place() -> None
     inputs = Row(model, PICTURE, 9).inputs
     model(**inputs, logits_to_keep=1)
     assert seen == [inputs["input_ids"].shape[1], 1]
+
+
+@pytest.fixture
+def reader(model: Any) -> Iterator[Any]:
+    """The model with image states that no fusion layer changes."""
+    model.config.update_image_states = False
+    yield model
+    model.config.update_image_states = True
+
+
+@torch.no_grad()
+def test_image_states_that_are_read_alone_come_out_of_each_layer_as_the_projector_made_them(reader: Any) -> None:
+    for inputs in prompts(reader):
+        states = reader(**inputs, output_hidden_states=True).hidden_states
+        assert len(states) > 2
+        is_image = inputs["input_ids"] == reader.config.image_token_id
+        # Behind the last layer comes a norm
+        assert all(torch.equal(each[is_image], states[0][is_image]) for each in states[1:-1])
+        is_text = ~is_image & inputs.get("attention_mask", torch.ones_like(is_image)).bool()
+        assert (states[1][is_text] != states[0][is_text]).any(dim=-1).all()
+
+
+@torch.no_grad()
+def test_image_states_that_are_read_alone_go_through_no_layer(reader: Any) -> None:
+    row = Row(reader, 3, PICTURE, 5)
+    for options, num_last in (({}, 8), ({"logits_to_keep": 1}, 1)):
+        with watched(reader, 0) as lengths, watched(reader) as last_lengths:
+            reader(**row.inputs, **options)
+        assert (set(lengths), set(last_lengths)) == ({8}, {num_last})
+
+
+@torch.no_grad()
+def test_layers_that_leave_image_states_out_give_the_logits_and_the_cache_of_those_that_make_all(reader: Any) -> None:
+    for inputs in prompts(reader):
+        # Whoever asks for states gets all of them
+        whole, cut = reader(**inputs, output_hidden_states=True), reader(**inputs)
+        is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        is_text = is_token & (inputs["input_ids"] != reader.config.image_token_id)
+        assert difference(cut.logits[is_text], whole.logits[is_text]) < ENOUGH
+        for cached, expected in zip(cut.past_key_values.layers, whole.past_key_values.layers, strict=True):
+            keys, values = cached.keys.transpose(1, 2), cached.values.transpose(1, 2)  # (batch, len, heads, head_dim)
+            # A text stream's is shorter; the padding's states are read by nobody
+            where = is_token[:, -keys.shape[1] :] if keys.shape[1] == is_token.shape[1] else slice(None)
+            assert difference(keys[where], expected.keys.transpose(1, 2)[where]) < ENOUGH
+            assert difference(values[where], expected.values.transpose(1, 2)[where]) < ENOUGH
+
+
+def test_layers_that_leave_image_states_out_learn_the_same(reader: Any) -> None:
+    rows = ragged_rows(reader)
+    reader.training = True
+    for side in ("left", "right"):
+        inputs = batch(rows, side)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for i, place in places(rows, side):
+            labels[i, place.stop - 3 : place.stop] = inputs["input_ids"][i, place.stop - 3 : place.stop]
+        inputs["token_type_ids"] = (labels != -100).long()
+        inputs["labels"] = labels
+        loss, gradients = trained(reader, inputs, output_hidden_states=True)
+        with watched(reader, 0) as lengths:
+            cut_loss, cut_gradients = trained(reader, inputs)
+        # The longest text, in each row
+        assert set(lengths) == {12 * len(rows)}
+        assert abs(loss - cut_loss) < ENOUGH
+        assert gradients.keys() == cut_gradients.keys()
+        for name, gradient in gradients.items():
+            assert difference(gradient, cut_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+    reader.eval()
+
+
+def test_checkpoints_of_activations_leave_image_states_as_they_are() -> None:
+    model = small_model(update_image_states=False).train()
+    row = Row(model, PICTURE, 9)
+    inputs = {**row.inputs, "labels": row.ids[None].masked_fill(row.ids == model.config.image_token_id, -100)}
+    loss, gradients = trained(model, inputs)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        again, same_gradients = trained(model, inputs)
+        assert abs(loss - again) < ENOUGH
+        for name, gradient in gradients.items():
+            assert difference(gradient, same_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("bidirectional_images", [True, False])
+@torch.no_grad()
+def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(bidirectional_images: bool) -> None:
+    model = small_model(update_image_states=False, bidirectional_images=bidirectional_images)
+    rows = ragged_rows(model)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    alone = [model.generate(**row.inputs, **options, use_cache=False)[0, -6:].tolist() for row in rows]
+    for kind in (None, "static"):
+        answers = model.generate(**batch(rows), **options, cache_implementation=kind)[:, -6:]
+        assert answers.tolist() == alone
+
+
+@torch.no_grad()
+def test_pictures_make_a_difference_where_they_are_read_alone_and_none_to_text() -> None:
+    model, same = small_model(update_image_states=False), small_model()
+    text = Row(model, 9).inputs
+    assert torch.equal(model(**text).logits, same(**text).logits)
+    inputs = Row(model, PICTURE, 9).inputs
+    logits = model(**inputs).logits[:, -1]
+    assert difference(logits, same(**inputs).logits[:, -1]) > ENOUGH
+    assert difference(logits, model(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits[:, -1]) > ENOUGH
+
+
+@torch.no_grad()
+def test_pairs_of_states_that_come_ready_are_fused_as_those_of_a_prompt() -> None:
+    model = small_model(cls=DuoStreamModel, update_image_states=False)
+    row = Row(model, PICTURE, 9)
+    image_states = model.get_image_features(row.pictures).pooler_output
+    text_states = model.read_text(row.ids[None, -9:]).last_hidden_state
+    expected = model(**row.inputs, token_type_ids=torch.zeros(1, len(row), dtype=torch.long)).last_hidden_state
+    assert difference(model.fuse(image_states, text_states), expected) < ENOUGH
+
+
+def test_a_stack_whose_layers_are_not_known_can_not_leave_image_states_as_they_are() -> None:
+    fields = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4}
+    stack = transformers.GPTNeoConfig(**fields, attention_types=[[["global", "local"], 1]])
+    with pytest.raises(ValueError, match="`update_image_states=False` .*llama.*, not with gpt_neo"):
+        small_model(fusion_stack_config=stack, update_image_states=False)
 
 
 @given(st.data())
