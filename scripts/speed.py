@@ -70,6 +70,10 @@ class SpeedArguments:
     bidirectional_images: bool = field(
         default=True, metadata={"help": "Whether our pictures are read both ways, as PaliGemma's; LLaVA's are not."}
     )
+    update_image_states: bool = field(
+        default=True,
+        metadata={"help": "Whether our layers make new states for image tokens, or read those of the projector alone."},
+    )
     text_len: int = field(default=32, metadata={"help": "Text tokens a row."})
     repeats: int = field(default=3, metadata={"help": "How often each side is run, after one run to warm up."})
     clock: str = field(
@@ -133,6 +137,11 @@ class OverheadArguments(SpeedArguments):
     image_tokens: list[int] = field(default_factory=lambda: [196, 576], metadata={"help": "As in `prefill`."})
     repeats: int = field(default=7, metadata={"help": "As in `prefill`."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.update_image_states:
+            raise ValueError("`update_image_states` must be true: by hand, the fusion stack makes all states")
+
 
 Cell = tuple[Row, dict[str, PreTrainedModel], dict[str, dict[str, Any]]]
 
@@ -147,6 +156,7 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
         sides = make_sides(args.preset, image_tokens, args.fusion_layers, args.peers)
         for name in map(str, args.fusion_layers):
             sides[name].config.bidirectional_images = args.bidirectional_images
+            sides[name].config.update_image_states = args.update_image_states
         for model in sides.values():
             model.to(args.device, getattr(torch, args.dtype)).eval()
             model.set_attn_implementation(attention)
@@ -155,6 +165,7 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
             told = {
                 "attention": attention,
                 "both_ways": args.bidirectional_images,
+                "image_states_updated": args.update_image_states,
                 "image_tokens": image_tokens,
                 "batch_size": batch_size,
             }

@@ -58,6 +58,14 @@ def test_pictures_may_be_read_forwards_only_as_the_peers(measure):
     measure("overhead", *TINY, "--batch_sizes", "1", "--bidirectional_images", "false")
 
 
+def test_image_states_may_be_read_alone(measure):
+    only = ("--batch_sizes", "1", "--update_image_states", "false")
+    rows = measure("prefill", *TINY, *only, "--peers", "llava")
+    assert [row["image_states_updated"] for row in rows] == [False]
+    with pytest.raises(ValueError, match="`update_image_states` must be true"):
+        measure("overhead", *TINY, *only)
+
+
 def test_decoding_is_measured_in_tokens_a_second(measure):
     rows = measure("decode", *TINY, "--batch_sizes", "2", "--new_tokens", "4", "--peers", "llava")
     assert [row["cache"] for row in rows] == ["dynamic"]
