@@ -1,8 +1,8 @@
 """
 A layer's states are made where they are read. The last layer's are at few positions: at the end of a prompt, where the
-next token is predicted, and in training where there are labels. Image states that no layer changes are made by none
-(`config.update_image_states`). At all other positions a layer needs to make no more than the keys and values that those
-few attend to.
+next token is predicted, and in training where there are labels. Image states that stay as the projector made them
+(`config.update_image_states`) are made by no layer. At all other positions a layer needs to make no more than the keys
+and values that those few attend to.
 """
 
 from inspect import signature
@@ -81,7 +81,7 @@ class _CacheOfOneLayer(Cache):
 
 
 def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a decoder of `transformers`; none, if its type isn't a known one or something is wrapped around."""
+    """A decoder's layers; none, if its type isn't a known one or something is wrapped around it."""
     if getattr(getattr(stack, "config", None), "model_type", None) not in KNOWN_TYPES:
         return []
     return list(next((each for each in stack_of(stack).children() if isinstance(each, nn.ModuleList)), []))
@@ -89,11 +89,11 @@ def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
 
 def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
-    Has the layers of a stack, wherever a [`CacheOfKeptStates`] comes that names them, run for the states that are kept:
-    by their own code, on all positions as far as their keys and values, and on the kept ones, by those, to their end.
-    Elsewhere what comes out of a layer, and what other hooks on it see, is what went in. It is so, too, where a layer
-    gets an `image_mask` of shape `(batch, seq_len)`, at the positions that it marks. Layers of types that are not known
-    stay as they are.
+    Has the layers of a stack, wherever a [`CacheOfKeptStates`] comes that names them, run for the states that are
+    kept: by their own code, on all positions as far as their keys and values, and on the kept ones, by those, to their
+    end. Elsewhere what comes out of a layer, and what other hooks on it see, is what went in. So it is, too, at the
+    positions that an `image_mask` of shape `(batch, seq_len)` marks, where layers get one. Layers of types that are
+    not known stay as they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.

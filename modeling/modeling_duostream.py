@@ -681,7 +681,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             is_image = self.locate_images(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_len, past_text_len, has_new_images
             )
-            if has_new_images and not self.config.update_image_states:
+            if is_image is not None and has_new_images and not self.config.update_image_states:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)

@@ -87,6 +87,10 @@ class QualityArguments:
     max_steps: int | None = field(default=None, metadata={"help": "Of training, instead of minutes."})
     hidden_size: int = field(default=256, metadata={"help": "Of both sides' transformers."})
     num_layers: int = field(default=4, metadata={"help": "Of each side; half of an encoder-decoder's decode."})
+    peer_num_layers: int | None = field(
+        default=None,
+        metadata={"help": "The peer's, whose layers may be larger (cross-attention): as many by default."},
+    )
     num_text_layers: int = field(
         default=1, metadata={"help": "How many of DuoStream's are the text stream's; the others are fusion layers."}
     )
@@ -181,6 +185,12 @@ class QualityArguments:
         most = self.num_layers - self.num_text_layers
         if self.num_fusion_layers is not None and not 0 < self.num_fusion_layers <= most:
             raise ValueError(f"`num_fusion_layers` is {self.num_fusion_layers}; expected 1 to {most}")
+        if self.peer_num_layers is not None and self.peer_num_layers < 1:
+            raise ValueError(f"`peer_num_layers` is {self.peer_num_layers}; expected 1 or more")
+
+    @property
+    def num_peer_layers(self) -> int:
+        return self.peer_num_layers or self.num_layers
 
 
 class Clock(TrainerCallback):
@@ -369,7 +379,7 @@ def peer_side(
     """
     size: dict[str, Any] = {
         "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_layers,
+        "num_hidden_layers": args.num_peer_layers,
         "num_attention_heads": num_heads(args),
         "intermediate_size": 4 * args.hidden_size,
     }
@@ -428,8 +438,8 @@ def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedToke
     config = config_class(
         vocab_size=len(tokenizer),
         d_model=args.hidden_size,
-        encoder_layers=args.num_layers // 2,
-        decoder_layers=args.num_layers // 2,
+        encoder_layers=args.num_peer_layers // 2,
+        decoder_layers=args.num_peer_layers // 2,
         encoder_attention_heads=num_heads(args),
         decoder_attention_heads=num_heads(args),
         encoder_ffn_dim=4 * args.hidden_size,
@@ -457,7 +467,7 @@ def captioner(
     decoder = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=args.hidden_size,
-        n_layer=args.num_layers,
+        n_layer=args.num_peer_layers,
         n_head=num_heads(args),
         n_positions=256,
         initializer_range=args.peer_initializer_range,
@@ -487,7 +497,7 @@ def llava_side(
         # Three matrices of this size weigh as much as two of four times the width
         intermediate_size=args.hidden_size * 8 // 3,
         num_attention_heads=num_heads(args),
-        num_hidden_layers=args.num_layers,
+        num_hidden_layers=args.num_peer_layers,
         initializer_range=args.peer_initializer_range,
         attention_dropout=args.dropout,
         pad_token_id=processor.tokenizer.pad_token_id,

@@ -72,7 +72,7 @@ class SpeedArguments:
     )
     update_image_states: bool = field(
         default=True,
-        metadata={"help": "Whether our layers make new states for image tokens, or read those of the projector alone."},
+        metadata={"help": "Whether our layers make new states for image tokens, or only read the projector's."},
     )
     text_len: int = field(default=32, metadata={"help": "Text tokens a row."})
     repeats: int = field(default=3, metadata={"help": "How often each side is run, after one run to warm up."})

@@ -1,6 +1,7 @@
 """What a frozen vision stream makes of the pictures: made once, and kept on disk for later epochs and runs."""
 
 import os
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..processing import DuoStreamDataCollator, DuoStreamProcessor
 from ..processing.data_collator_duostream import load_pictures
@@ -57,6 +59,22 @@ class StoredStates:
         return {**others, "image_features": [[found[number] for number in row] for row in numbers]}
 
 
+@dataclass
+class PictureLoader:
+    """Loads the pictures that stand at an `index` among rows, at a `position` of theirs: `pixel_values` of a batch."""
+
+    rows: Rows
+    image_processor: BaseImageProcessor
+
+    def __call__(self, places: list[dict[str, int]]) -> torch.Tensor:
+        chosen = self.rows[[place["index"] for place in places]]
+        pictures = [
+            load_pictures([images[place["position"]]], f"Row {row}")[0]
+            for images, row, place in zip(chosen["images"], chosen["row"], places, strict=True)
+        ]
+        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
 def with_states(
     rows: Rows,
     model: PreTrainedModel,
@@ -73,7 +91,7 @@ def with_states(
         rows (`Dataset`): With pictures in a column `images`, or without.
         model (`PreTrainedModel`): Its vision stream is frozen.
         processor (`DuoStreamProcessor`): Of the model.
-        args (`DuoStreamTrainingArguments`): Device and batch size of the reading.
+        args (`DuoStreamTrainingArguments`): Device, batch size and `dataloader_num_workers` of the reading.
         folder (`str` or `os.PathLike`, *optional*, defaults to one in the cache of `datasets`): Where they are kept.
 
     Raises:
@@ -112,15 +130,19 @@ def with_states(
     )
     vision_model.to(args.device)
     base.projector.to(args.device)
+    to_read = Dataset.from_dict(places)
+    loader = DataLoader(
+        to_read,
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=PictureLoader(rows, image_processor),
+        num_workers=args.dataloader_num_workers,
+    )
+    # Its workers start with the first batch that is asked for: a process that finds the states on disk needs none
+    batches = (pixel_values for pixel_values in loader)
 
     @torch.no_grad()
     def read(batch: dict[str, list]) -> dict[str, list]:
-        chosen = rows[batch["index"]]
-        pictures = [
-            load_pictures([images[position]], f"Row {row}")[0]
-            for images, row, position in zip(chosen["images"], chosen["row"], batch["position"], strict=True)
-        ]
-        pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"].to(args.device)
+        pixel_values = next(batches).to(args.device)
         states = base.get_image_features(pixel_values, return_dict=True).last_hidden_state
         states = states.contiguous().cpu().view(torch.uint8).flatten(1)  # (num_images, bytes of a picture's states)
         return {"states": [each.numpy().tobytes() for each in states]}
@@ -129,7 +151,7 @@ def with_states(
     folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE) / "duostream_vision")
     folder.mkdir(parents=True, exist_ok=True)
     with args.main_process_first(desc="reading pictures"):
-        states = Dataset.from_dict(places).map(
+        states = to_read.map(
             read,
             batched=True,
             batch_size=args.per_device_eval_batch_size,

@@ -177,6 +177,8 @@ def test_some_layers_are_left_for_the_fusion_stack():
 def test_there_are_no_more_fusion_layers_than_are_left():
     with pytest.raises(ValueError, match="`num_fusion_layers` is 3; expected 1 to 2"):
         quality.QualityArguments(num_layers=4, num_text_layers=2, num_fusion_layers=3)
+    with pytest.raises(ValueError, match="`peer_num_layers` is 0; expected 1 or more"):
+        quality.QualityArguments(peer_num_layers=0)
 
 
 @pytest.mark.slow
@@ -238,6 +240,7 @@ def test_each_side_may_have_its_own_rate_and_first_weights_and_duostream_its_own
     options = {"task": "translation", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, "max_steps": 2}
     options |= {"learning_rate": 2e-3, "peer_learning_rate": 1e-3, "max_new_tokens": 2, "image_column": ""}
     options |= {"initializer_range": 0.05, "peer_initializer_range": 0.01, "num_layers": 4, "num_fusion_layers": 2}
+    options |= {"peer_num_layers": 6}
     options |= {"config_overrides": '{"restart_positions": true}', "text_stack": '{"intermediate_size": 32}'}
     compare(options)
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
@@ -245,6 +248,7 @@ def test_each_side_may_have_its_own_rate_and_first_weights_and_duostream_its_own
     config = sides[0].config
     assert config.restart_positions
     assert (config.text_config.num_hidden_layers, config.fusion_stack_config.num_hidden_layers) == (1, 2)
+    assert (sides[1].config.encoder_layers, sides[1].config.decoder_layers) == (3, 3)
     assert (config.fusion_stack_config.initializer_range, sides[1].config.init_std) == (0.05, 0.01)
     assert (config.text_config.intermediate_size, config.fusion_stack_config.intermediate_size) == (32, 256)
 
