@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .composition_duostream import stack_of
+from .stream_layout_duostream import first_where
 
 # Their layers attend by positions and masks as they are given, and cache keys and values alone. (GPT-Neo reads windows
 # off the numbers of queries and keys, Llama 4 scales by a cache's length.) Each is tested; others make all states.
@@ -66,18 +67,44 @@ class _KeysAndValuesMade(Exception):
 
 
 class _CacheOfOneLayer(Cache):
-    """For a layer that is run twice: caches its keys and values, ends the first run, and hands them to the second."""
+    """
+    For a layer that is run twice: takes the keys and values of its first run, ends that, and hands them to the second.
 
-    def __init__(self, cache: CacheOfKeptStates, kept: int | torch.Tensor, hidden_states: torch.Tensor):
+    Args:
+        cache (`CacheOfKeptStates`): What they go into.
+        kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`): The positions of the second run.
+        hidden_states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): What the layer was given.
+        order (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
+            The positions of the first run and then those of the second. By default the first is of all.
+    """
+
+    def __init__(
+        self,
+        cache: CacheOfKeptStates,
+        kept: int | torch.Tensor,
+        hidden_states: torch.Tensor,
+        order: torch.Tensor | None,
+    ):
         super().__init__(layers=cache.layers)
-        self.cache, self.kept, self.hidden_states = cache, kept, hidden_states
+        self.cache, self.kept, self.hidden_states, self.order = cache, kept, hidden_states, order
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.states is None:
-            self.states = self.cache.update(*args, **kwargs)
+            self.states = key_states, value_states
+            if self.order is None:
+                self.states = self.cache.update(key_states, value_states, *args, **kwargs)
             raise _KeysAndValuesMade
-        return self.states
+        if self.order is None:
+            return self.states
+        keys = torch.cat([self.states[0], key_states], dim=2)  # (batch, heads, seq_len, head_dim)
+        values = torch.cat([self.states[1], value_states], dim=2)
+        if self.cache.stores:
+            places = self.order.argsort(dim=1)  # (batch, seq_len)
+            keys, values = take(keys, places, dim=2), take(values, places, dim=2)
+        return self.cache.update(keys, values, *args, **kwargs)
 
 
 def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
@@ -90,7 +117,7 @@ def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
 def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
     Has the layers of a stack, wherever a [`CacheOfKeptStates`] comes that names them, run for the states that are
-    kept: by their own code, on all positions as far as their keys and values, and on the kept ones, by those, to their
+    kept: by their own code, on the others as far as their keys and values, and on the kept ones, by those, to their
     end. Elsewhere what comes out of a layer, and what other hooks on it see, is what went in. So it is, too, at the
     positions that an `image_mask` of shape `(batch, seq_len)` marks, where layers get one. Layers of types that are
     not known stay as they are.
@@ -129,20 +156,39 @@ def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.
     return states.gather(dim, index.expand(shape))  # (batch, ..., num_kept, ...)
 
 
+def others_of(kept: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """The positions that are not kept, in order, of shape `(batch, seq_len - num_kept)`."""
+    is_other = torch.ones(len(kept), seq_len, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
+    return first_where(is_other)[:, : seq_len - kept.shape[1]]
+
+
 def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = _find(CacheOfKeptStates, args, kwargs)
     # A copy of a layer has this hook, too
     if cache is None or layer not in cache.kept:
         return None
     kept = cache.kept[layer]
+    is_static = cache.is_compileable
     names = list(signature(layer.forward).parameters)[: len(args)]
     if len(names) < len(args):
         return None
     given = dict(zip(names, args, strict=True)) | kwargs
-    cut = {name: _cut_argument(name, value, kept, cache.is_compileable) for name, value in given.items()}
+    cut = {name: _cut_argument(name, value, kept, is_static) for name, value in given.items()}
     if any(value is NotImplemented for value in cut.values()):
         return None
-    keys_and_values = _CacheOfOneLayer(cache, kept, given["hidden_states"])
+    hidden_states, order = given["hidden_states"], None
+    if isinstance(kept, torch.Tensor):
+        others = others_of(kept, hidden_states.shape[1])
+        order = torch.cat([others, kept], dim=1)  # (batch, seq_len)
+        # Keys and values are made without a mask
+        given |= {
+            name: _cut_argument(name, value, others, is_static)
+            for name, value in given.items()
+            if name != "attention_mask"
+        }
+        if not cache.stores:
+            cut["attention_mask"] = take(cut["attention_mask"], order, dim=3)  # (batch, heads or 1, num_kept, seq_len)
+    keys_and_values = _CacheOfOneLayer(cache, kept, hidden_states, order)
     for arguments in (given, cut):
         arguments.update({name: keys_and_values for name, value in arguments.items() if value is cache})
     # By position what came so, as other hooks may look there
