@@ -63,7 +63,7 @@ class CacheOfKeptStates(Cache):
 
 
 class _KeysAndValuesMade(Exception):
-    """Ends a layer's run where its keys and values are cached."""
+    """Ends a layer's run where its keys and values are made."""
 
 
 class _CacheOfOneLayer(Cache):
@@ -117,10 +117,10 @@ def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
 def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
     Has the layers of a stack, wherever a [`CacheOfKeptStates`] comes that names them, run for the states that are
-    kept: by their own code, on the others as far as their keys and values, and on the kept ones, by those, to their
-    end. Elsewhere what comes out of a layer, and what other hooks on it see, is what went in. So it is, too, at the
-    positions that an `image_mask` of shape `(batch, seq_len)` marks, where layers get one. Layers of types that are
-    not known stay as they are.
+    kept: by their own code, first on the others (or on all, where so many last ones are kept) as far as their keys and
+    values, then on the kept ones to their end. Other hooks on a layer see these two runs. Elsewhere what comes out of
+    a layer is what went in. So it is, too, at the positions that an `image_mask` of shape `(batch, seq_len)` marks,
+    where layers get one. Layers of types that are not known stay as they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.
@@ -131,7 +131,7 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
 
 
 def is_worth_it(kept: int | torch.Tensor, seq_len: int) -> bool:
-    """Whether more is saved than the run for keys and values costs, which is about a quarter of a layer's."""
+    """Whether more is saved than it costs: a run for keys and values, about a quarter of a layer's, or the sorting."""
     num_kept = kept if isinstance(kept, int) else kept.shape[1]
     return 0 < num_kept <= 0.75 * seq_len
 
@@ -225,10 +225,11 @@ def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     if keys_and_values is None and image_mask is None:
         return None
     states = output[0] if isinstance(output, tuple) else output
+    # The layer may have taken what it was given to its own device
     if keys_and_values is None:
-        before = args[0] if args else kwargs["hidden_states"]
+        before = (args[0] if args else kwargs["hidden_states"]).to(states)
     else:
-        before, kept = keys_and_values.hidden_states, keys_and_values.kept
+        before, kept = keys_and_values.hidden_states.to(states), keys_and_values.kept
         if isinstance(kept, int):
             states = torch.cat([before[:, :-kept], states], dim=1)  # (batch, seq_len, hidden)
         else:

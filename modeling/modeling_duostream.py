@@ -705,7 +705,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 images_per_row,
                 segment_ids,
             )
-            if (has_new_images and self.config.bidirectional_images) or token_type_ids is not None:
+            # Flash kernels take no masks, so their layers make all states
+            needs_mask = image_mask is not None and not is_flash_attention_requested(self.config.fusion_stack_config)
+            needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)
+            if needs_mask or token_type_ids is not None:
                 if is_image is None:
                     is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=self.device)
                 block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len, segment_ids)
@@ -1223,6 +1226,12 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             **kwargs,
         )
         if past_key_values is None or is_first_iteration:
+            if not self.config.update_image_states and input_ids.shape[1] > 0:
+                check(
+                    (input_ids[:, -1] != self.config.image_token_id).all(),
+                    "With `update_image_states=False` a picture's tokens know nothing of the prompt: it must end on "
+                    "text, as those of the chat template do",
+                )
             # Generated tokens are causal; so the prefix matters only while it is read
             model_inputs["token_type_ids"] = token_type_ids
         if past_key_values is not None and past_key_values.is_compileable and not is_first_iteration:

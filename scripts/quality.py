@@ -89,7 +89,7 @@ class QualityArguments:
     num_layers: int = field(default=4, metadata={"help": "Of each side; half of an encoder-decoder's decode."})
     peer_num_layers: int | None = field(
         default=None,
-        metadata={"help": "The peer's, whose layers may be larger (cross-attention): as many by default."},
+        metadata={"help": "The peer's, whose layers may be larger; those of its own ViT, too. By default as many."},
     )
     num_text_layers: int = field(
         default=1, metadata={"help": "How many of DuoStream's are the text stream's; the others are fusion layers."}
@@ -433,7 +433,14 @@ def with_first_token(processor: DuoStreamProcessor) -> DuoStreamProcessor:
 
 
 def encoder_decoder(args: QualityArguments, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Marian for translation, BART for summaries: an encoder and a decoder that share the layers between them."""
+    """
+    Marian for translation, BART for summaries: an encoder and a decoder that share the layers between them.
+
+    Raises:
+        ValueError: They can't.
+    """
+    if args.num_peer_layers % 2:
+        raise ValueError(f"The peer has {args.num_peer_layers} layers, half of which decode: expected an even number")
     config_class = MarianConfig if task == "translation" else BartConfig
     config = config_class(
         vocab_size=len(tokenizer),

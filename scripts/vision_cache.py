@@ -1,6 +1,8 @@
 """What a frozen vision stream makes of the pictures: made once, and kept on disk for later epochs and runs."""
 
 import os
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -61,18 +63,29 @@ class StoredStates:
 
 @dataclass
 class PictureLoader:
-    """Loads the pictures that stand at an `index` among rows, at a `position` of theirs: `pixel_values` of a batch."""
+    """
+    Loads the pictures that stand at an `index` among rows, at a `position` of theirs: `pixel_values` of a batch; or
+    gives the error to raise. Raised in a worker it would be in a traceback's midst, and the workers would outlive it.
+    """
 
     rows: Rows
     image_processor: BaseImageProcessor
 
-    def __call__(self, places: list[dict[str, int]]) -> torch.Tensor:
+    def __call__(self, places: list[dict[str, int]]) -> torch.Tensor | ValueError:
         chosen = self.rows[[place["index"] for place in places]]
-        pictures = [
-            load_pictures([images[place["position"]]], f"Row {row}")[0]
-            for images, row, place in zip(chosen["images"], chosen["row"], places, strict=True)
-        ]
+        try:
+            pictures = [
+                load_pictures([images[place["position"]]], f"Row {row}")[0]
+                for images, row, place in zip(chosen["images"], chosen["row"], places, strict=True)
+            ]
+        except ValueError as error:
+            return error
         return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
+def batches_of(loader: DataLoader) -> Generator[torch.Tensor | ValueError]:
+    """Starts its workers when the first batch is asked for: a process that finds the states on disk needs none."""
+    yield from loader
 
 
 def with_states(
@@ -131,26 +144,30 @@ def with_states(
     vision_model.to(args.device)
     base.projector.to(args.device)
     to_read = Dataset.from_dict(places)
-    loader = DataLoader(
-        to_read,
-        batch_size=args.per_device_eval_batch_size,
-        collate_fn=PictureLoader(rows, image_processor),
-        num_workers=args.dataloader_num_workers,
+    batches = batches_of(
+        DataLoader(
+            to_read,
+            batch_size=args.per_device_eval_batch_size,
+            collate_fn=PictureLoader(rows, image_processor),
+            num_workers=args.dataloader_num_workers,
+            # One of its own, so that all that is random is the same whether pictures are read or not
+            generator=torch.Generator(),
+        )
     )
-    # Its workers start with the first batch that is asked for: a process that finds the states on disk needs none
-    batches = (pixel_values for pixel_values in loader)
 
     @torch.no_grad()
     def read(batch: dict[str, list]) -> dict[str, list]:
-        pixel_values = next(batches).to(args.device)
-        states = base.get_image_features(pixel_values, return_dict=True).last_hidden_state
+        pixel_values = next(batches)
+        if isinstance(pixel_values, ValueError):
+            raise pixel_values
+        states = base.get_image_features(pixel_values.to(args.device), return_dict=True).last_hidden_state
         states = states.contiguous().cpu().view(torch.uint8).flatten(1)  # (num_images, bytes of a picture's states)
         return {"states": [each.numpy().tobytes() for each in states]}
 
     # Named, as rows that were put together in memory have no place on disk beside which theirs would be kept
     folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE) / "duostream_vision")
     folder.mkdir(parents=True, exist_ok=True)
-    with args.main_process_first(desc="reading pictures"):
+    with closing(batches), args.main_process_first(desc="reading pictures"):
         states = to_read.map(
             read,
             batched=True,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from backbones import TEXTS, VISIONS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -312,9 +313,18 @@ def test_image_states_that_are_read_alone_go_through_no_layer(reader: Any) -> No
 
 @torch.no_grad()
 def test_layers_that_leave_image_states_out_give_the_logits_and_the_cache_of_those_that_make_all(reader: Any) -> None:
-    for inputs in prompts(reader):
+    # Rows with their pictures in common columns, of which those of the longest text are kept: in other rows some of
+    # these hold a picture. One row has a picture more.
+    rows = [*(Row(reader, PICTURE, PICTURE, num_words) for num_words in (3, 2, 4)), Row(reader, *[PICTURE] * 3, 4)]
+    cases = [(Row(reader, PICTURE, 9).inputs, 9), (Row(reader, 9).inputs, 9)]
+    if "sliding_attention" not in layer_types(reader.config.text_config):
+        cases.append((batch(rows), 4 * len(rows)))
+    for inputs, num_kept in cases:
         # Whoever asks for states gets all of them
-        whole, cut = reader(**inputs, output_hidden_states=True), reader(**inputs)
+        whole = reader(**inputs, output_hidden_states=True)
+        with watched(reader, 0) as lengths:
+            cut = reader(**inputs)
+        assert set(lengths) == {num_kept}
         is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         is_text = is_token & (inputs["input_ids"] != reader.config.image_token_id)
         assert difference(cut.logits[is_text], whole.logits[is_text]) < ENOUGH
@@ -365,12 +375,37 @@ def test_checkpoints_of_activations_leave_image_states_as_they_are() -> None:
 @torch.no_grad()
 def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(bidirectional_images: bool) -> None:
     model = small_model(update_image_states=False, bidirectional_images=bidirectional_images)
-    rows = ragged_rows(model)
+    rows = [*(Row(model, PICTURE, PICTURE, num_words) for num_words in (3, 2, 4)), Row(model, 12)]
     options = {"max_new_tokens": 6, "do_sample": False}
+    with watched(model, 0) as lengths:
+        model(**batch(rows[:-1]))
+        model(**rows[0].inputs)
+    assert lengths == [3 * 4, 3]
     alone = [model.generate(**row.inputs, **options, use_cache=False)[0, -6:].tolist() for row in rows]
     for kind in (None, "static"):
         answers = model.generate(**batch(rows), **options, cache_implementation=kind)[:, -6:]
         assert answers.tolist() == alone
+
+
+def test_nothing_is_written_right_behind_a_picture_that_is_read_alone() -> None:
+    inputs = Row(small_model(), 3, PICTURE).inputs
+    with pytest.raises(ValueError, match="it must end on text"):
+        small_model(update_image_states=False).generate(**inputs, max_new_tokens=1)
+    assert small_model().generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+@pytest.mark.parametrize("update_image_states", [True, False])
+@torch.no_grad()
+def test_the_last_layer_may_be_on_a_device_of_its_own(update_image_states: bool) -> None:
+    model = small_model(cls=DuoStreamModel, update_image_states=update_image_states)
+    for part in (model.fusion_model.layers[-1], model.fusion_model.norm):
+        add_hook_to_module(part.to("meta"), AlignDevicesHook(execution_device="meta"))
+    inputs = Row(model, PICTURE, PICTURE, 3).inputs
+    for options in ({"states_to_keep": 1}, {"states_to_keep": 1, "use_cache": False}, {"output_hidden_states": True}):
+        states = model(**inputs, **options).last_hidden_state
+        assert states.device.type == "meta" and states.shape[1] == options.get(
+            "states_to_keep", len(inputs["input_ids"][0])
+        )
 
 
 @torch.no_grad()

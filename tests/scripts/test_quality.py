@@ -223,6 +223,12 @@ def test_texts_are_no_peer_for_llava(dataset, tmp_path):
         compare({**options, "output": tmp_path / "out.json"})
 
 
+def test_a_peer_that_reads_and_writes_by_halves_has_an_even_number_of_layers(dataset, tmp_path):
+    options = {"task": "translation", "dataset": dataset, "image_column": "", **SIZE, "peer_num_layers": 3}
+    with pytest.raises(ValueError, match="The peer has 3 layers, half of which decode: expected an even number"):
+        compare({**options, "output": tmp_path / "out.json"})
+
+
 def test_unknown_sides_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`sides` has \['theirs'\]; there are 'duostream', 'peer', 'blind', and"):
         compare({"output": tmp_path / "out.json"}, "--sides", "theirs")

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import shutil
 
 import datasets
@@ -127,10 +128,11 @@ def test_each_picture_is_read_once_and_by_a_later_run_not_at_all(pretrained, par
         assert row.keys() == other.keys() and "images" not in row
 
 
-def test_states_are_those_that_the_stream_gives_in_its_own_type(parts, photographs, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"per_device_eval_batch_size": 1, "dataloader_num_workers": 2}], ids=str)
+def test_states_are_those_that_the_stream_gives_in_its_own_type(parts, photographs, tmp_path, options):
     rows = load_mixture(caption_options(photographs))
     model, processor = parts[0].to(torch.bfloat16), parts[1]
-    stored = with_states(rows, model, processor, training_options(tmp_path, per_device_eval_batch_size=8))
+    stored = with_states(rows, model, processor, training_options(tmp_path, **options))
     assert len(stored) == len(rows) > 0
     expected = DuoStreamDataCollator(processor)(list(rows))["pixel_values"]
     got = DuoStreamDataCollator(processor)(list(stored))
@@ -139,6 +141,29 @@ def test_states_are_those_that_the_stream_gives_in_its_own_type(parts, photograp
     assert states.dtype == torch.bfloat16
     with torch.no_grad():
         torch.testing.assert_close(states, model.get_image_features(expected).last_hidden_state)
+
+
+def test_workers_start_where_pictures_are_read_alone_and_nothing_random_is_drawn(
+    parts, photographs, tmp_path, monkeypatch
+):
+    args = training_options(tmp_path, dataloader_num_workers=1)
+    rows = load_mixture(caption_options(photographs))
+    before = torch.get_rng_state()
+    with_states(rows, *parts, args)
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail("a worker was started"))
+    with_states(rows, *parts, args)
+    with pytest.raises(pytest.fail.Exception, match="a worker was started"):
+        with_states(rows.select(range(2)), *parts, args)
+
+
+def test_a_picture_that_a_worker_cannot_read_names_its_row_and_leaves_no_worker_behind(parts, tmp_path):
+    photographs = save_photographs(tmp_path / "photographs")
+    (photographs / "train" / "2.jpg").write_bytes(b"<html>")
+    rows = load_mixture(caption_options(photographs))
+    with pytest.raises(ValueError, match=r"^Row 4: a picture can't be read"):
+        with_states(rows, *parts, training_options(tmp_path / "run", dataloader_num_workers=2))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
