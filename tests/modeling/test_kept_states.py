@@ -119,9 +119,10 @@ def test_some_last_positions_are_those_of_all(model: Any) -> None:
             assert difference(model(**inputs, logits_to_keep=num_kept).logits, expected) < ENOUGH
 
 
+@pytest.mark.parametrize("update_image_states", [True, False])
 @torch.no_grad()
-def test_a_second_picture_is_read_behind_a_cached_one() -> None:
-    model = small_model()
+def test_a_second_picture_is_read_behind_a_cached_one(update_image_states: bool) -> None:
+    model = small_model(update_image_states=update_image_states)
     row = Row(model, PICTURE, 4, PICTURE, 5)
     first_len = model.config.image_seq_length + 4
     expected = model(**row.inputs).logits[:, -1:]
@@ -385,6 +386,8 @@ def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(bidi
     for kind in (None, "static"):
         answers = model.generate(**batch(rows), **options, cache_implementation=kind)[:, -6:]
         assert answers.tolist() == alone
+    beams = [model.generate(**batch(rows), **options, num_beams=3, use_cache=cached) for cached in (False, True)]
+    assert torch.equal(*beams)
 
 
 def test_nothing_is_written_right_behind_a_picture_that_is_read_alone() -> None:

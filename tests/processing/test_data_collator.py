@@ -734,11 +734,11 @@ def tiny_model(processor, **kwargs):
 
 
 @pytest.mark.parametrize("bidirectional_prefix", [False, True])
-@pytest.mark.parametrize("restart_positions", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"restart_positions": True}, {"update_image_states": False}], ids=str)
 @pytest.mark.parametrize("stored", [False, True])
-def test_packed_rows_give_the_loss_and_gradients_of_rows_apart(bidirectional_prefix, restart_positions, stored):
+def test_packed_rows_give_the_loss_and_gradients_of_rows_apart(bidirectional_prefix, fields, stored):
     processor = make_processor(bidirectional_prefix=bidirectional_prefix)
-    model = tiny_model(processor, restart_positions=restart_positions)
+    model = tiny_model(processor, **fields)
     rows = [
         question("What color is the square, and where?", "It is red, and at the left.", num_images=2),
         question("What?", "That."),
