@@ -137,8 +137,8 @@ class DuoStreamConfig(PreTrainedConfig):
             stands before them: then its masks are causal ones, for which there are faster kernels (flash attention).
         update_image_states (`bool`, *optional*, defaults to `True`):
             Whether the fusion layers make new states for image tokens, too, or each layer reads those that the
-            projector made, as keys and values alone: then a picture costs a fraction of it. (As in SAISA: Yuan et al.
-            2025, section 3, here for the fusion layers.)
+            projector made, as keys and values alone: then a picture costs a fraction of it, and a prompt must not end
+            on one. To be chosen before training. (SAISA, Yuan et al. 2025, arXiv 2502.02458, here for fusion layers.)
         restart_positions (`bool`, *optional*, defaults to `False`):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
