@@ -163,6 +163,15 @@ def test_the_base_model_gives_the_states_that_are_kept() -> None:
         assert difference(states, whole[:, -2:]) < ENOUGH
 
 
+def with_last_words_labelled(rows: list[Row], side: str) -> dict[str, torch.Tensor]:
+    """A padded batch in which the last three words of each row are to be learnt, and all before is the prefix."""
+    inputs = batch(rows, side)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for i, place in places(rows, side):
+        labels[i, place.stop - 3 : place.stop] = inputs["input_ids"][i, place.stop - 3 : place.stop]
+    return inputs | {"token_type_ids": (labels != -100).long(), "labels": labels}
+
+
 def trained(model: Any, inputs: dict[str, Any], **kwargs: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients."""
     model.zero_grad()
@@ -171,26 +180,26 @@ def trained(model: Any, inputs: dict[str, Any], **kwargs: Any) -> tuple[float, d
     return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+def assert_learnt_the_same(got: tuple[float, dict[str, Any]], expected: tuple[float, dict[str, Any]]) -> None:
+    (loss, gradients), (expected_loss, expected_gradients) = got, expected
+    assert abs(loss - expected_loss) < ENOUGH
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert difference(gradient, gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+
+
 def test_in_training_the_last_layer_works_for_labelled_positions_alone_with_the_same_gradients(model: Any) -> None:
     rows = ragged_rows(model)
     model.training = True  # of the head alone: there is no dropout
     for side in ("left", "right"):
-        inputs = batch(rows, side)
-        labels = torch.full_like(inputs["input_ids"], -100)
-        for i, place in places(rows, side):
-            labels[i, place.stop - 3 : place.stop] = inputs["input_ids"][i, place.stop - 3 : place.stop]
-        inputs["token_type_ids"] = (labels != -100).long()
-        inputs["labels"] = labels
-        loss, gradients = trained(model, inputs)
+        inputs = with_last_words_labelled(rows, side)
+        expected = trained(model, inputs)
         with watched(model) as lengths:
             # As `Trainer` says how many labels there are
-            count = (labels[:, 1:] != -100).sum()
-            cut_loss, cut_gradients = trained(model, inputs, targets_per_row=3, num_items_in_batch=count)
+            count = (inputs["labels"][:, 1:] != -100).sum()
+            cut = trained(model, inputs, targets_per_row=3, num_items_in_batch=count)
         assert set(lengths) == {3 * len(rows)}
-        assert abs(loss - cut_loss) < ENOUGH
-        assert gradients.keys() == cut_gradients.keys()
-        for name, gradient in gradients.items():
-            assert difference(gradient, cut_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+        assert_learnt_the_same(cut, expected)
     model.eval()
 
 
@@ -200,13 +209,12 @@ def test_with_checkpoints_of_activations_all_states_are_made_with_the_same_loss(
     labels = row.ids[None].clone()
     labels[:, :-4] = -100
     inputs = {**row.inputs, "labels": labels, "targets_per_row": 4}
-    loss, gradients = trained(model, inputs)
+    expected = trained(model, inputs)
     model.gradient_checkpointing_enable()
     with watched(model) as lengths:
-        again, same_gradients = trained(model, inputs)
-    assert set(lengths) == {len(row)} and abs(loss - again) < ENOUGH
-    for name, gradient in gradients.items():
-        assert difference(gradient, same_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+        again = trained(model, inputs)
+    assert set(lengths) == {len(row)}
+    assert_learnt_the_same(again, expected)
 
 
 def test_most_positions_are_not_worth_a_second_run() -> None:
@@ -341,21 +349,13 @@ def test_layers_that_leave_image_states_out_learn_the_same(reader: Any) -> None:
     rows = ragged_rows(reader)
     reader.training = True
     for side in ("left", "right"):
-        inputs = batch(rows, side)
-        labels = torch.full_like(inputs["input_ids"], -100)
-        for i, place in places(rows, side):
-            labels[i, place.stop - 3 : place.stop] = inputs["input_ids"][i, place.stop - 3 : place.stop]
-        inputs["token_type_ids"] = (labels != -100).long()
-        inputs["labels"] = labels
-        loss, gradients = trained(reader, inputs, output_hidden_states=True)
+        inputs = with_last_words_labelled(rows, side)
+        expected = trained(reader, inputs, output_hidden_states=True)
         with watched(reader, 0) as lengths:
-            cut_loss, cut_gradients = trained(reader, inputs)
+            cut = trained(reader, inputs)
         # The longest text, in each row
         assert set(lengths) == {12 * len(rows)}
-        assert abs(loss - cut_loss) < ENOUGH
-        assert gradients.keys() == cut_gradients.keys()
-        for name, gradient in gradients.items():
-            assert difference(gradient, cut_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+        assert_learnt_the_same(cut, expected)
     reader.eval()
 
 
@@ -363,13 +363,10 @@ def test_checkpoints_of_activations_leave_image_states_as_they_are() -> None:
     model = small_model(update_image_states=False).train()
     row = Row(model, PICTURE, 9)
     inputs = {**row.inputs, "labels": row.ids[None].masked_fill(row.ids == model.config.image_token_id, -100)}
-    loss, gradients = trained(model, inputs)
+    expected = trained(model, inputs)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        again, same_gradients = trained(model, inputs)
-        assert abs(loss - again) < ENOUGH
-        for name, gradient in gradients.items():
-            assert difference(gradient, same_gradients[name]) < ENOUGH * max(1, gradient.abs().max().item()), name
+        assert_learnt_the_same(trained(model, inputs), expected)
 
 
 @pytest.mark.parametrize("bidirectional_images", [True, False])

@@ -177,6 +177,9 @@ def test_some_layers_are_left_for_the_fusion_stack():
 def test_there_are_no_more_fusion_layers_than_are_left():
     with pytest.raises(ValueError, match="`num_fusion_layers` is 3; expected 1 to 2"):
         quality.QualityArguments(num_layers=4, num_text_layers=2, num_fusion_layers=3)
+
+
+def test_a_peer_has_at_least_a_layer():
     with pytest.raises(ValueError, match="`peer_num_layers` is 0; expected 1 or more"):
         quality.QualityArguments(peer_num_layers=0)
 
