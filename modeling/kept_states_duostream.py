@@ -164,8 +164,8 @@ def others_of(kept: torch.Tensor, seq_len: int) -> torch.Tensor:
 
 def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = _find(CacheOfKeptStates, args, kwargs)
-    # A copy of a layer has this hook, too
-    if cache is None or layer not in cache.kept:
+    # A copy of a layer has this hook, too. Where a layer is compiled with its hooks, it makes all states.
+    if cache is None or layer not in cache.kept or torch.compiler.is_compiling():
         return None
     kept = cache.kept[layer]
     is_static = cache.is_compileable
@@ -194,7 +194,9 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     # By position what came so, as other hooks may look there
     in_place = [given.pop(name) for name in names]
     try:
-        layer(*in_place, **given)
+        # Of a layer whose forward is compiled, a run that ends in the middle would have all others run uncompiled, too
+        with torch.compiler.set_stance("force_eager"):
+            layer(*in_place, **given)
     except _KeysAndValuesMade:
         return tuple(cut.pop(name) for name in names), cut
     raise RuntimeError(f"{type(layer).__name__} was given a cache, but cached no keys and values")

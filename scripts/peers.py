@@ -45,6 +45,24 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "num_attention_heads": 12,
         },
     ),
+    # SmolLM2-1.7B and SigLIP-SO400M, of a size that keeps a GPU busy
+    "smollm2-1.7b": (
+        {
+            "vocab_size": 49152,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        {
+            "patch_size": 14,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+        },
+    ),
     "tiny": (
         {
             "vocab_size": 99,

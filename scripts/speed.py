@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.masking_utils import create_masks_for_generate
 
@@ -46,7 +48,11 @@ class SpeedArguments:
     """
 
     preset: str = field(
-        default="smollm2", metadata={"help": "`smollm2`: as large as SmolLM2-135M and SigLIP-B/16; or `tiny`."}
+        default="smollm2",
+        metadata={
+            "help": "`smollm2`: as large as SmolLM2-135M and SigLIP-B/16; `smollm2-1.7b`, with SigLIP-SO400M, which "
+            "keeps a GPU busy; or `tiny`."
+        },
     )
     peers: list[str] = field(
         default_factory=lambda: list(PEERS),
@@ -128,6 +134,16 @@ class TrainingStepArguments(SpeedArguments):
         default_factory=lambda: [0],
         metadata={"help": "How many labels' logits we make at a time (`config.loss_chunk_size`); 0: all at once."},
     )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "Compile each layer of all sides (`torch.compile`), not the whole models."}
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the device reaches at best, in 10^12 operations a second, to tell the share of it that a step "
+            "reaches: 989 for an H100 and bfloat16, by the vendor."
+        },
+    )
 
 
 @dataclass
@@ -153,7 +169,9 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
         if not batch_sizes:
             continue
         set_seed(args.seed)
-        sides = make_sides(args.preset, image_tokens, args.fusion_layers, args.peers)
+        # First weights of billions take minutes on a CPU
+        with torch.device(args.device):
+            sides = make_sides(args.preset, image_tokens, args.fusion_layers, args.peers)
         for name in map(str, args.fusion_layers):
             sides[name].config.bidirectional_images = args.bidirectional_images
             sides[name].config.update_image_states = args.update_image_states
@@ -277,7 +295,8 @@ def training_step(
     freeze(model, frozen)
     model.train()
     (model.activation_checkpointing_enable if is_checkpointing else model.activation_checkpointing_disable)()
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # as `Trainer` makes it
 
     def step() -> None:
         model(**batch, use_cache=False).loss.backward()
@@ -285,6 +304,25 @@ def training_step(
         optimizer.zero_grad()
 
     return step
+
+
+def count_operations(step: Callable[[], None]) -> int:
+    """Multiplications and additions of all matrix products and attention of a step, run once and not compiled."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def compile_layers_of(model: PreTrainedModel) -> None:
+    """
+    Compiles what each layer does, and not the hooks around it. Layers of one kind share what is compiled, which takes
+    seconds where whole models take minutes (as `accelerate.utils.compile_regions`, which puts other modules in their
+    places).
+    """
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            for layer in stack:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
@@ -296,8 +334,14 @@ def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
                 name: training_step(model, inputs[name], args.text_len // 2, frozen, checkpointing == "on")
                 for name, model in sides.items()
             }
+            operations = {name: count_operations(step) for name, step in steps.items()}
+            if args.compile_layers:
+                torch.compiler.reset()
+                for model in sides.values():
+                    compile_layers_of(model)
             seconds = in_turn({name: timer(step, args.clock) for name, step in steps.items()}, args.repeats)
             peaks = {name: peak_bytes(step, args.device) for name, step in steps.items()}
+            tokens = cell["batch_size"] * (cell["image_tokens"] + args.text_len)
             bar = 2.0 if frozen == "nothing" and cell["image_tokens"] == 576 else None
             for ours, peer, told in pairs(args):
                 peak = {"peak_bytes_ours": peaks[ours], "peak_bytes_theirs": peaks[peer]}
@@ -306,9 +350,17 @@ def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
                     "frozen": frozen,
                     "checkpointing": checkpointing,
                     "loss_chunk_size": chunk_size,
+                    "compiled": args.compile_layers,
                     **told,
                 }
-                yield {**case, **peak, **compare(seconds, ours, peer), "at_least": bar}
+                figures = compare(seconds, ours, peer)
+                for name, side in ((ours, "ours"), (peer, "theirs")):
+                    tflops = operations[name] / figures[f"seconds_{side}"] / 1e12
+                    figures |= {f"tokens_per_second_{side}": tokens / figures[f"seconds_{side}"]}
+                    figures |= {f"tflops_{side}": tflops}
+                    if args.peak_tflops:
+                        figures |= {f"peak_share_{side}": tflops / args.peak_tflops}
+                yield {**case, **peak, **figures, "at_least": bar}
 
 
 def measure_overhead(args: OverheadArguments) -> Iterator[Row]:

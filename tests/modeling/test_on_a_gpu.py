@@ -1,0 +1,170 @@
+"""
+What shows on a GPU alone: that it says what a CPU says, never makes the host wait, and uses the kernels it has. These
+tests are skipped without one. `DUOSTREAM_TEST_DEVICE=cuda` has the other tests of this folder make their models there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import PICTURE, Row, answered_row, batch, difference, places, ragged_rows, save_learnt, small_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+
+from duostream import DuoStreamDataCollator, DuoStreamForConditionalGeneration
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FLASH = [
+    pytest.param(
+        f"flash_attention_{number}",
+        marks=pytest.mark.skipif(not is_available(), reason="the package isn't installed"),
+    )
+    for number, is_available in (
+        (2, is_flash_attn_2_available),
+        (3, is_flash_attn_3_available),
+        (4, is_flash_attn_4_available),
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+@contextmanager
+def host_never_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def rows_without_padding(model: Any) -> dict[str, torch.Tensor]:
+    inputs = on_gpu(batch([Row(model, PICTURE, 6) for _ in range(3)]))
+    del inputs["attention_mask"]  # the library looks whether it hides anything, and waits for the answer
+    return inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "tiny", "gpt2"])
+@pytest.mark.parametrize("update", [True, False], ids=["updated", "read"])
+def test_a_gpu_says_what_a_cpu_says(kind: str, update: bool) -> None:
+    model = small_model(kind, update_image_states=update)
+    rows = ragged_rows(model)
+    inputs = batch(rows)
+    expected = model(**inputs).logits
+    for use_cache in (True, False):
+        got = model.cuda()(**on_gpu(inputs), use_cache=use_cache).logits.cpu()
+        for i, place in places(rows, "left"):
+            assert difference(got[i, place], expected[i, place]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "tiny", "gpt2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_row_in_a_batch_writes_what_it_writes_alone(kind: str, cache: str) -> None:
+    # A step over a static cache is compiled, to a graph of the GPU
+    model = small_model(kind).cuda()
+    rows = ragged_rows(model)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    together = model.generate(**on_gpu(batch(rows)), **options, cache_implementation=cache)
+    for i, row in enumerate(rows):
+        alone = model.generate(**on_gpu(row.inputs), **options)
+        assert torch.equal(together[i, -6:], alone[0, -6:])
+
+
+@pytest.mark.parametrize("update", [True, False], ids=["updated", "read"])
+def test_the_host_never_waits_in_a_training_step(update: bool) -> None:
+    model = small_model("llama", update_image_states=update).cuda().train()
+    inputs = rows_without_padding(model)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    hints = {"targets_per_row": 3, "images_per_row": 1}
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        model(**inputs, labels=labels, **hints).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with host_never_waits():
+        step()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_host_never_waits_while_a_prompt_is_read_and_a_token_is_written(kind: str) -> None:
+    model = small_model(kind).cuda()
+    inputs = rows_without_padding(model)
+    new = torch.full((3, 1), 5, device="cuda")
+    types = (torch.cat([inputs["input_ids"], new], dim=1) == model.config.image_token_id).long()
+    model(**inputs, images_per_row=1)  # warms up
+    with host_never_waits():
+        cache = model(**inputs, images_per_row=1, use_cache=True, logits_to_keep=1).past_key_values
+    with host_never_waits():
+        model(input_ids=new, past_key_values=cache, mm_token_type_ids=types)
+
+
+@torch.no_grad()
+def test_pictures_that_are_read_forwards_only_go_through_torchs_flash_kernel() -> None:
+    model = small_model("llama", bidirectional_images=False).cuda()
+    inputs = rows_without_padding(model)
+    expected = model(**inputs).logits
+    model.to(torch.bfloat16)
+    # Which takes no masks: no other kernel is there to take one
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        got = model(**inputs).logits.float()
+    assert difference(got, expected) < 0.1 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", FLASH)
+def test_flash_attention_gives_what_sdpa_gives(implementation: str) -> None:
+    model = small_model("llama", bidirectional_images=False).cuda().to(torch.bfloat16)
+    rows = ragged_rows(model)
+    inputs = on_gpu(batch(rows))
+    expected = model(**inputs).logits.float()
+    model.set_attn_implementation(implementation)
+    assert model.model.fusion_model.config._attn_implementation == implementation
+    for use_cache in (True, False):
+        got = model(**inputs, use_cache=use_cache).logits.float()
+        for i, place in places(rows, "left"):
+            assert difference(got[i, place], expected[i, place]) < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_trainer_learns_on_a_gpu(precision: str, tmp_path: Path) -> None:
+    rows = [answered_row("What colour?", color, color) for color in ("red", "green", "blue")]
+    folder = save_learnt(tmp_path / "learnt", rows)
+    model = DuoStreamForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    for weight in model.model.projector.parameters():
+        weight.data.normal_(std=0.02)  # there is something to learn again
+    args = TrainingArguments(
+        str(tmp_path / "out"),
+        max_steps=30,
+        per_device_train_batch_size=3,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        remove_unused_columns=False,
+        report_to="none",
+        **{precision: True},
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=DuoStreamDataCollator(processor))  # type: ignore[arg-type]
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert next(model.parameters()).is_cuda
+    assert losses[-1] < 0.5 * losses[0]
