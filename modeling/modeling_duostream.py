@@ -424,8 +424,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def split_cache(self, past_key_values: Cache) -> tuple[Cache, Cache | None]:
         """Views of one cache: the fusion stack's layers, and the text stream's behind them (`None` for an encoder)."""
+        is_text_causal = self.config.is_text_causal
         num_fusion_layers = self.config.fusion_stack_config.num_hidden_layers
-        num_layers = num_fusion_layers + self.config.text_config.num_hidden_layers * self.config.is_text_causal
+        num_layers = num_fusion_layers + self.config.text_config.num_hidden_layers * is_text_causal
         while past_key_values.layer_class_to_replicate is not None and len(past_key_values.layers) < num_layers:
             past_key_values.layers.append(past_key_values.layer_class_to_replicate())
         if len(past_key_values.layers) != num_layers:
@@ -441,7 +442,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 view.only_non_sliding = past_key_values.only_non_sliding
                 view.prefetch_stream = past_key_values.prefetch_stream
             views.append(view)
-        return views[0], views[1] if self.config.is_text_causal else None
+        return views[0], views[1] if is_text_causal else None
 
     def image_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the placeholders of image tokens stand: a mask of shape `(batch, seq_len)`."""
@@ -640,12 +641,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if use_cache is None:
             # The library's models fill a cache in training, too. Without one the text is packed closer.
             use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
-        use_cache = use_cache and self.config.is_text_causal and segment_ids is None
-        if segment_ids is not None and (past_key_values is not None or not self.config.is_text_causal):
+        # Asked for once: at a decoding step of one row the host is what takes time
+        is_text_causal = self.config.is_text_causal
+        use_cache = use_cache and is_text_causal and segment_ids is None
+        if segment_ids is not None and (past_key_values is not None or not is_text_causal):
             raise ValueError("`segment_ids` are for a text stream that is a decoder, and go without `past_key_values`")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
-        elif past_key_values is not None and not self.config.is_text_causal:
+        elif past_key_values is not None and not is_text_causal:
             raise ValueError("`past_key_values` can't be used: an encoder's text states change with every new token")
         fusion_cache, text_cache = (None, None) if past_key_values is None else self.split_cache(past_key_values)
 
@@ -658,16 +661,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if image_features is None:
                 # The vision stream's states alone, as they are kept where that stream is frozen
                 image_features = self.projector(outputs.last_hidden_state.to(self.dtype))
-        # Decoding reads no pictures on any rank
-        is_decoding = fusion_cache is not None and fusion_cache.get_seq_length() > 0
+        past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
+        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
         unused = None
-        # In this order: with a static cache only the device knows whether it decodes
-        if image_features is None and self._are_weights_shared_out and not is_decoding:
+        # Decoding reads no pictures on any rank. With a static cache only the device knows whether it decodes, and is
+        # asked last.
+        may_be_first = isinstance(past_len, torch.Tensor) or past_len == 0
+        if image_features is None and may_be_first and self._are_weights_shared_out and past_len == 0:
             unused = self._read_unused_picture()
         num_image_tokens = 0 if image_features is None else image_features.shape[:-1].numel()
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
-        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
 
         fusion_attention_mask, block_ids, image_mask = attention_mask, None, None
         if isinstance(attention_mask, dict):
@@ -756,12 +759,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
         cache, kept = fusion_cache, {}
-        layers = layers_of(self.fusion_model)
         if image_mask is not None:
             kwargs["image_mask"] = image_mask
             if layout.text_index is not None and is_worth_it(layout.text_index, seq_len):
-                kept = dict.fromkeys(layers, layout.text_index)
-        if layers and is_worth_it(states_to_keep, seq_len):
+                kept = dict.fromkeys(layers_of(self.fusion_model), layout.text_index)
+        if is_worth_it(states_to_keep, seq_len) and (layers := layers_of(self.fusion_model)):
             kept[layers[-1]] = states_to_keep
         has_own_mask = block_ids is not None or segment_ids is not None
         if kept and self._may_cut_layers(fusion_cache, has_own_mask, kwargs):

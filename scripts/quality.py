@@ -145,6 +145,10 @@ class QualityArguments:
         default=32,
         metadata={"help": "Rows a step; answers a step, where `conversations_per_row` puts several in DuoStream's."},
     )
+    dataloader_num_workers: int = field(
+        default=1,
+        metadata={"help": "Processes that make batches, for each side: more where the device would wait for one."},
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     sides: list[str] = field(
         default_factory=lambda: ["duostream", "peer"],
@@ -598,9 +602,9 @@ def train_and_measure(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_num_workers=1,
+        dataloader_num_workers=args.dataloader_num_workers,
         # A worker for each pass over few rows would take longer than the pass
-        dataloader_persistent_workers=True,
+        dataloader_persistent_workers=args.dataloader_num_workers > 0,
         # As much padding for all sides: little
         train_sampling_strategy="group_by_length" if "length" in rows.column_names else "random",
     )
