@@ -244,4 +244,8 @@ def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
 
 
 def _find(cache_class: type[AnyCache], args: tuple, kwargs: dict[str, Any]) -> AnyCache | None:
-    return next((each for each in (*args, *kwargs.values()) if isinstance(each, cache_class)), None)
+    # A plain loop: each layer asks twice a decoding step, when the host is what takes time
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, cache_class):
+            return each
+    return None
