@@ -761,9 +761,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         cache, kept = fusion_cache, {}
         if image_mask is not None:
             kwargs["image_mask"] = image_mask
-            if layout.text_index is not None and is_worth_it(layout.text_index, seq_len):
-                kept = dict.fromkeys(layers_of(self.fusion_model), layout.text_index)
-        if is_worth_it(states_to_keep, seq_len) and (layers := layers_of(self.fusion_model)):
+        layers = layers_of(self.fusion_model) if seq_len > 1 else []  # all make the state of a single token
+        reads_alone = image_mask is not None and layout.text_index is not None
+        if layers and reads_alone and is_worth_it(layout.text_index, hidden_states, layers[-1]):
+            kept = dict.fromkeys(layers, layout.text_index)
+        if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
             kept[layers[-1]] = states_to_keep
         has_own_mask = block_ids is not None or segment_ids is not None
         if kept and self._may_cut_layers(fusion_cache, has_own_mask, kwargs):
@@ -1191,9 +1193,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         # `generate` calls this once, before the first step. From here on it carries along what every step needs:
-        # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; whether rows are alike,
-        # without padding and with pictures at the same places, so that no step need look at those; and the length of
-        # the prefix, behind which positions may start anew.
+        # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; whether rows are
+        # alike, without padding and with pictures at the same places, so that no step need look at those; and the
+        # length of the prefix, behind which positions may start anew.
         if model_kwargs.get("mm_token_type_ids") is None and model_kwargs.get("mm_encoder_outputs"):
             inputs_embeds = model_kwargs.get("inputs_embeds")
             ids = input_ids if inputs_embeds is None else None

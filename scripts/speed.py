@@ -140,8 +140,8 @@ class TrainingStepArguments(SpeedArguments):
     peak_tflops: float | None = field(
         default=None,
         metadata={
-            "help": "What the device reaches at best, in 10^12 operations a second, to tell the share of it that a step "
-            "reaches: 989 for an H100 and bfloat16, by the vendor."
+            "help": "What the device reaches at best, in 10^12 operations a second, to tell the share of it that a "
+            "step reaches: 989 for an H100 or H200 and bfloat16, by the vendor."
         },
     )
 

@@ -72,6 +72,23 @@ def argmax_by_hand(model: Any, row: Row, num_tokens: int = NEW) -> list[int]:
     return ids[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("are_alike", [True, False], ids=["alike", "of different lengths"])
+def test_rows_that_are_alike_are_written_on_without_masks(gpt2: Any, are_alike: bool) -> None:
+    rows = [Row(gpt2, 2, PICTURE, num_words) for num_words in ((4, 4, 4) if are_alike else (4, 5, 4))]
+    masks: list[Any] = []
+    handles = [
+        stack.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for stack in (gpt2.model.text_model, gpt2.model.fusion_model)
+    ]
+    together = write(gpt2, batch(rows))
+    for handle in handles:
+        handle.remove()
+    assert [mask is None for mask in masks[2:]] == [are_alike] * 2 * (NEW - 1)
+    assert together.tolist() == [argmax_by_hand(gpt2, row) for row in rows]
+
+
 def test_a_row_in_a_ragged_batch_writes_what_it_writes_alone(model: Any) -> None:
     rows = ragged_rows(model)
     together = write(model, batch(rows))

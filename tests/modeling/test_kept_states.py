@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import compile_regions
 from backbones import TEXTS, VISIONS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from tiny_models import (
     Row,
     batch,
     difference,
+    needs_compiler,
     places,
     ragged_rows,
     roughen,
@@ -34,6 +36,7 @@ from duostream.modeling.composition_duostream import stack_of
 from duostream.modeling.kept_states_duostream import (
     KNOWN_TYPES,
     CacheOfKeptStates,
+    is_worth_it,
     layers_of,
     make_kept_states_alone,
     take,
@@ -226,6 +229,12 @@ def test_most_positions_are_not_worth_a_second_run() -> None:
     assert lengths == [len(row)]
 
 
+def test_on_a_device_that_the_host_only_launches_few_tokens_are_not_worth_a_second_run() -> None:
+    layer = nn.Linear(1000, 1000, bias=False)
+    for device, batch_size, is_worth in (("cpu", 1, True), ("meta", 1, False), ("meta", 5000, True)):
+        assert is_worth_it(1, torch.empty(batch_size, 21, 0, device=device), layer) == is_worth
+
+
 def test_each_type_whose_last_layer_is_cut_is_tested_here() -> None:
     tiny = small_config("tiny").fusion_stack_config
     assert {config.model_type for config in (tiny, *(make() for make in TEXTS.values()))} == set(KNOWN_TYPES)
@@ -406,6 +415,23 @@ def test_the_last_layer_may_be_on_a_device_of_its_own(update_image_states: bool)
         assert states.device.type == "meta" and states.shape[1] == options.get(
             "states_to_keep", len(inputs["input_ids"][0])
         )
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("compile_layers", ["with hooks", "without"])
+def test_layers_that_are_compiled_alone_say_the_same(compile_layers: str) -> None:
+    model = small_model("llama", update_image_states=False)
+    inputs = Row(model, PICTURE, 9).inputs
+    expected = model(**inputs, logits_to_keep=1).logits
+    torch.compiler.reset()
+    if compile_layers == "with hooks":
+        model = compile_regions(model, backend="aot_eager")
+    else:
+        for layer in layers_of(model.model.fusion_model):
+            layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    for _ in range(2):
+        assert difference(model(**inputs, logits_to_keep=1).logits, expected) < ENOUGH
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_models import needs_compiler
 
 from duostream.scripts import benchmark
 from duostream.scripts.comparison import compare, in_turn, peak_bytes
@@ -17,7 +18,9 @@ from duostream.scripts.peers import (
     with_features,
 )
 
-TINY = ["--preset", "tiny", "--fusion_layers", "1", "--image_tokens", "4", "--text_len", "6", "--repeats", "2"]
+TEXT_LEN = 6
+TINY = ["--preset", "tiny", "--fusion_layers", "1", "--image_tokens", "4", "--text_len", str(TEXT_LEN)]
+TINY += ["--repeats", "2"]
 
 
 @pytest.fixture
@@ -91,6 +94,23 @@ def test_a_training_step_is_measured_with_what_is_frozen(measure):
     check_ratios(rows)
     chunked = measure("training", *TINY, "--batch_sizes", "1", "--frozen", "nothing", "--loss_chunk_sizes", "0", "2")
     assert [row["loss_chunk_size"] for row in chunked] == [0, 2, 0, 2]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_training_step_of_compiled_layers_counts_the_operations_of_one_that_is_not(measure):
+    options = [*TINY, "--batch_sizes", "1", "--frozen", "nothing", "--checkpointing", "off", "--peak_tflops", "0.5"]
+    rows = measure("training", *options)
+    compiled = measure("training", *options, "--compile_layers", "true")
+    assert [row["compiled"] for row in (*rows, *compiled)] == [False] * len(rows) + [True] * len(rows)
+    for row, again in zip(rows, compiled, strict=True):
+        for side in ("ours", "theirs"):
+            operations = [each[f"tflops_{side}"] * each[f"seconds_{side}"] for each in (row, again)]
+            assert operations[0] == pytest.approx(operations[1]) and operations[0] > 0
+            assert row[f"peak_share_{side}"] == pytest.approx(row[f"tflops_{side}"] / 0.5)
+            tokens = row[f"tokens_per_second_{side}"] * row[f"seconds_{side}"]
+            assert tokens == pytest.approx(again[f"tokens_per_second_{side}"] * again[f"seconds_{side}"])
+            assert tokens == pytest.approx(row["image_tokens"] + TEXT_LEN)
 
 
 def test_the_overhead_is_over_the_parts(measure):
