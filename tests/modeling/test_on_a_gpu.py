@@ -1,6 +1,7 @@
 """
 What shows on a GPU alone: that it says what a CPU says, that our code never makes the host wait, and which kernels
-run. These tests are skipped without one. `DUOSTREAM_TEST_DEVICE=cuda` has the other tests of this folder make their models there.
+run. These tests are skipped without one. `DUOSTREAM_TEST_DEVICE=cuda` has the other tests of this folder make their
+models there.
 """
 
 import warnings
@@ -120,13 +121,8 @@ def test_the_host_does_not_wait_for_a_step_of_rows_that_are_alike(kind: str) -> 
     inputs = rows_without_padding(model)
     cache = DynamicCache(config=model.config)
     types = (inputs["input_ids"] == model.config.image_token_id).long()
-    ids, kwargs = model._expand_inputs_for_generation(
-        **inputs,
-        mm_token_type_ids=types,
-        past_key_values=cache,
-        use_cache=True,
-        position_ids=torch.arange(len(inputs["input_ids"][0]))[None],
-    )
+    model_kwargs = {"mm_token_type_ids": types, "past_key_values": cache, "use_cache": True}
+    ids, kwargs = model._expand_inputs_for_generation(**inputs, **model_kwargs)
     model(**inputs, past_key_values=cache, logits_to_keep=1)
     new = torch.full((3, 1), 5, device="cuda")
     kwargs["position_ids"] = torch.full((3, 1), ids.shape[1], device="cuda")
