@@ -35,10 +35,10 @@ KNOWN_TYPES = (
     "smollm3",
 )
 
-# Multiplications and additions that a layer must be spared. On an H200, where 30 small layers took 24 ms to launch, a
-# second run of some of them paid with 1.3e11 and didn't with 0.4e11 (`duostream benchmark prefill --device cuda
-# --dtype bfloat16 --batch_sizes 8 32 --max_image_tokens 80000 --update_image_states false`).
-OPERATIONS_WORTH_A_LAUNCH = 1e11
+# Multiplications and additions that a layer must be spared. On an H200, where a layer took a millisecond to launch, a
+# second run of the layers lost with 8.5e11 and won with 9.2e11 and 27e11 (32 rows of 196 image tokens, 2048 wide, or
+# of 2304, 576 wide, and 8 of 2304, 2048 wide, in `duostream benchmark prefill --update_image_states false`).
+OPERATIONS_WORTH_A_LAUNCH = 9e11
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
@@ -151,8 +151,8 @@ def is_worth_it(kept: int | torch.Tensor, states: torch.Tensor, layer: nn.Module
         return False
     if states.device.type == "cpu":
         return True
-    num_weights = sum(weight.numel() for weight in layer.parameters())
-    return 2 * num_weights * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
+    operations = 2 * sum(weight.numel() for weight in layer.parameters()) + 4 * seq_len * states.shape[-1]
+    return operations * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
 
 
 def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.Tensor:
