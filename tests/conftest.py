@@ -22,8 +22,6 @@ import duostream  # noqa: F401  registers the Auto classes
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(min(2, torch.get_num_threads()))
-if device := os.environ.get("DUOSTREAM_TEST_DEVICE"):
-    torch.set_default_device(device)
 
 # The models are the slow part, not the drawing; and a run must find what the last one found.
 settings.register_profile("duostream", deadline=None, derandomize=True, database=None)

@@ -1,7 +1,6 @@
 """
 What shows on a GPU alone: that it says what a CPU says, that our code never makes the host wait, and which kernels
-run. These tests are skipped without one. `DUOSTREAM_TEST_DEVICE=cuda` has the other tests of this folder make their
-models there.
+run. These tests are skipped without one.
 """
 
 import warnings
