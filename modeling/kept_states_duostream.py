@@ -36,7 +36,7 @@ KNOWN_TYPES = (
 )
 
 # Multiplications and additions that a layer must be spared. On an H200, where a layer took a millisecond to launch, a
-# second run of the layers lost with 8.5e11 and won with 9.2e11 and 27e11 (32 rows of 196 image tokens, 2048 wide, or
+# second run of the layers lost with 8.5e11 and won with 9.2e11 and 28e11 (32 rows of 196 image tokens, 2048 wide, or
 # of 2304, 576 wide, and 8 of 2304, 2048 wide, in `duostream benchmark prefill --update_image_states false`).
 OPERATIONS_WORTH_A_LAUNCH = 9e11
 
@@ -212,10 +212,10 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
         arguments.update({name: keys_and_values for name, value in arguments.items() if value is cache})
     # By position what came so, as other hooks may look there
     in_place = [given.pop(name) for name in names]
+    # Where a layer's forward is compiled, a run that ends in the middle is not: all others wouldn't be, either
+    run = getattr(layer.forward, "_torchdynamo_orig_callable", layer)
     try:
-        # Of a layer whose forward is compiled, a run that ends in the middle would have all others run uncompiled, too
-        with torch.compiler.set_stance("force_eager"):
-            layer(*in_place, **given)
+        run(*in_place, **given)
     except _KeysAndValuesMade:
         return tuple(cut.pop(name) for name in names), cut
     raise RuntimeError(f"{type(layer).__name__} was given a cache, but cached no keys and values")

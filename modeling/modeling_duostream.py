@@ -1193,16 +1193,19 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         # `generate` calls this once, before the first step. From here on it carries along what every step needs:
-        # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; whether rows are
-        # alike, without padding and with pictures at the same places, so that no step need look at those; and the
-        # length of the prefix, behind which positions may start anew.
+        # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; their number, where
+        # rows are alike, without padding and with pictures at the same places, so that no step need look at those; and
+        # the length of the prefix, behind which positions may start anew.
         if model_kwargs.get("mm_token_type_ids") is None and model_kwargs.get("mm_encoder_outputs"):
             inputs_embeds = model_kwargs.get("inputs_embeds")
             ids = input_ids if inputs_embeds is None else None
             model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
-        if (types := model_kwargs.get("mm_token_type_ids")) is not None:
-            are_alike, mask = (types == types[:1]).all(), model_kwargs.get("attention_mask")
-            model_kwargs["rows_are_alike"] = bool(are_alike if mask is None else are_alike & mask.all())
+        types, mask = model_kwargs.get("mm_token_type_ids"), model_kwargs.get("attention_mask")
+        if mask is None and types is not None and model_kwargs.get("past_key_values") is None:
+            mask = torch.ones_like(types)
+        are_told = types is not None and mask is not None and mask.shape == types.shape
+        if are_told and ((types == types[:1]) & (mask != 0)).all():
+            model_kwargs["image_tokens_per_row"] = int((types[0] == 1).sum())
         if self.config.restart_positions and model_kwargs.get("prefix_length") is None:
             token_type_ids, attention_mask = model_kwargs.get("token_type_ids"), model_kwargs["attention_mask"]
             # Without types there is no prefix
@@ -1221,7 +1224,7 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         mm_token_type_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
-        rows_are_alike: bool = False,
+        image_tokens_per_row: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         # The library's version cuts the token types to the new tokens, and makes one 4D mask for the layers of a
@@ -1250,9 +1253,16 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             model_inputs |= self.model.prepare_decoding(
                 past_key_values, attention_mask, new_position_ids, mm_token_type_ids, batch_size=input_ids.shape[0]
             )
-        elif past_key_values is not None and not is_first_iteration and rows_are_alike:
-            # Nothing is hidden from the new tokens: each stream counts on from its cache, and needs no mask
+        elif (
+            image_tokens_per_row is not None
+            and past_key_values is not None
+            and not is_first_iteration
+            and past_key_values.get_seq_length() > 0
+        ):
+            # Nothing that is cached is hidden from the new tokens
             model_inputs["attention_mask"] = {"text": None, "fusion": None}
+            text_position_ids = model_inputs["position_ids"] - image_tokens_per_row
+            model_inputs["text_position_ids"] = text_position_ids.clamp(min=0)
         elif mm_token_type_ids is not None:
             # Assisted decoding appends candidates without telling their type: they are text
             num_untold = max(kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1], 0)

@@ -21,7 +21,7 @@ EVERYDAY = ("output_dir", "num_train_epochs", "max_steps", "learning_rate", "per
 RARE = (
     *("weight", "dataset_config", "streaming", "image_dir", "label_column", "max_answers", "max_length"),
     *("max_column_chars", "max_train_rows", "max_eval_rows", "blank_images", "tokenizer_rows", "whole_word_mask"),
-    *("cache_vision", "packing", "images_last"),
+    *("cache_vision", "packing", "images_last", "chars_per_picture"),
 )
 MAX_WIDTH = 119  # columns of help
 
@@ -97,6 +97,14 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Cut what fills a `{name}` of the prompt to so many characters, in training and evaluation."
+        },
+    )
+    chars_per_picture: int = field(
+        default=200,
+        metadata={
+            "help": "What a picture counts for in a row's length, in characters, by which `--train_sampling_strategy "
+            "group_by_length` goes: by default so much that rows with pictures come together. Of few tokens, about "
+            "four for each have all kinds of rows in a batch."
         },
     )
     conversations_per_row: int = field(

@@ -47,9 +47,6 @@ UNDECODED = Image(decode=False)
 
 BLANK_GRAY = (128, 128, 128)
 
-# What a picture adds to a row's `length`: more than texts about pictures differ by
-CHARS_PER_PICTURE = 200
-
 
 def load_rows(
     args: DataArguments,
@@ -76,7 +73,7 @@ def load_rows(
     Returns:
         `Dataset`, or `IterableDataset` with `args.streaming`, with a column `row` that numbers the rows, by which
         errors name them, and, where the rows had plain columns, `length` in characters, a picture
-        counting for `CHARS_PER_PICTURE`. Pictures are as they are stored: the collator opens them.
+        counting for `args.chars_per_picture`. Pictures are as they are stored: the collator opens them.
 
     Raises:
         ValueError: A column that the options name is missing, or there are no rows.
@@ -108,7 +105,7 @@ def load_mixture(
         rows = load_rows(unpacked, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
         if not is_packed:
             return rows
-        rows = number_rows(pack_rows(rows, args.conversations_per_row))
+        rows = number_rows(pack_rows(rows, args.conversations_per_row, args.chars_per_picture))
         return blank(rows) if args.blank_images else rows
     if any(part.streaming for part in parts):
         raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
@@ -128,7 +125,10 @@ def load_mixture(
         for part in parts
     ]
     if is_packed:
-        loaded = [pack_rows(rows, part.conversations_per_row) for rows, part in zip(loaded, parts, strict=True)]
+        loaded = [
+            pack_rows(rows, part.conversations_per_row, part.chars_per_picture)
+            for rows, part in zip(loaded, parts, strict=True)
+        ]
     rows = interleave_datasets(
         loaded,
         probabilities=[part.weight / total for part in parts],
@@ -154,7 +154,9 @@ def _same_columns(rows: Rows) -> Rows:
     return rows.cast(Features(features))
 
 
-def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
+def pack_rows(
+    rows: Rows, conversations_per_row: int, chars_per_picture: int = DataArguments.chars_per_picture
+) -> Dataset:
     """
     Puts rows about the same pictures together, in the order of the first of each: `images`, and `conversations` with
     `prompt` and `completion` of each. Pictures are the same if their files or bytes are.
@@ -203,7 +205,7 @@ def pack_rows(rows: Rows, conversations_per_row: int) -> Dataset:
             conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
             out["conversations"].append(conversations)
             num_images = len(out["images"][-1]) if "images" in out else 0
-            out["length"].append(CHARS_PER_PICTURE * num_images + sum(map(_num_chars, conversations)))
+            out["length"].append(chars_per_picture * num_images + sum(map(_num_chars, conversations)))
         return out
 
     return Dataset.from_dict({"members": members}).map(
@@ -430,7 +432,7 @@ def _make_rows(
                 continue
             for made in all_made:
                 made = {**made, "images": images, "source": index}
-                for name, value in {**made, "length": _num_chars(made)}.items():
+                for name, value in {**made, "length": _num_chars(made, args.chars_per_picture)}.items():
                     if name in features:
                         out[name].append(value)
         return out
@@ -442,14 +444,14 @@ def _make_rows(
     )
 
 
-def _num_chars(row: dict[str, Any]) -> int:
+def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars_per_picture) -> int:
     """
     Length of a row in characters, by which `--train_sampling_strategy group_by_length` saves padding: of its texts,
-    and so much for each picture that rows with pictures come together.
+    and so much for each picture.
     """
     messages = [*row.get("prompt", ()), *row.get("completion", ())]
     parts = [part["text"] or "" for message in messages for part in message["content"]]
-    return sum(map(len, [row.get("text", ""), *parts])) + CHARS_PER_PICTURE * len(row.get("images") or ())
+    return sum(map(len, [row.get("text", ""), *parts])) + chars_per_picture * len(row.get("images") or ())
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:

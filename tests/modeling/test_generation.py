@@ -89,6 +89,18 @@ def test_rows_that_are_alike_are_written_on_without_masks(gpt2: Any, are_alike: 
     assert together.tolist() == [argmax_by_hand(gpt2, row) for row in rows]
 
 
+def test_positions_of_ones_own_are_counted_on_by_both_streams(gpt2: Any) -> None:
+    row = Row(gpt2, 3, PICTURE, 6)
+    position_ids = torch.arange(len(row))[None] + 7
+    expected = write(gpt2, row.inputs, position_ids=position_ids, use_cache=False)
+    assert torch.equal(write(gpt2, row.inputs, position_ids=position_ids), expected)
+
+
+def test_an_assistant_is_shown_no_pictures_and_says_so(gpt2: Any) -> None:
+    with pytest.raises(ValueError, match="no pictures were given"):
+        write(gpt2, Row(gpt2, PICTURE, 6).inputs, assistant_model=small_model("gpt2"))
+
+
 def test_a_row_in_a_ragged_batch_writes_what_it_writes_alone(model: Any) -> None:
     rows = ragged_rows(model)
     together = write(model, batch(rows))

@@ -121,6 +121,7 @@ def test_the_host_does_not_wait_for_a_step_of_rows_that_are_alike(kind: str) -> 
     cache = DynamicCache(config=model.config)
     types = (inputs["input_ids"] == model.config.image_token_id).long()
     model_kwargs = {"mm_token_type_ids": types, "past_key_values": cache, "use_cache": True}
+    model_kwargs["attention_mask"] = torch.ones_like(types)
     ids, kwargs = model._expand_inputs_for_generation(**inputs, **model_kwargs)
     model(**inputs, past_key_values=cache, logits_to_keep=1)
     new = torch.full((3, 1), 5, device="cuda")

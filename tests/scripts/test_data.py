@@ -12,7 +12,6 @@ from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.data import (
     BLANK_GRAY,
-    CHARS_PER_PICTURE,
     blank,
     load_mixture,
     load_rows,
@@ -106,8 +105,9 @@ def test_each_caption_of_a_photograph_is_a_row_of_its_own(photographs):
 def test_rows_tell_how_long_they_are_so_that_those_with_pictures_come_together(photographs):
     args = DataArguments(dataset=str(photographs), answer_column="captions", prompt="Say it.")
     texts = [len("Say it.") + len(caption) for _, caption in FLAT]
-    assert load_rows(args, "train")["length"] == [CHARS_PER_PICTURE + length for length in texts]
+    assert load_rows(args, "train")["length"] == [args.chars_per_picture + length for length in texts]
     assert load_rows(replace(args, image_column=""), "train")["length"] == texts
+    assert load_rows(replace(args, chars_per_picture=7), "train")["length"] == [7 + length for length in texts]
 
 
 def test_splits_are_the_folders(photographs):
@@ -474,7 +474,7 @@ def test_captions_of_a_photograph_can_share_a_row(photographs, collator):
     assert [[image.size for image in pictures(row)] for row in rows] == [[(width, 16)] for width in widths]
     assert rows["row"][:] == list(range(len(rows)))
     texts = sum(len("Describe the picture.") + len(text) for *_, text in expected[0])
-    assert rows["length"][0] == CHARS_PER_PICTURE + texts
+    assert rows["length"][0] == args.chars_per_picture + texts
     assert list(texts_of(rows)) == list(texts_of(load_mixture(replace(args, conversations_per_row=1))))
     batch = collator(list(rows))
     assert len(batch["pixel_values"]) == len(rows) and batch["segment_ids"].max() == 2
