@@ -758,7 +758,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        cache, kept = fusion_cache, {}
+        cache = fusion_cache
+        kept: dict[nn.Module, int | torch.Tensor] = {}
         if image_mask is not None:
             kwargs["image_mask"] = image_mask
         layers = layers_of(self.fusion_model) if seq_len > 1 else []  # all make the state of a single token
@@ -1203,9 +1204,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         types, mask = model_kwargs.get("mm_token_type_ids"), model_kwargs.get("attention_mask")
         if mask is None and types is not None and model_kwargs.get("past_key_values") is None:
             mask = torch.ones_like(types)
-        are_told = types is not None and mask is not None and mask.shape == types.shape
-        if are_told and ((types == types[:1]) & (mask != 0)).all():
-            model_kwargs["image_tokens_per_row"] = int((types[0] == 1).sum())
+        if types is not None and mask is not None and mask.shape == types.shape:
+            are_alike = ((types == types[:1]) & (mask != 0)).all()
+            model_kwargs["image_tokens_per_row"] = int((types[0] == 1).sum()) if are_alike else None
         if self.config.restart_positions and model_kwargs.get("prefix_length") is None:
             token_type_ids, attention_mask = model_kwargs.get("token_type_ids"), model_kwargs["attention_mask"]
             # Without types there is no prefix
