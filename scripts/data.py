@@ -120,7 +120,8 @@ def load_mixture(
     total = sum(part.weight for part in parts)
     loaded = [
         _same_columns(
-            load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows, bad_rows=bad_rows)
+            load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows, bad_rows=bad_rows),
+            part.chars_per_picture,
         )
         for part in parts
     ]
@@ -139,7 +140,7 @@ def load_mixture(
     return blank(number_rows(rows)) if args.blank_images else number_rows(rows)
 
 
-def _same_columns(rows: Rows) -> Rows:
+def _same_columns(rows: Rows, chars_per_picture: int) -> Rows:
     """Rows as those of other data sets: `images`, which may be empty, `prompt`, `completion` and `length`."""
     columns = set(rows.column_names or next(iter(rows.take(1))))
     if not {"prompt", "completion"} <= columns:
@@ -147,7 +148,7 @@ def _same_columns(rows: Rows) -> Rows:
     if "images" not in columns:
         rows = rows.map(lambda row: {"images": []}, features=Features({**rows.features, "images": List(UNDECODED)}))
     if "length" not in columns:
-        rows = rows.map(lambda row: {"length": _num_chars(row)})
+        rows = rows.map(lambda row: {"length": _num_chars(row, chars_per_picture)})
     rows = rows.select_columns(["images", "prompt", "completion", "length"])
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
     features = {"images": List(UNDECODED), "prompt": messages, "completion": messages, "length": Value("int64")}
