@@ -70,6 +70,8 @@ NEEDS_TYPES = (
     "Continuing from a cache that holds pictures needs `mm_token_type_ids` (1 = image token) of the whole sequence, "
     "cached tokens included, as `attention_mask` has"
 )
+# Set on a cache whose rows have pictures at different places, which its lengths don't tell
+PICTURES_DIFFER = "do_pictures_differ"
 
 
 @dataclass
@@ -498,12 +500,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         past_len: int | torch.Tensor,
         past_text_len: int | torch.Tensor,
         has_new_images: bool,
+        do_cached_differ: bool = False,
     ) -> torch.Tensor | None:
         """Where the image tokens stand among the cached and the new tokens, `(batch, past_len + seq_len)`; or none."""
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
-            if isinstance(past_len, torch.Tensor) or is_image.shape[1] == past_len + seq_len:
+            if isinstance(past_len, torch.Tensor):
+                check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
+                return is_image
+            if is_image.shape[1] == past_len + seq_len:
                 return is_image
             if is_image.shape[1] != seq_len:
                 raise ValueError(
@@ -515,6 +521,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         else:
             is_image = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=self.device)
 
+        if do_cached_differ:
+            # The text stream's cache may then be as long as the fusion stack's, with slots in it that are empty
+            raise ValueError(NEEDS_TYPES)
         if isinstance(past_len, torch.Tensor):
             check(past_len == past_text_len, NEEDS_TYPES)
             if not has_new_images:
@@ -682,7 +691,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
             has_new_images = num_image_tokens > 0
             is_image = self.locate_images(
-                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_len, past_text_len, has_new_images
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                mm_token_type_ids,
+                past_len,
+                past_text_len,
+                has_new_images,
+                do_cached_differ=getattr(past_key_values, PICTURES_DIFFER, False),
             )
             if is_image is not None and has_new_images and not self.config.update_image_states:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
@@ -708,6 +724,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 images_per_row,
                 segment_ids,
             )
+            if text_cache is not None and layout.text_index is not None:
+                num_left_out = seq_len - layout.text_index.shape[1]
+                if num_image_tokens != batch_size * num_left_out:
+                    setattr(past_key_values, PICTURES_DIFFER, True)
             # Flash kernels take no masks, so their layers make all states
             needs_mask = image_mask is not None and not is_flash_attention_requested(self.config.fusion_stack_config)
             needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)

@@ -412,6 +412,21 @@ def test_a_ragged_batch_cannot_continue_without_types(model: Any) -> None:
         steps(model, rows, num_prompt=max(map(len, rows)) - 4, cache=None, is_told=False)
 
 
+def test_nor_can_rows_whose_cache_has_a_slot_for_each_column(model: Any) -> None:
+    # In no column do both have a picture, so both streams' caches are as long
+    picture_len = model.config.image_seq_length
+    rows = [Row(model, PICTURE, picture_len, 5), Row(model, picture_len, PICTURE, 5)]
+    inputs = batch(rows, "left")
+    for cache in (None, StaticCache(config=model.config, max_cache_len=64)):
+        with torch.no_grad():
+            cache = model(**inputs, past_key_values=cache, use_cache=True).past_key_values
+        new = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+        for told in ({}, {"mm_token_type_ids": torch.zeros(2, 1, dtype=torch.long)}):
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            with pytest.raises(ValueError, match="mm_token_type_ids"):
+                model(**new, **told, attention_mask=mask)
+
+
 @given(st.lists(ROW, min_size=1, max_size=3), st.integers(0, 999), st.data())
 @settings(max_examples=25)
 def test_a_conversation_may_be_cut_anywhere_but_in_a_picture(
