@@ -13,6 +13,7 @@ from .modeling import (
     DuoStreamForSequenceClassification,
     DuoStreamModel,
     DuoStreamPreTrainedModel,
+    apply_liger_kernel_to_duostream,
 )
 from .processing import (
     DuoStreamClassificationCollator,
@@ -46,5 +47,6 @@ __all__ = [
     "DuoStreamPreTrainingCollator",
     "DuoStreamProcessor",
     "DuoStreamRetrievalCollator",
+    "apply_liger_kernel_to_duostream",
     "train_tokenizer",
 ]

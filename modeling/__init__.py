@@ -4,6 +4,7 @@ from .heads_duostream import (
     DuoStreamForPreTraining,
     DuoStreamForSequenceClassification,
 )
+from .liger_duostream import apply_liger_kernel_to_duostream
 from .modeling_duostream import DuoStreamForConditionalGeneration, DuoStreamModel, DuoStreamPreTrainedModel
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "DuoStreamForSequenceClassification",
     "DuoStreamModel",
     "DuoStreamPreTrainedModel",
+    "apply_liger_kernel_to_duostream",
 ]

@@ -1,6 +1,7 @@
 """DuoStream: text and image tokens, each from a transformer of its own, go through one fusion stack together."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn, no_grad
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -972,6 +974,9 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
     """What the models with a language-model head have in common."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # Cross-entropy of states with labels by a head's matrix that makes no logits: `apply_liger_kernel_to_duostream`
+    # sets a model's
+    linear_cross_entropy: Callable[..., torch.Tensor] | None = None
 
     def __init__(self, config: DuoStreamConfig):
         super().__init__(config)
@@ -1016,15 +1021,23 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
             logits = torch.tanh(logits / softcap) * softcap
         return logits
 
+    @property
+    def fuses_loss(self) -> bool:
+        """Whether [`linear_cross_entropy`] makes the loss: it needs the head's matrix, whole and alone."""
+        weight = getattr(self.lm_head, "weight", None)
+        is_plain = type(self.lm_head) is nn.Linear and not isinstance(weight, DTensor) and not hasattr(weight, "ds_id")
+        return self.linear_cross_entropy is not None and is_plain
+
     def chunks_loss(self, labels: torch.Tensor | None) -> bool:
         """Whether the loss is made without logits of all labels at once: see `config.loss_chunk_size`."""
-        return self.training and labels is not None and self.config.loss_chunk_size is not None
+        return self.training and labels is not None and (self.fuses_loss or self.config.loss_chunk_size is not None)
 
     def chunked_loss(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """
-        Cross-entropy of states with what they predict, from the logits of `config.loss_chunk_size` tokens at a time.
+        Cross-entropy of states with what they predict, from the logits of `config.loss_chunk_size` tokens at a time,
+        or by `linear_cross_entropy`.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): States.
@@ -1037,8 +1050,13 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
             return nn.functional.cross_entropy(self.compute_logits(states).float(), labels, reduction="sum")
 
         labels = labels.to(hidden_states.device).flatten()  # (batch * seq_len,)
+        states = hidden_states.flatten(0, 1)  # (batch * seq_len, hidden)
+        if self.linear_cross_entropy is not None and self.fuses_loss:
+            softcap = getattr(self.config.fusion_stack_config, "final_logit_softcapping", None)
+            loss = self.linear_cross_entropy(states, self.lm_head.weight, labels, reduction="sum", softcap=softcap)
+            return loss / count_items(labels, num_items_in_batch)
         chunk_size = self.config.loss_chunk_size
-        chunks = zip(hidden_states.flatten(0, 1).split(chunk_size), labels.split(chunk_size), strict=True)
+        chunks = zip(states.split(chunk_size), labels.split(chunk_size), strict=True)
         # torch's own `linear_cross_entropy` (2.13) does this, too, but took 1.7 to 11 times as long on a CPU
         losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / count_items(labels, num_items_in_batch)

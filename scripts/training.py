@@ -14,13 +14,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import is_liger_kernel_available, logging
 
 from ..modeling import (
     DuoStreamForConditionalGeneration,
     DuoStreamForPreTraining,
     DuoStreamForSequenceClassification,
 )
+from ..modeling.liger_duostream import register_liger_kernel
 from ..modeling.modeling_duostream import STREAMS
 from ..processing import (
     DuoStreamClassificationCollator,
@@ -77,6 +78,8 @@ class DuoStreamTrainer(LongRunTrainer):
         super().__init__(*args, **kwargs)
         # Of a stream one rank would read all batches, and deal out pictures as if there were one in each row
         self.accelerator.dataloader_config.dispatch_batches = False
+        if self.args.use_liger_kernel and is_liger_kernel_available():
+            register_liger_kernel()
         if self.args.cache_vision and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # A rank whose rows have no pictures gathers the vision stream's weights, for which the others would wait
             raise ValueError("`cache_vision` goes without FSDP and DeepSpeed: ranks that share weights read pictures")
