@@ -139,6 +139,8 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
         # A tensor, as `Trainer` gives it, would go through all layers for nothing
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         states_to_keep: int | torch.Tensor = 0
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         if self.training and labels is not None and targets_per_row is not None:
             states_to_keep, labels = find_labelled(labels, targets_per_row)
         outputs = self.model(
@@ -480,7 +482,9 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             states_to_keep: int | torch.Tensor = 0
             shifted = None
             if labels is not None:
-                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                # As in `DuoStreamForConditionalGeneration`, no label is a placeholder
+                shifted = labels.masked_fill(labels == self.config.image_token_id, -100)
+                shifted = nn.functional.pad(shifted[:, 1:], (0, 1), value=-100)
                 if self.training and targets_per_row is not None:
                     states_to_keep, shifted = find_labelled(shifted, targets_per_row)
             states = self.model(

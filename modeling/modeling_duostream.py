@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn, no_grad
@@ -56,6 +56,7 @@ from .stream_layout_duostream import (
     check_segments,
     count_text,
     first_where,
+    kept_columns,
     lay_out,
     prefix_length_of,
     restart_positions,
@@ -72,8 +73,27 @@ NEEDS_TYPES = (
     "Continuing from a cache that holds pictures needs `mm_token_type_ids` (1 = image token) of the whole sequence, "
     "cached tokens included, as `attention_mask` has"
 )
-# Set on a cache whose rows have pictures at different places, which its lengths don't tell
-PICTURES_DIFFER = "do_pictures_differ"
+WAS_CHANGED = (
+    "The cache doesn't hold what `mm_token_type_ids` and `attention_mask` tell: text layers hold no image tokens, so a "
+    "cache can't be cropped back to before a picture, nor can rows be picked out of it that have pictures at other "
+    "places than those left out"
+)
+
+
+class PicturesRead(NamedTuple):
+    """
+    Noted on a cache, as its lengths don't tell.
+
+    Attributes:
+        differ (`bool`): Whether some rows have text in a column where others have pictures.
+        end (`torch.LongTensor`): A scalar: how many columns there are up to the end of the last picture.
+    """
+
+    differ: bool
+    end: torch.Tensor
+
+
+PICTURES_READ = "pictures_read"
 
 
 @dataclass
@@ -281,7 +301,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
 
         Args:
             text (`str`, `os.PathLike` or `PreTrainedModel`): A decoder with its head (Llama, Qwen3, GPT-2, ...), or an
-                encoder (BERT, ...) with a `fusion_config`: a local folder, a Hub id, or a loaded model.
+                encoder (BERT, ...) with a `fusion_config`: a local folder, a Hub id, or a loaded model. A loaded one is
+                not copied: the new model has its weights, and what trains the one trains the other.
             vision (`str`, `os.PathLike` or `PreTrainedModel`): A vision model (SigLIP, CLIP, ViT, DINOv2, ConvNeXtV2,
                 ResNet, ...), or one with a vision tower.
             num_fusion_layers (`int`, *optional*): How many upper layers of `text` pictures go through.
@@ -502,16 +523,19 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         past_len: int | torch.Tensor,
         past_text_len: int | torch.Tensor,
         has_new_images: bool,
-        do_cached_differ: bool = False,
+        pictures_read: PicturesRead | None = None,
     ) -> torch.Tensor | None:
         """Where the image tokens stand among the cached and the new tokens, `(batch, past_len + seq_len)`; or none."""
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        is_static = isinstance(past_len, torch.Tensor)
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
-            if isinstance(past_len, torch.Tensor):
+            if is_static:
                 check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
-                return is_image
-            if is_image.shape[1] == past_len + seq_len:
+            if is_static or is_image.shape[1] == past_len + seq_len:
+                cached = is_image[:, :-seq_len]  # (batch, past_len)
+                is_valid = True if attention_mask is None else attention_mask[:, : cached.shape[1]].to(torch.bool)
+                check(kept_columns(cached, ~cached & is_valid).sum() == past_text_len, WAS_CHANGED)
                 return is_image
             if is_image.shape[1] != seq_len:
                 raise ValueError(
@@ -523,10 +547,13 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         else:
             is_image = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=self.device)
 
-        if do_cached_differ:
-            # The text stream's cache may then be as long as the fusion stack's, with slots in it that are empty
-            raise ValueError(NEEDS_TYPES)
-        if isinstance(past_len, torch.Tensor):
+        if pictures_read is not None and (is_static or past_len > 0):
+            is_empty = torch.as_tensor(past_len, device=is_image.device) == 0
+            if pictures_read.differ:
+                # The text stream's cache may then be as long as the fusion stack's, with slots in it that are empty
+                check(is_empty, NEEDS_TYPES)
+            check(is_empty | (pictures_read.end.to(is_image.device) <= past_len), WAS_CHANGED)
+        if is_static:
             check(past_len == past_text_len, NEEDS_TYPES)
             if not has_new_images:
                 return None
@@ -542,6 +569,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         # With one row and no padding it matters how many image tokens are cached, not where.
         past = torch.arange(num_past, device=is_image.device) < num_past_images
         return torch.cat([past.expand(batch_size, -1), is_image], dim=1)  # (batch, past_len + seq_len)
+
+    def note_pictures(
+        self, past_key_values: Cache, is_image: torch.Tensor, num_left_out: int, num_image_tokens: int
+    ) -> None:
+        """Notes on a cache where its pictures are, of which `num_left_out` columns were kept from the text stream."""
+        before = getattr(past_key_values, PICTURES_READ, None)
+        differ = num_image_tokens != is_image.shape[0] * num_left_out
+        ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
+        read = PicturesRead(differ or (before is not None and before.differ), ends.max())
+        setattr(past_key_values, PICTURES_READ, read)
 
     def lay_out(
         self,
@@ -621,7 +658,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 1 = image token. Needed to continue from a cache with pictures when rows differ.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq_len, hidden)`, *optional*):
                 Instead of `input_ids`. Placeholders are found by `mm_token_type_ids` or by their embedding.
-            use_cache (`bool`, *optional*): Defaults to `True`, except in training.
+            use_cache (`bool`, *optional*): Defaults to `True`, except in training and with `images_per_row`.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": get_image_features(...)}`, instead of `pixel_values`. Of its `last_hidden_state` alone, the
                 vision stream's states, `pooler_output` is made anew.
@@ -650,8 +687,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
         if use_cache is None:
-            # The library's models fill a cache in training, too. Without one the text is packed closer.
-            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
+            # The library's models fill a cache in training, too. Without one the text is packed closer, and rows of
+            # which `images_per_row` was told, as the collator does, may have their pictures at different places.
+            is_told = images_per_row is not None and past_key_values is None
+            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training and not is_told
         # Asked for once: at a decoding step of one row the host is what takes time
         is_text_causal = self.config.is_text_causal
         use_cache = use_cache and is_text_causal and segment_ids is None
@@ -700,7 +739,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 past_len,
                 past_text_len,
                 has_new_images,
-                do_cached_differ=getattr(past_key_values, PICTURES_DIFFER, False),
+                pictures_read=getattr(past_key_values, PICTURES_READ, None),
             )
             if is_image is not None and has_new_images and not self.config.update_image_states:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
@@ -726,10 +765,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 images_per_row,
                 segment_ids,
             )
-            if text_cache is not None and layout.text_index is not None:
+            if text_cache is not None and is_image is not None and layout.text_index is not None:
                 num_left_out = seq_len - layout.text_index.shape[1]
-                if num_image_tokens != batch_size * num_left_out:
-                    setattr(past_key_values, PICTURES_DIFFER, True)
+                self.note_pictures(past_key_values, is_image, num_left_out, num_image_tokens)
             # Flash kernels take no masks, so their layers make all states
             needs_mask = image_mask is not None and not is_flash_attention_requested(self.config.fusion_stack_config)
             needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)
@@ -745,6 +783,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
         text_attention_mask = layout.text_attention_mask
         if segment_ids is not None:
+            text_len = seq_len if layout.text_index is None else layout.text_index.shape[1]
+            self._check_segment_windows(segment_ids, attention_mask, seq_len, text_len)
             text_attention_mask = self._text_segment_mask(segment_ids, layout)
         if layout.text_index is not None:
             if inputs_embeds is None:
@@ -843,6 +883,21 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             and_mask_function=None if segment_ids is None else see_own_segment(segment_ids),
             block_sequence_ids=block_ids,
         )
+
+    def _check_segment_windows(
+        self, segment_ids: torch.Tensor, attention_mask: torch.Tensor | None, seq_len: int, text_len: int
+    ) -> None:
+        """Raises `ValueError` where sequences share a beginning that those in between would push out of a window."""
+        for name, length in (("text_config", text_len), ("fusion_stack_config", seq_len)):
+            config = getattr(self.config, name)
+            if "sliding_attention" in layer_types(config) and length > config.sliding_window:
+                is_shared = segment_ids == 0 if attention_mask is None else (segment_ids == 0) & (attention_mask != 0)
+                check(
+                    ~is_shared.any(),
+                    f"`segment_ids` share a beginning, but windows of {config.sliding_window} tokens "
+                    f"(`{name}.sliding_window`) slide over rows of {length}: give shorter rows, or each a row of its "
+                    "own",
+                )
 
     def _text_segment_mask(self, segment_ids: torch.Tensor, layout: StreamLayout) -> Any:
         """Masks by which the text stream, too, reads each continuation apart from the others."""
@@ -1166,11 +1221,16 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         """
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
+            given = labels
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         # Of a trainer that splits sequences over ranks, which shifts labels before
         shifted = kwargs.pop("shift_labels", None)
         # A tensor, as `Trainer` gives it, would go through all layers for nothing
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if labels is not None and num_items_in_batch is not None:
+            # `Trainer` counted the placeholders, too: each of these labels counts for as much more
+            share = count_items(labels[:, 1:], None) / count_items(given[:, 1:], None)
+            num_items_in_batch = num_items_in_batch * share
         states_to_keep: int | torch.Tensor = 0
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep
