@@ -72,6 +72,17 @@ def pretraining_inputs(model, num_rows=4):
     }
 
 
+@pytest.mark.parametrize("head", [DuoStreamForPreTraining, DuoStreamForMaskedLM])
+@pytest.mark.parametrize("trains", [False, True])
+def test_placeholders_in_labels_are_ignored_though_they_have_no_number_in_the_vocabulary(head, trains):
+    model = small_model(cls=head, image_token_id=VOCAB_SIZE).train(trains)
+    inputs = batch([Row(model, PICTURE, 6), Row(model, 2, PICTURE, 3)])
+    hidden = inputs["input_ids"] == VOCAB_SIZE
+    with torch.no_grad():
+        got = model(**inputs, labels=inputs["input_ids"]).loss
+        assert got == model(**inputs, labels=inputs["input_ids"].masked_fill(hidden, -100)).loss
+
+
 @pytest.mark.parametrize(("auto_class", "head"), HEADS.items(), ids=lambda item: item.__name__)
 def test_a_pretrained_checkpoint_loads_into_every_head_and_only_a_new_head_is_new(tmp_path, auto_class, head):
     pretrained = small_model(cls=DuoStreamForPreTraining)

@@ -412,6 +412,46 @@ def test_a_ragged_batch_cannot_continue_without_types(model: Any) -> None:
         steps(model, rows, num_prompt=max(map(len, rows)) - 4, cache=None, is_told=False)
 
 
+@pytest.mark.parametrize("picked", [[0], [1], [1, 2]])
+def test_rows_picked_out_of_a_cache_whose_layout_was_that_of_others_are_refused(model: Any, picked: list[int]) -> None:
+    rows = [Row(model, PICTURE, 6), Row(model, 4, PICTURE, 2), Row(model, 6, PICTURE)]
+    with torch.no_grad():
+        cache = model(**batch(rows), use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor(picked))
+    ids = torch.cat([torch.stack([rows[i].ids for i in picked]), torch.full((len(picked), 1), 5)], dim=1)
+    types = (ids == model.config.image_token_id).long()
+    with pytest.raises(ValueError, match="picked out of it"):
+        model(ids[:, -1:], past_key_values=cache, mm_token_type_ids=types, attention_mask=torch.ones_like(ids))
+
+
+def test_a_cache_is_cropped_behind_a_picture_and_not_back_to_before_it(model: Any) -> None:
+    row, new = Row(model, 6, PICTURE, 3), torch.tensor([[5, 6]])
+    image_len = model.config.image_seq_length
+    for num_cut in (2, image_len + 3, image_len + 5):
+        with torch.no_grad():
+            cache = model(**row.inputs).past_key_values
+        cache.crop(-num_cut)
+        ids = torch.cat([row.ids[None, :-num_cut], new], dim=1)
+        types = (ids == model.config.image_token_id).long()
+        for told in ({}, {"mm_token_type_ids": types}):
+            inputs = {"input_ids": new, "past_key_values": copy.deepcopy(cache), **told}
+            if num_cut == 2:
+                whole = {"input_ids": ids, "pixel_values": row.pictures}
+                assert difference(logits(model, inputs), logits(model, whole)[:, -2:]) < CLOSE
+                continue
+            with pytest.raises(ValueError, match="cropped back to before a picture"):
+                model(**inputs)
+
+
+def test_a_static_cache_that_was_reset_is_a_new_one(model: Any) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(**batch([Row(model, PICTURE, 6), Row(model, 4, PICTURE, 2)]), past_key_values=cache)
+    cache.reset()
+    new = {"input_ids": torch.randint(3, VOCAB_SIZE, (2, 5))}
+    assert difference(logits(model, {**new, "past_key_values": cache}), logits(model, new)) < CLOSE
+
+
 def test_nor_can_rows_whose_cache_has_a_slot_for_each_column(model: Any) -> None:
     # In no column do both have a picture, so both streams' caches are as long
     picture_len = model.config.image_seq_length
@@ -544,6 +584,47 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients
     evaluated = model(**inputs)
     assert abs(mean - evaluated.loss) < 1e-5 and evaluated.logits.shape == whole.logits.shape
     assert torch.equal(logits(model, {**inputs, "targets_per_row": 1}), logits(model, inputs))
+
+
+def test_placeholders_in_labels_are_not_learnt_and_not_counted(model: Any) -> None:
+    inputs = loss_inputs(model)
+    everything = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    counted = (everything[:, 1:] != -100).sum()
+    words = everything.masked_fill(everything == model.config.image_token_id, -100)
+    with torch.no_grad():
+        expected = model(**{**inputs, "labels": words}).loss
+        # As `Trainer` counts them
+        got = model(**{**inputs, "labels": everything}, num_items_in_batch=counted).loss
+    assert abs(got - expected) < 1e-5
+
+
+@pytest.mark.parametrize("windowed", ["text_config", "fusion_stack_config"])
+def test_a_window_over_sequences_that_share_a_beginning_is_refused_where_it_is_short(windowed: str) -> None:
+    mistral = {**LLAMA, "model_type": "mistral", "sliding_window": 16}
+    model = small_model("llama", **{windowed: mistral})
+    beginning = Row(model, PICTURE, 3)
+    words = torch.randint(3, VOCAB_SIZE, (1, 3 * 8))
+    inputs = {
+        "input_ids": torch.cat([beginning.ids[None], words], dim=1),
+        "pixel_values": beginning.pictures,
+        "segment_ids": torch.tensor([[0] * len(beginning) + [1] * 8 + [2] * 8 + [3] * 8]),
+    }
+    with pytest.raises(ValueError, match=f"`{windowed}.sliding_window`"):
+        model(**inputs)
+    short = {**inputs, **{name: inputs[name][:, :-16] for name in ("input_ids", "segment_ids")}}
+    alone = {name: value for name, value in short.items() if name != "segment_ids"}
+    assert difference(logits(model, short), logits(model, alone, use_cache=False)) < CLOSE
+    # Without a shared beginning each sequence is in one piece
+    apart = inputs["segment_ids"].clamp(min=1)
+    assert logits(model, {**inputs, "segment_ids": apart}).shape[1] == apart.shape[1]
+
+
+def test_collated_rows_with_pictures_at_different_places_are_read_without_labels_as_alone(model: Any) -> None:
+    # As where `Trainer` smooths labels, in an evaluation
+    rows = [Row(model, 2, PICTURE, 5), Row(model, 6, PICTURE, 3)]
+    got = logits(model, {**batch(rows, "right"), "images_per_row": 1})
+    for i, place in places(rows, "right"):
+        assert difference(got[i, place], alone(model, rows[i])) < CLOSE
 
 
 def test_fewer_labels_than_there_are_would_be_lost_and_are_refused() -> None:
