@@ -74,8 +74,8 @@ NEEDS_TYPES = (
     "cached tokens included, as `attention_mask` has"
 )
 WAS_CHANGED = (
-    "The cache doesn't hold what `mm_token_type_ids` and `attention_mask` tell: text layers hold no image tokens, so a "
-    "cache can't be cropped back to before a picture, nor can rows be picked out of it that have pictures at other "
+    "The cache doesn't hold what `mm_token_type_ids` and `attention_mask` tell: text layers hold no image tokens, so "
+    "it can't be cropped back to before a picture, nor can rows be picked out of it that have pictures at other "
     "places than those left out"
 )
 
@@ -301,8 +301,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
 
         Args:
             text (`str`, `os.PathLike` or `PreTrainedModel`): A decoder with its head (Llama, Qwen3, GPT-2, ...), or an
-                encoder (BERT, ...) with a `fusion_config`: a local folder, a Hub id, or a loaded model. A loaded one is
-                not copied: the new model has its weights, and what trains the one trains the other.
+                encoder (BERT, ...) with a `fusion_config`: a local folder, a Hub id, or a loaded model, which is not
+                copied: the new model has its weights, and what trains the one trains the other.
             vision (`str`, `os.PathLike` or `PreTrainedModel`): A vision model (SigLIP, CLIP, ViT, DINOv2, ConvNeXtV2,
                 ResNet, ...), or one with a vision tower.
             num_fusion_layers (`int`, *optional*): How many upper layers of `text` pictures go through.
@@ -1228,9 +1228,10 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         # A tensor, as `Trainer` gives it, would go through all layers for nothing
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and num_items_in_batch is not None:
-            # `Trainer` counted the placeholders, too: each of these labels counts for as much more
+            # `Trainer` counted the placeholders, too: each of these labels counts for as much more. It counts none in
+            # rows whose answers were all cut away, from which nothing is learnt.
             share = count_items(labels[:, 1:], None) / count_items(given[:, 1:], None)
-            num_items_in_batch = num_items_in_batch * share
+            num_items_in_batch = (num_items_in_batch * share).clamp(min=1)
         states_to_keep: int | torch.Tensor = 0
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep

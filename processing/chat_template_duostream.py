@@ -40,14 +40,25 @@ FLATTEN_PARTS = """\
 """
 
 
-def multimodal_chat_template(text_template: str | None, image_token: str = IMAGE_TOKEN) -> str:
+def multimodal_chat_template(text_template: str | dict[str, str] | None, image_token: str = IMAGE_TOKEN) -> str:
     """
     A chat template that takes pictures.
 
     Args:
-        text_template (`str`, *optional*): The tokenizer's own template, which stays as it is behind a preamble that
-            turns message parts into text. Defaults to DuoStream's template.
+        text_template (`str` or `dict`, *optional*): The tokenizer's own template, which stays as it is behind a
+            preamble that turns message parts into text; of several named ones, `"default"`. Defaults to DuoStream's
+            template.
         image_token (`str`, *optional*, defaults to `"<|image|>"`): The marker of a picture.
+
+    Raises:
+        ValueError: Of several templates none is named `"default"`.
     """
+    if isinstance(text_template, dict):
+        if "default" not in text_template:
+            raise ValueError(
+                f"The tokenizer has chat templates {sorted(text_template)}, and none named 'default': give the "
+                "processor a `chat_template`"
+            )
+        text_template = text_template["default"]
     template = CHAT_TEMPLATE if text_template is None else FLATTEN_PARTS + text_template
     return template.replace(IMAGE_TOKEN, image_token)

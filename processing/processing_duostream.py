@@ -229,14 +229,29 @@ class DuoStreamProcessor(ProcessorMixin):
         early = {name: value for name, value in kwargs.items() if name not in late}
         if "text_kwargs" in early:
             early["text_kwargs"] = {name: v for name, v in early["text_kwargs"].items() if name not in late}
+        wants_mask = text_kwargs.get("return_special_tokens_mask", False)
+        if "text_kwargs" in early:
+            early["text_kwargs"]["return_special_tokens_mask"] = True
+        else:
+            early["return_special_tokens_mask"] = True
         outputs = super().__call__(images=images, text=text, truncation=False, padding=False, **early)
-        kept = [self.truncated_positions(ids, max_length, row) for row, ids in enumerate(outputs["input_ids"])]
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        # Without one where text is what a chat template wrote
+        frames = outputs.get("special_tokens_mask") or [None] * len(outputs["input_ids"])
+        kept = [
+            self.truncated_positions(ids, max_length, row, frame)
+            for row, (ids, frame) in enumerate(zip(outputs["input_ids"], frames, strict=True))
+        ]
+        if not wants_mask:
+            outputs.pop("special_tokens_mask", None)
+        padded_names = ("input_ids", "attention_mask", "special_tokens_mask")
+        for name in (*padded_names, "mm_token_type_ids", "offset_mapping"):
             if name in outputs:
                 outputs[name] = [[ids[i] for i in keep] for ids, keep in zip(outputs[name], kept, strict=True)]
+        if "length" in outputs:
+            outputs["length"] = [len(keep) for keep in kept]
         padding = text_kwargs.get("padding", False)
         padded = self.tokenizer.pad(
-            {name: outputs[name] for name in ("input_ids", "attention_mask") if name in outputs},
+            {name: outputs[name] for name in padded_names if name in outputs},
             padding=padding,
             max_length=max_length if padding == "max_length" else None,
             pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
@@ -247,19 +262,23 @@ class DuoStreamProcessor(ProcessorMixin):
             outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
         return BatchFeature(dict(outputs), tensor_type=text_kwargs.get("return_tensors"))
 
-    def truncated_positions(self, input_ids: list[int], max_length: int, row: int = 0) -> list[int]:
+    def truncated_positions(
+        self, input_ids: list[int], max_length: int, row: int = 0, special_tokens_mask: list[int] | None = None
+    ) -> list[int]:
         """
         Which positions of `input_ids` remain when text tokens are dropped, on the tokenizer's truncation side, until
-        `max_length` is left.
+        `max_length` is left. Those that `special_tokens_mask` marks, which the tokenizer puts around a text, stay.
 
         Raises:
             ValueError: the pictures alone are longer; names the `row` and both lengths.
         """
-        text = [i for i, token in enumerate(input_ids) if token != self.image_token_id]
+        frame = special_tokens_mask or [0] * len(input_ids)
+        text = [i for i, token in enumerate(input_ids) if token != self.image_token_id and not frame[i]]
         room = max_length - (len(input_ids) - len(text))
         if room < 0:
             raise ValueError(
-                f"Row {row}: pictures take {len(input_ids) - len(text)} tokens, more than `max_length`={max_length}"
+                f"Row {row}: pictures {'and special tokens ' if any(frame) else ''}take {len(input_ids) - len(text)} "
+                f"tokens, more than `max_length`={max_length}"
             )
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))

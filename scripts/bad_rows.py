@@ -47,7 +47,8 @@ def broken_lines(place: Path) -> Iterator[tuple[Path, int, ValueError]]:
 class BadRows:
     """
     Leaves bad rows out, and writes them to a file: a JSON object a line, with `row` (of the source, from 0) and
-    `reason`.
+    `reason`. Rows of a stream are numbered by each process that reads a part of it, from 0; so there is `content`,
+    too, by which the same row is known again.
 
     Args:
         path (`Path`): The file. What an earlier run wrote is replaced.
@@ -61,8 +62,11 @@ class BadRows:
             path.write_text("")
         state.wait_for_everyone()
 
-    def add(self, row: int, error: Exception) -> None:
-        line = json.dumps({"row": row, "reason": str(error) or type(error).__name__}, ensure_ascii=False)
+    def add(self, row: int, error: Exception, content: Any = None) -> None:
+        told = {"row": row, "reason": str(error) or type(error).__name__}
+        if content is not None:
+            told["content"] = sha256(repr(content).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        line = json.dumps(told, ensure_ascii=False)
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
@@ -107,18 +111,21 @@ class BadRows:
             ValueError: No row is left.
         """
 
+        is_stream = isinstance(rows, IterableDataset)
+
         def keep(row: dict[str, Any], index: int) -> bool:
             try:
                 check(row)
             except BAD_ROW_ERRORS as error:
                 sources = row.get("source", row.get("row", index))
                 # A row may hold several of the source that share a picture
+                content = {name: value for name, value in row.items() if name not in ("source", "row")}
                 for source in dict.fromkeys(sources if isinstance(sources, list) else [sources]):
-                    self.add(source, error)
+                    self.add(source, error, content if is_stream else None)
                 return False
             return True
 
-        if isinstance(rows, IterableDataset):
+        if is_stream:
             return rows.filter(keep, with_indices=True)
         # A cached result would leave rows out, but write nothing down
         kept = rows.filter(keep, with_indices=True, load_from_cache_file=False, desc="looking for bad rows")
@@ -129,6 +136,7 @@ class BadRows:
     def report(self) -> int:
         """How many rows were left out, which is logged, too."""
         # A stream meets its rows in every epoch again, and so do several ranks
-        count = len({json.loads(line)["row"] for line in self.path.read_text(encoding="utf-8").splitlines()})
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        count = len({line.get("content", line["row"]) for line in lines})
         logger.warning(f"{count} bad rows were left out; {self.path} says which, and why")
         return count

@@ -176,7 +176,7 @@ def pack_rows(
         rows = rows.cast_column("images", List(UNDECODED))
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, images in enumerate(rows["images"] if "images" in rows.column_names else [[]] * len(rows)):
-        key = tuple(image["path"] if image["bytes"] is None else sha256(image["bytes"]).digest() for image in images)
+        key = tuple(picture_key(image) for image in images or () if image is not None)
         groups[key or index].append(index)
     members = [
         group[start : start + conversations_per_row]
@@ -205,13 +205,21 @@ def pack_rows(
             pairs = islice(turns, len(indices))
             conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
             out["conversations"].append(conversations)
-            num_images = len(out["images"][-1]) if "images" in out else 0
+            num_images = len(out["images"][-1] or ()) if "images" in out else 0
             out["length"].append(chars_per_picture * num_images + sum(map(_num_chars, conversations)))
         return out
 
     return Dataset.from_dict({"members": members}).map(
         join, batched=True, remove_columns=["members"], features=features, desc="putting rows together"
     )
+
+
+def picture_key(image: Any) -> str | bytes:
+    """What is the same for pictures whose files, bytes or, where they are open, pixels are."""
+    if isinstance(image, dict):
+        return image["path"] if image["bytes"] is None else sha256(image["bytes"]).digest()
+    picture = load_picture(image)
+    return sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
 def read_classes(args: DataArguments) -> list[str]:
@@ -274,6 +282,8 @@ def _rows_of_task(
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
         if args.images_last:
             raise ValueError(ready)
+        # Names that are given to rows here: what else they hold under these is not read
+        rows = rows.remove_columns([name for name in ("source", "row") if name in columns])
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(UNDECODED)) if "images" in columns else rows
     return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
@@ -403,6 +413,7 @@ def _make_rows(
     if has_images and args.image_dir is not None:
         rows = _join_image_dir(rows, args.image_column, args.image_dir)
     features: dict[str, Any] = {"source": Value("int64"), "length": Value("int64")}
+    label_names: list[str] | None = None
     if has_images:
         if rows.features is not None:  # of a stream they may be unknown
             is_list = isinstance(rows.features[args.image_column], List)
@@ -414,7 +425,11 @@ def _make_rows(
     else:
         features["text"] = Value("string")
     if kind == "classification":
-        is_soft = rows.features is not None and isinstance(rows.features[args.label_column], List)
+        stored = None if rows.features is None else rows.features[args.label_column]
+        is_soft = isinstance(stored, List)
+        if isinstance(stored, ClassLabel) and set(stored.names) & set(classes or ()):
+            # Numbers are those of these rows, and another split, or the checkpoint, may count its classes otherwise
+            label_names = stored.names
         features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
     make = {"generated": _turns, "masked": _texts, "classification": _labelled}[kind]
 
@@ -422,6 +437,8 @@ def _make_rows(
         out: dict[str, list] = {name: [] for name in features}
         for i, index in enumerate(indices):
             row = {name: values[i] for name, values in batch.items()}
+            if label_names is not None and row[args.label_column] in range(len(label_names)):
+                row[args.label_column] = label_names[row[args.label_column]]
             images = row[args.image_column] if has_images else []
             images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
             try:
@@ -429,7 +446,7 @@ def _make_rows(
             except BAD_ROW_ERRORS as error:
                 if bad_rows is None:
                     raise
-                bad_rows.add(index, error)
+                bad_rows.add(index, error, row if args.streaming else None)
                 continue
             for made in all_made:
                 made = {**made, "images": images, "source": index}
@@ -450,9 +467,22 @@ def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars
     Length of a row in characters, by which `--train_sampling_strategy group_by_length` saves padding: of its texts,
     and so much for each picture.
     """
-    messages = [*row.get("prompt", ()), *row.get("completion", ())]
-    parts = [part["text"] or "" for message in messages for part in message["content"]]
-    return sum(map(len, [row.get("text", ""), *parts])) + chars_per_picture * len(row.get("images") or ())
+    contents = [message["content"] for name in ("messages", "prompt", "completion") for message in row.get(name) or ()]
+    texts = [content for content in contents if isinstance(content, str)]
+    parts = [part for content in contents if not isinstance(content, str) for part in content or ()]
+    texts += [part.get("text") or "" for part in parts]
+    return sum(map(len, [row.get("text") or "", *texts])) + chars_per_picture * len(row.get("images") or ())
+
+
+def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
+    """Rows with a column `length` (see [`_num_chars`]), where they have none."""
+    read = [name for name in ("text", "messages", "prompt", "completion", "images") if name in rows.column_names]
+    if "length" in rows.column_names or read in ([], ["images"]):
+        return rows
+    told = rows.with_format(None).select_columns(read)
+    if "images" in read:
+        told = told.cast_column("images", List(UNDECODED))
+    return rows.add_column("length", [_num_chars(row, chars_per_picture) for row in told])
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
@@ -497,6 +527,8 @@ def _cut(text: Any, length: int, name: str, index: int) -> Any:
 def _answers_of(row: dict, args: DataArguments, index: int) -> list[str]:
     answers = row[args.answer_column]
     answers = answers if isinstance(answers, list) else [answers]
+    if not answers:
+        raise ValueError(f"Row {index}: `answer_column` {args.answer_column!r} holds no answer")
     for answer in answers:
         if not isinstance(answer, str):
             raise ValueError(f"Row {index}: expected text in `answer_column` {args.answer_column!r}, not {answer!r}")

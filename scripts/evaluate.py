@@ -38,7 +38,7 @@ from . import metrics
 from .arguments import DataArguments, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
-from .data import Rows, load_rows
+from .data import Rows, load_rows, picture_key
 from .generate import answer
 from .places import check_place
 from .report import write_evaluation
@@ -90,6 +90,11 @@ def generate_answers(
         for i in range(size):
             row = {name: values[i] for name, values in batch.items()}
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+            if len(messages) < 2 or messages[-1]["role"] != "assistant":
+                raise ValueError(
+                    f"Row {row.get('row', len(results))}: expected messages that end in an answer of the assistant, "
+                    f"to a message before it; their roles are {[message['role'] for message in messages]}"
+                )
             *prompt, last = messages
             pictures = load_pictures(row.get("images") or [], f"Row {row.get('row', len(results))}")
             conversations.append(with_pictures(prompt, pictures))
@@ -215,25 +220,33 @@ def retrieve(
     image_embeds, text_embeds = [], []
     texts: list[str] = []
     image_of_text: list[int] = []
-    num_images = 0
+    # Rows may share a picture, which is then one to find
+    image_of_key: dict[str | bytes, int] = {}
+    row_of_image: list[int] = []
+    num_rows = 0
     for batch in tqdm(rows.iter(batch_size=batch_size), desc="reading", leave=False):
         listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["images"]))]
         pixel_values = collator(listed)["pixel_values"].to(model.device)
-        image_embeds.append(embed(model.get_image_features(pixel_values=pixel_values)))
+        keys = [picture_key(row["images"][0]) for row in listed]
+        new = [i for i, key in enumerate(keys) if key not in image_of_key and key not in keys[:i]]
+        for i in new:
+            image_of_key[keys[i]] = len(row_of_image)
+            row_of_image.append(num_rows + i)
+        image_embeds.append(embed(model.get_image_features(pixel_values=pixel_values))[new])
         names = collator.names(listed)
         own = [row.get("references") or [collator.answer_text(row, n)] for row, n in zip(listed, names, strict=True)]
         flat = [text for each in own for text in each]
         inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
         text_embeds.append(embed(model.get_text_features(**inputs)))
         texts += flat
-        image_of_text += [num_images + i for i, each in enumerate(own) for _ in each]
-        num_images += len(listed)
+        image_of_text += [image_of_key[key] for key, each in zip(keys, own, strict=True) for _ in each]
+        num_rows += len(listed)
     scores = torch.cat(text_embeds) @ torch.cat(image_embeds).T  # (num_texts, num_images)
     belongs = torch.tensor(image_of_text)
     ranks = metrics.ranks_of_own(scores, belongs)  # (num_texts,)
     results = [
-        {"row": row, "prompt": text, "prediction": int(found), "score": -int(rank)}
-        for row, text, found, rank in zip(image_of_text, texts, scores.argmax(dim=1), ranks, strict=True)
+        {"row": row_of_image[own], "prompt": text, "prediction": row_of_image[int(found)], "score": -int(rank)}
+        for own, text, found, rank in zip(image_of_text, texts, scores.argmax(dim=1), ranks, strict=True)
     ]
     return metrics.retrieval(scores, belongs), results
 
@@ -263,9 +276,15 @@ def fill_masks(
     return {"loss": total / num_masked, "accuracy": num_right / num_masked, "num_masked": num_masked}, []
 
 
-def evaluation_loss(model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64) -> float:
+def evaluation_loss(
+    model: PreTrainedModel,
+    processor: DuoStreamProcessor,
+    rows: Rows,
+    batch_size: int = 64,
+    max_length: int | None = None,
+) -> float:
     """The mean loss of the answers' tokens, given the tokens before them."""
-    collator = DuoStreamDataCollator(processor)
+    collator = DuoStreamDataCollator(processor, max_length)
     total, num_tokens = 0.0, 0
     for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="loss", leave=False):
         with torch.no_grad():
@@ -320,7 +339,8 @@ def main(args: list[str] | None = None) -> None:
     if data_args.task == "classification" and isinstance(rows, Dataset):
         results = [{**result, "prompt": text} for result, text in zip(results, rows["text"], strict=True)]
     if task.auto_class is WRITER:
-        figures["loss"] = evaluation_loss(model, processor, load_rows(data_args, split, max_rows), batch_size)
+        rows_of_answers = load_rows(data_args, split, max_rows)
+        figures["loss"] = evaluation_loss(model, processor, rows_of_answers, batch_size, data_args.max_length)
     record = {
         "command": sys.argv[1:] if args is None else args,
         "task": data_args.task,

@@ -35,7 +35,7 @@ from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
 from .card import write_card, write_run
 from .checkpoints import check_files
-from .data import Rows
+from .data import Rows, with_lengths
 from .evaluate import check_rows, evaluate, generate_answers, score_answers
 from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .tasks import WRITER, task_of
@@ -222,7 +222,10 @@ class DuoStreamTrainer(LongRunTrainer):
                 results = gather_object(results)
             figures = score_answers(results, self.task)
         else:
-            figures, _ = evaluate(self.model, self.processing_class, rows, self.task, batch_size)
+            max_length = getattr(self.data_collator, "max_length", None)
+            figures, _ = evaluate(
+                self.model, self.processing_class, rows, self.task, batch_size, max_length=max_length
+            )
         self.model.train(was_training)
         return figures
 
@@ -270,6 +273,10 @@ def train(
     if bad_rows is not None:
         # Before training, so that batches, epochs and resuming are those of a data set without them
         train_rows = bad_rows.leave_out(train_rows, lambda row: collator([row]))
+    if training_args.train_sampling_strategy == "group_by_length" and isinstance(train_rows, Dataset):
+        data_args = kwargs.get("data")
+        chars_per_picture = (DataArguments if data_args is None else data_args).chars_per_picture
+        train_rows = with_lengths(train_rows, chars_per_picture)
     if isinstance(train_rows, IterableDataset):
         # Where one ends, the library begins anew within what it counts as one epoch, and resuming can't tell where
         train_rows = train_rows.repeat(None)

@@ -313,6 +313,35 @@ def test_a_tokenizer_keeps_its_own_chat_template_with_pictures_added():
     assert outputs["input_ids"][0].count(processor.image_token_id) == 2 * NUM_TOKENS
 
 
+def test_of_several_chat_templates_the_default_one_is_kept():
+    tokenizer = chatml_tokenizer()
+    expected = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS).chat_template
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    assert processor.chat_template == expected
+    tokenizer.chat_template = {"tool_use": "{{ tools }}"}
+    with pytest.raises(ValueError, match=r"\['tool_use'\], and none named 'default'"):
+        DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_tokenizer_puts_around_a_text_stays_where_the_text_is_cut(side):
+    tokenizer = bert_tokenizer()
+    tokenizer.truncation_side = side
+    processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    texts = ["a b c red a b", "a b"]
+    options = {"truncation": True, "max_length": 5, "padding": True, "return_tensors": "pt"}
+    outputs = processor(text=texts, **options, text_kwargs={"return_special_tokens_mask": True})
+    expected = tokenizer(texts, **options, return_special_tokens_mask=True)
+    for name in ("input_ids", "attention_mask", "special_tokens_mask"):
+        assert torch.equal(outputs[name], expected[name])
+    assert "special_tokens_mask" not in processor(text=texts, **options)
+    with_picture = processor(text=processor.image_token + texts[0], images=picture(), **{**options, "max_length": 8})
+    ids = with_picture["input_ids"][0].tolist()
+    assert len(ids) == 8 and ids.count(processor.image_token_id) == NUM_TOKENS
+    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+
 def test_a_template_given_to_the_processor_wins(processor):
     tokenizer = chatml_tokenizer()
     own = DuoStreamProcessor(image_processor(), tokenizer, chat_template="{{ messages[0]['role'] }}!")

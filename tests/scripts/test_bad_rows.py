@@ -5,10 +5,12 @@ import json
 import datasets
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from duostream.scripts import pretrain
 from duostream.scripts.arguments import DataArguments
-from duostream.scripts.data import load_rows
+from duostream.scripts.bad_rows import BadRows
+from duostream.scripts.data import load_rows, number_rows
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no"]
 NUM_ROWS = 12
@@ -59,6 +61,24 @@ def test_bad_rows_are_left_out_and_written_down_with_their_reasons(folder, tmp_p
     if not streaming:
         state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
         assert state["global_step"] == -(-2 * (NUM_ROWS - 5) // 4)  # two captions a picture, four rows a step
+
+
+def test_bad_rows_of_a_stream_are_counted_once_though_workers_number_their_own(tmp_path):
+    for shard in range(2):
+        lines = [{"text": f"{shard} {i}", "is_bad": i == 1} for i in range(4)]
+        (tmp_path / f"train-{shard}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stream = datasets.load_dataset("json", data_dir=str(tmp_path), split="train", streaming=True)
+    bad_rows = BadRows(tmp_path / "out" / "bad_rows.jsonl")
+
+    def check(row):
+        if row["is_bad"]:
+            raise ValueError(f"Row {row['row']} is bad")
+
+    kept = bad_rows.leave_out(number_rows(stream), check)
+    for _ in range(2):  # in each epoch again
+        rows = list(DataLoader(kept, batch_size=None, num_workers=2))
+        assert sorted(row["text"] for row in rows) == [f"{shard} {i}" for shard in range(2) for i in (0, 2, 3)]
+    assert bad_rows.report() == 2
 
 
 def test_a_second_run_writes_them_down_again(folder, tmp_path):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -17,6 +17,7 @@ from duostream.scripts.data import (
     load_rows,
     number_rows,
     texts_of,
+    with_lengths,
 )
 
 CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
@@ -342,6 +343,65 @@ def test_an_answer_that_is_no_text_names_its_row(tmp_path, answer, streaming):
     number = 0 if isinstance(answer, int) else 1
     with pytest.raises(ValueError, match=f"Row {number}: expected text"):
         list(load(tmp_path, answer_column="caption", streaming=streaming))
+
+
+def test_a_row_without_any_answer_is_not_left_out_in_silence(tmp_path):
+    rows = [{"question": "?", "answers": ["a"]}, {"question": "?", "answers": []}]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for is_evaluation in (False, True):
+        args = DataArguments(dataset=str(path), task="vqa", answer_column="answers")
+        with pytest.raises(ValueError, match="Row 1: `answer_column` 'answers' holds no answer"):
+            load_rows(args, "train", is_evaluation=is_evaluation)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_numbers_of_classes_are_those_of_their_names_however_a_split_counts_them(tmp_path, streaming):
+    names = ["eel", "dog", "cat"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    stored = Dataset.from_list([{"text": name, "label": i} for i, name in enumerate(names)], features=features)
+    stored.to_parquet(tmp_path / "rows.parquet")
+    args = DataArguments(dataset=str(tmp_path / "rows.parquet"), task="classification", streaming=streaming)
+    for classes in (["cat", "dog", "eel"], names):
+        rows = load_rows(args, "train", is_evaluation=True, classes=classes)
+        assert [classes[row["label"]] for row in rows] == [row["text"] for row in rows] == names
+    with pytest.raises(ValueError, match="Row 2: `label` 'cat' is none of the classes"):
+        list(load_rows(args, "train", classes=["dog", "eel"]))
+    # Names that are none of these: then by number
+    assert [row["label"] for row in load_rows(args, "train", classes=["0", "1", "2"])] == [0, 1, 2]
+
+
+def test_columns_of_messages_that_are_called_as_those_that_rows_get_are_not_read(tmp_path):
+    rows = [{"messages": conversation("?", str(i)), "source": "books", "row": "first"} for i in range(2)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    assert load(path)["row"][:] == [0, 1]
+    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:], "source": "books"} for row in rows]
+    path = write_lines(tmp_path / "pairs.jsonl", pairs)
+    packed = load_mixture(DataArguments(dataset=str(path), task="chat", conversations_per_row=2))
+    assert packed["source"][:] == [[0], [1]]
+
+
+def test_rows_that_share_a_row_may_have_no_pictures(tmp_path):
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
+    pairs = [
+        {
+            "images": images,
+            "prompt": conversation("?", "a", has_picture=bool(images))[:1],
+            "completion": [{"role": "assistant", "content": "a"}],
+        }
+        for images in ([str(tmp_path / "a.png")], None, [str(tmp_path / "a.png")])
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl", pairs)
+    packed = load_mixture(DataArguments(dataset=str(path), task="chat", conversations_per_row=2))
+    assert [len(row["conversations"]) for row in packed] == [2, 1]
+
+
+def test_messages_get_a_length_of_their_texts_and_pictures_where_it_is_asked_for():
+    parts = [{"images": ["a.png"], "messages": conversation("What?", "Red", has_picture=True)}]
+    assert with_lengths(Dataset.from_list(parts), 100)["length"][:] == [len("WhatX") + len("Red") + 100]
+    strings = [{"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red"}]}]
+    assert with_lengths(Dataset.from_list(strings), 100)["length"][:] == [8]
+    known = Dataset.from_list([{**strings[0], "length": 3}])
+    assert with_lengths(known, 100) is known
 
 
 def test_a_question_that_is_no_text_names_its_row(tmp_path):

@@ -10,7 +10,11 @@ import yaml
 from command_lines import arguments
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
 from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
 from duostream.processing.data_collator_duostream import load_pictures
@@ -350,6 +354,29 @@ def test_pictures_that_are_learnt_by_heart_are_found(pretrained, photographs, tm
     evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert record["text_to_image_recall@1"] == record["image_to_text_recall@1"] == 1
+
+
+def test_a_picture_that_several_rows_have_is_one_to_find(pretrained, photographs):
+    model = AutoModelForZeroShotImageClassification.from_pretrained(pretrained)
+    processor = AutoProcessor.from_pretrained(pretrained)
+    stored = [{"bytes": (photographs / "train" / f"{i}.jpg").read_bytes(), "path": None} for i in (0, 1)]
+    rows = [{"images": [stored[i]], "text": f"picture {number}"} for number, i in enumerate((0, 1, 0, 0))]
+    for batch_size in (1, 4):
+        _, results = evaluate.retrieve(model, processor, Dataset.from_list(rows), batch_size)
+        assert [result["row"] for result in results] == [0, 1, 0, 0]
+        assert {result["prediction"] for result in results} <= {0, 1}
+        assert max(-result["score"] for result in results) <= 2
+    same, _ = evaluate.retrieve(model, processor, Dataset.from_list(rows[2:]))
+    assert same["text_to_image_recall@1"] == same["image_to_text_recall@1"] == 1
+
+
+def test_a_chat_that_ends_with_the_user_has_no_answer_to_measure(pretrained, workplace, tmp_path):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    for i, messages in enumerate((turns, turns[:1], turns[1:2])):
+        path = write(workplace / f"chat_{i}.jsonl", [{"messages": turns[:2]}, {"messages": messages}])
+        options = {"checkpoint": pretrained, "task": "chat", "dataset": path, "output_dir": tmp_path / "out"}
+        with pytest.raises(ValueError, match="Row 1: expected messages that end in an answer of the assistant"):
+            evaluate.main(arguments(**options, batch_size=2))
 
 
 def test_a_data_set_of_one_row_is_measured(pretrained, workplace, tmp_path):
