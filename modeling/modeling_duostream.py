@@ -85,12 +85,14 @@ class PicturesRead(NamedTuple):
     Noted on a cache, as its lengths don't tell.
 
     Attributes:
-        differ (`bool`): Whether some rows have text in a column where others have pictures.
+        differ (`bool` or `torch.BoolTensor`): Whether some rows have text in a column where others have pictures.
         end (`torch.LongTensor`): A scalar: how many columns there are up to the end of the last picture.
+        kept (`torch.BoolTensor` of shape `(num_columns,)`): Which columns the text stream's cache has.
     """
 
-    differ: bool
+    differ: bool | torch.Tensor
     end: torch.Tensor
+    kept: torch.Tensor
 
 
 PICTURES_READ = "pictures_read"
@@ -533,9 +535,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if is_static:
                 check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
             if is_static or is_image.shape[1] == past_len + seq_len:
-                cached = is_image[:, :-seq_len]  # (batch, past_len)
-                is_valid = True if attention_mask is None else attention_mask[:, : cached.shape[1]].to(torch.bool)
-                check(kept_columns(cached, ~cached & is_valid).sum() == past_text_len, WAS_CHANGED)
+                if pictures_read is not None:
+                    check(pictures_read.end <= past_len, WAS_CHANGED)
+                    num_noted = min(len(pictures_read.kept), is_image.shape[1] - seq_len)
+                    cached = is_image[:, :num_noted]  # (batch, num_noted)
+                    is_valid = True if attention_mask is None else attention_mask[:, :num_noted].to(torch.bool)
+                    kept = kept_columns(cached, ~cached & is_valid)  # (num_noted,)
+                    is_same = (kept == pictures_read.kept[:num_noted]).all()
+                    check(is_same | (pictures_read.end == 0), WAS_CHANGED)
                 return is_image
             if is_image.shape[1] != seq_len:
                 raise ValueError(
@@ -547,12 +554,13 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         else:
             is_image = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=self.device)
 
-        if pictures_read is not None and (is_static or past_len > 0):
-            is_empty = torch.as_tensor(past_len, device=is_image.device) == 0
-            if pictures_read.differ:
-                # The text stream's cache may then be as long as the fusion stack's, with slots in it that are empty
-                check(is_empty, NEEDS_TYPES)
-            check(is_empty | (pictures_read.end.to(is_image.device) <= past_len), WAS_CHANGED)
+        if pictures_read is not None:
+            # The text stream's cache may then be as long as the fusion stack's, with slots in it that are empty
+            if isinstance(pictures_read.differ, torch.Tensor):
+                check(~pictures_read.differ, NEEDS_TYPES)
+            elif pictures_read.differ:
+                raise ValueError(NEEDS_TYPES)
+            check(pictures_read.end <= past_len, WAS_CHANGED)
         if is_static:
             check(past_len == past_text_len, NEEDS_TYPES)
             if not has_new_images:
@@ -570,14 +578,35 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         past = torch.arange(num_past, device=is_image.device) < num_past_images
         return torch.cat([past.expand(batch_size, -1), is_image], dim=1)  # (batch, past_len + seq_len)
 
+    def pictures_read(self, past_key_values: Cache | None, past_len: int | torch.Tensor) -> PicturesRead | None:
+        """What was noted on a cache, unless that has been emptied since."""
+        read = getattr(past_key_values, PICTURES_READ, None)
+        if read is None:
+            return None
+        if isinstance(past_len, torch.Tensor):
+            is_filled = past_len != 0
+            read = PicturesRead(is_filled & read.differ, is_filled * read.end, read.kept)
+        elif past_len == 0:
+            read = None
+        setattr(past_key_values, PICTURES_READ, read)
+        return read
+
     def note_pictures(
-        self, past_key_values: Cache, is_image: torch.Tensor, num_left_out: int, num_image_tokens: int
+        self,
+        past_key_values: Cache,
+        is_image: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        num_left_out: int,
+        num_image_tokens: int,
     ) -> None:
         """Notes on a cache where its pictures are, of which `num_left_out` columns were kept from the text stream."""
         before = getattr(past_key_values, PICTURES_READ, None)
-        differ = num_image_tokens != is_image.shape[0] * num_left_out
+        differ: bool | torch.Tensor = num_image_tokens != is_image.shape[0] * num_left_out
+        if before is not None:
+            differ = before.differ | differ
         ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
-        read = PicturesRead(differ or (before is not None and before.differ), ends.max())
+        is_valid = True if attention_mask is None else attention_mask.to(torch.bool)
+        read = PicturesRead(differ, ends.max(), kept_columns(is_image, ~is_image & is_valid))
         setattr(past_key_values, PICTURES_READ, read)
 
     def lay_out(
@@ -739,7 +768,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 past_len,
                 past_text_len,
                 has_new_images,
-                pictures_read=getattr(past_key_values, PICTURES_READ, None),
+                pictures_read=self.pictures_read(past_key_values, past_len),
             )
             if is_image is not None and has_new_images and not self.config.update_image_states:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
@@ -767,7 +796,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
             if text_cache is not None and is_image is not None and layout.text_index is not None:
                 num_left_out = seq_len - layout.text_index.shape[1]
-                self.note_pictures(past_key_values, is_image, num_left_out, num_image_tokens)
+                self.note_pictures(past_key_values, is_image, attention_mask, num_left_out, num_image_tokens)
             # Flash kernels take no masks, so their layers make all states
             needs_mask = image_mask is not None and not is_flash_attention_requested(self.config.fusion_stack_config)
             needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)
@@ -1106,6 +1135,9 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
 
         labels = labels.to(hidden_states.device).flatten()  # (batch * seq_len,)
         states = hidden_states.flatten(0, 1)  # (batch * seq_len, hidden)
+        if not len(states):
+            # Nothing to learn, but a graph that reaches every weight
+            return self.compute_logits(states).sum()
         if self.linear_cross_entropy is not None and self.fuses_loss:
             softcap = getattr(self.config.fusion_stack_config, "final_logit_softcapping", None)
             loss = self.linear_cross_entropy(states, self.lm_head.weight, labels, reduction="sum", softcap=softcap)
@@ -1193,7 +1225,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         Args:
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Tokens to predict, in their own positions: the loss shifts them. -100 is ignored, and so are
-                placeholders, which are never written: TRL has them in its labels. The token after a picture is
+                placeholders, which are never written: TRL has them in its labels, and `Trainer` counts them there, so
+                that the loss it reports is smaller by their share. The token after a picture is
                 predicted from an image token; the collator leaves it out.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
@@ -1221,17 +1254,14 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         """
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
-            given = labels
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         # Of a trainer that splits sequences over ranks, which shifts labels before
         shifted = kwargs.pop("shift_labels", None)
         # A tensor, as `Trainer` gives it, would go through all layers for nothing
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and num_items_in_batch is not None:
-            # `Trainer` counted the placeholders, too: each of these labels counts for as much more. It counts none in
-            # rows whose answers were all cut away, from which nothing is learnt.
-            share = count_items(labels[:, 1:], None) / count_items(given[:, 1:], None)
-            num_items_in_batch = (num_items_in_batch * share).clamp(min=1)
+            # `Trainer` counts none in rows whose answers were all cut away, from which nothing is learnt
+            num_items_in_batch = num_items_in_batch + (num_items_in_batch == 0)
         states_to_keep: int | torch.Tensor = 0
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep

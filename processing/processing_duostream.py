@@ -231,6 +231,7 @@ class DuoStreamProcessor(ProcessorMixin):
             early["text_kwargs"] = {name: v for name, v in early["text_kwargs"].items() if name not in late}
         wants_mask = text_kwargs.get("return_special_tokens_mask", False)
         if "text_kwargs" in early:
+            early.pop("return_special_tokens_mask", None)
             early["text_kwargs"]["return_special_tokens_mask"] = True
         else:
             early["return_special_tokens_mask"] = True
@@ -267,18 +268,21 @@ class DuoStreamProcessor(ProcessorMixin):
     ) -> list[int]:
         """
         Which positions of `input_ids` remain when text tokens are dropped, on the tokenizer's truncation side, until
-        `max_length` is left. Those that `special_tokens_mask` marks, which the tokenizer puts around a text, stay.
+        `max_length` is left. Those that `special_tokens_mask` marks, which the tokenizer puts around a text, stay if
+        there is room.
 
         Raises:
             ValueError: the pictures alone are longer; names the `row` and both lengths.
         """
         frame = special_tokens_mask or [0] * len(input_ids)
+        num_image_tokens = sum(token == self.image_token_id for token in input_ids)
+        if num_image_tokens + sum(frame) > max_length:
+            frame = [0] * len(input_ids)
         text = [i for i, token in enumerate(input_ids) if token != self.image_token_id and not frame[i]]
         room = max_length - (len(input_ids) - len(text))
         if room < 0:
             raise ValueError(
-                f"Row {row}: pictures {'and special tokens ' if any(frame) else ''}take {len(input_ids) - len(text)} "
-                f"tokens, more than `max_length`={max_length}"
+                f"Row {row}: pictures take {num_image_tokens} tokens, more than `max_length`={max_length}"
             )
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))

@@ -119,8 +119,10 @@ class BadRows:
             except BAD_ROW_ERRORS as error:
                 sources = row.get("source", row.get("row", index))
                 # A row may hold several of the source that share a picture
-                content = {name: value for name, value in row.items() if name not in ("source", "row")}
                 for source in dict.fromkeys(sources if isinstance(sources, list) else [sources]):
+                    # Of a row of the source each caption is a row here
+                    same = {"images": row["images"], "source": source} if row.get("images") else row
+                    content = {name: value for name, value in same.items() if name != "row"}
                     self.add(source, error, content if is_stream else None)
                 return False
             return True

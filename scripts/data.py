@@ -214,12 +214,9 @@ def pack_rows(
     )
 
 
-def picture_key(image: Any) -> str | bytes:
-    """What is the same for pictures whose files, bytes or, where they are open, pixels are."""
-    if isinstance(image, dict):
-        return image["path"] if image["bytes"] is None else sha256(image["bytes"]).digest()
-    picture = load_picture(image)
-    return sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+def picture_key(image: dict[str, Any]) -> str | bytes:
+    """What is the same for stored pictures whose files or bytes are."""
+    return image["path"] if image["bytes"] is None else sha256(image["bytes"]).digest()
 
 
 def read_classes(args: DataArguments) -> list[str]:
@@ -475,14 +472,20 @@ def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars
 
 
 def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
-    """Rows with a column `length` (see [`_num_chars`]), where they have none."""
-    read = [name for name in ("text", "messages", "prompt", "completion", "images") if name in rows.column_names]
-    if "length" in rows.column_names or read in ([], ["images"]):
+    """
+    Rows with a column `length` (see [`_num_chars`]), where they have none. Pictures are not read for it: they are
+    counted by the parts of messages.
+    """
+    texts = [name for name in ("text", "messages", "prompt", "completion") if name in rows.column_names]
+    if "length" in rows.column_names or not texts:
         return rows
-    told = rows.with_format(None).select_columns(read)
-    if "images" in read:
-        told = told.cast_column("images", List(UNDECODED))
-    return rows.add_column("length", [_num_chars(row, chars_per_picture) for row in told])
+    lengths = []
+    for row in rows.with_format(None).select_columns(texts):
+        contents = [message["content"] for name in texts if name != "text" for message in row[name] or ()]
+        parts = [part for content in contents if not isinstance(content, str) for part in content or ()]
+        images = [part for part in parts if part["type"] == "image"]
+        lengths.append(_num_chars({**row, "images": images}, chars_per_picture))
+    return rows.add_column("length", lengths)
 
 
 def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:

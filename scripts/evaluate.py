@@ -221,13 +221,17 @@ def retrieve(
     texts: list[str] = []
     image_of_text: list[int] = []
     # Rows may share a picture, which is then one to find
-    image_of_key: dict[str | bytes, int] = {}
+    image_of_key: dict[str | bytes | int, int] = {}
     row_of_image: list[int] = []
     num_rows = 0
     for batch in tqdm(rows.iter(batch_size=batch_size), desc="reading", leave=False):
         listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["images"]))]
         pixel_values = collator(listed)["pixel_values"].to(model.device)
-        keys = [picture_key(row["images"][0]) for row in listed]
+        # Not of pictures that are drawn, as blank ones are: these stand for different ones
+        pictures = [row["images"][0] for row in listed]
+        keys = [
+            picture_key(picture) if isinstance(picture, dict) else num_rows + i for i, picture in enumerate(pictures)
+        ]
         new = [i for i, key in enumerate(keys) if key not in image_of_key and key not in keys[:i]]
         for i in new:
             image_of_key[keys[i]] = len(row_of_image)

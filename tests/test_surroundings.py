@@ -189,7 +189,7 @@ class SmallMemory(DuoStreamForConditionalGeneration):
 
 @pytest.mark.slow
 def test_a_batch_that_memory_has_no_room_for_is_made_smaller(tmp_path: Path) -> None:
-    arguments = plain_arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
+    arguments = plain_arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4)
     trainer = Trainer(model=small_model(cls=SmallMemory), args=arguments, train_dataset=plain_rows())
     trainer.train()
     assert trainer.state.train_batch_size == 2 and trainer.state.global_step == 3

@@ -61,6 +61,15 @@ def learn(model: Any, inputs: dict[str, Tensor], **hints: Any) -> tuple[Any, dic
     return outputs, {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+def test_from_rows_without_labels_nothing_is_learnt() -> None:
+    model = composed().train()
+    apply_liger_kernel_to_duostream(model, **KERNELS)
+    inputs = rows_of(model)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    outputs, gradients = learn(model, inputs, targets_per_row=0, num_items_in_batch=0)
+    assert outputs.loss == 0 and "model.fusion_model.layers.0.mlp.up_proj.weight" in gradients
+
+
 @pytest.mark.parametrize("hints", [{}, {"targets_per_row": 8}, {"num_items_in_batch": 7}], ids=str)
 @pytest.mark.parametrize("make", [composed, lambda: small_model("llama").to(DEVICE)], ids=["composed", "from nothing"])
 def test_the_loss_and_the_gradients_are_the_same_and_no_logits_are_made(make: Any, hints: dict[str, Any]) -> None:

@@ -424,6 +424,20 @@ def test_rows_picked_out_of_a_cache_whose_layout_was_that_of_others_are_refused(
         model(ids[:, -1:], past_key_values=cache, mm_token_type_ids=types, attention_mask=torch.ones_like(ids))
 
 
+def test_so_are_rows_that_have_as_many_columns_of_text_at_other_places(model: Any) -> None:
+    picture_len = model.config.image_seq_length
+    rows = [Row(model, PICTURE, picture_len + 4), Row(model, 2, PICTURE, 2)]
+    inputs = batch(rows, "left")
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([1]))
+    ids = torch.cat([inputs["input_ids"][1:], torch.tensor([[5]])], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"][1:], (0, 1), value=1)
+    types = (ids == model.config.image_token_id).long()
+    with pytest.raises(ValueError, match="picked out of it"):
+        model(ids[:, -1:], past_key_values=cache, mm_token_type_ids=types, attention_mask=mask)
+
+
 def test_a_cache_is_cropped_behind_a_picture_and_not_back_to_before_it(model: Any) -> None:
     row, new = Row(model, 6, PICTURE, 3), torch.tensor([[5, 6]])
     image_len = model.config.image_seq_length
@@ -448,8 +462,9 @@ def test_a_static_cache_that_was_reset_is_a_new_one(model: Any) -> None:
     with torch.no_grad():
         model(**batch([Row(model, PICTURE, 6), Row(model, 4, PICTURE, 2)]), past_key_values=cache)
     cache.reset()
-    new = {"input_ids": torch.randint(3, VOCAB_SIZE, (2, 5))}
-    assert difference(logits(model, {**new, "past_key_values": cache}), logits(model, new)) < CLOSE
+    ids = torch.randint(3, VOCAB_SIZE, (2, 6))
+    pieces = [logits(model, {"input_ids": piece, "past_key_values": cache}) for piece in ids.split([4, 1, 1], dim=1)]
+    assert difference(torch.cat(pieces, dim=1), logits(model, {"input_ids": ids})) < CLOSE
 
 
 def test_nor_can_rows_whose_cache_has_a_slot_for_each_column(model: Any) -> None:
@@ -586,16 +601,18 @@ def test_in_training_logits_are_of_labels_alone_with_the_same_loss_and_gradients
     assert torch.equal(logits(model, {**inputs, "targets_per_row": 1}), logits(model, inputs))
 
 
-def test_placeholders_in_labels_are_not_learnt_and_not_counted(model: Any) -> None:
+@pytest.mark.parametrize("num_items_in_batch", [0, torch.tensor(0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("loss_chunk_size", [None, 4])
+def test_from_rows_whose_answers_were_all_cut_away_nothing_is_learnt(
+    num_items_in_batch: Any, loss_chunk_size: int | None
+) -> None:
+    model = small_model("llama", loss_chunk_size=loss_chunk_size).train()
     inputs = loss_inputs(model)
-    everything = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    counted = (everything[:, 1:] != -100).sum()
-    words = everything.masked_fill(everything == model.config.image_token_id, -100)
-    with torch.no_grad():
-        expected = model(**{**inputs, "labels": words}).loss
-        # As `Trainer` counts them
-        got = model(**{**inputs, "labels": everything}, num_items_in_batch=counted).loss
-    assert abs(got - expected) < 1e-5
+    labels = torch.full_like(inputs["labels"], -100)
+    for hint in ({}, {"targets_per_row": 0}):
+        loss = model(**{**inputs, "labels": labels}, num_items_in_batch=num_items_in_batch, **hint).loss
+        loss.backward()
+        assert loss == 0 and not any(grad.any() for grad in gradients(model).values())
 
 
 @pytest.mark.parametrize("windowed", ["text_config", "fusion_stack_config"])

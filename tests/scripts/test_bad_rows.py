@@ -42,6 +42,14 @@ def folder(tmp_path, monkeypatch):
     return train.parent
 
 
+def bad_rows_counted(output_dir):
+    """As at the end of a run, of what it wrote."""
+    lines = (output_dir / "bad_rows.jsonl").read_text()
+    bad_rows = BadRows(output_dir / "bad_rows.jsonl")
+    bad_rows.path.write_text(lines)
+    return bad_rows.report()
+
+
 def train(folder, output_dir, *args):
     command = ["--task", "caption", "--dataset", str(folder), "--output_dir", str(output_dir), "--vocab_size", "300"]
     pretrain.main([*command, "--per_device_train_batch_size", "4", *QUIET, *args])
@@ -58,6 +66,7 @@ def test_bad_rows_are_left_out_and_written_down_with_their_reasons(folder, tmp_p
         assert "a picture can't be read" in reasons[row]
     for row in (8, 9):
         assert f"Row {row}: expected text in `answer_column` 'captions', not None" in reasons[row]
+    assert bad_rows_counted(tmp_path / "out") == 5
     if not streaming:
         state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
         assert state["global_step"] == -(-2 * (NUM_ROWS - 5) // 4)  # two captions a picture, four rows a step

@@ -20,7 +20,7 @@ from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
 from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts import data, evaluate, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
-from duostream.scripts.data import load_mixture, load_rows, read_classes
+from duostream.scripts.data import blank, load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
 from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
 
@@ -366,6 +366,9 @@ def test_a_picture_that_several_rows_have_is_one_to_find(pretrained, photographs
         assert [result["row"] for result in results] == [0, 1, 0, 0]
         assert {result["prediction"] for result in results} <= {0, 1}
         assert max(-result["score"] for result in results) <= 2
+    # But blank ones stand for different pictures, of which none can be told from another
+    blanked, _ = evaluate.retrieve(model, processor, blank(Dataset.from_list(rows[1:])))
+    assert blanked["text_to_image_recall@1"] < 1
     same, _ = evaluate.retrieve(model, processor, Dataset.from_list(rows[2:]))
     assert same["text_to_image_recall@1"] == same["image_to_text_recall@1"] == 1
 
