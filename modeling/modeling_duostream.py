@@ -542,6 +542,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                     is_valid = True if attention_mask is None else attention_mask[:, :num_noted].to(torch.bool)
                     kept = kept_columns(cached, ~cached & is_valid)  # (num_noted,)
                     is_same = (kept == pictures_read.kept[:num_noted]).all()
+                    # Of a static cache that was reset the note has no end
                     check(is_same | (pictures_read.end == 0), WAS_CHANGED)
                 return is_image
             if is_image.shape[1] != seq_len:
