@@ -135,10 +135,11 @@ class DuoStreamConfig(PreTrainedConfig):
         bidirectional_images (`bool`, *optional*, defaults to `True`):
             Whether a picture's tokens see each other both ways in the fusion stack, or, as those of text do, only what
             stands before them: then its masks are causal ones, for which there are faster kernels (flash attention).
-        update_image_states (`bool`, *optional*, defaults to `True`):
-            Whether the fusion layers make new states for image tokens, too, or each layer reads those that the
-            projector made, as keys and values alone: then a picture costs a fraction of it, and a prompt must not end
-            on one. To be chosen before training. (SAISA, Yuan et al. 2025, arXiv 2502.02458, here for fusion layers.)
+        num_image_update_layers (`int`, *optional*):
+            How many of the fusion layers, from the lowest up, make new states for image tokens, too. Those above read
+            the states that the last of them made, or with 0 the projector, as keys and values alone: there a picture
+            costs a fraction of it, and a prompt must not end on one. Defaults to all. To be chosen before training.
+            (0 is SAISA, Yuan et al. 2025, arXiv 2502.02458, here for fusion layers.)
         restart_positions (`bool`, *optional*, defaults to `False`):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
@@ -220,7 +221,7 @@ class DuoStreamConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     spatial_merge_size: int = 1
     bidirectional_images: bool = True
-    update_image_states: bool = True
+    num_image_update_layers: int | None = None
     restart_positions: bool = False
     projection_dim: int = 256
     contrastive_loss: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -235,6 +236,9 @@ class DuoStreamConfig(PreTrainedConfig):
     base_models: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.pop("update_image_states", True) is False:
+            # What checkpoints said until 27 November 2026
+            self.num_image_update_layers = 0
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
         for name, expected in DuoStreamConfig.__annotations__.items():
@@ -273,6 +277,12 @@ class DuoStreamConfig(PreTrainedConfig):
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more")
+        num_layers = self.fusion_stack_config.num_hidden_layers
+        if self.num_image_update_layers is not None and not 0 <= self.num_image_update_layers <= num_layers:
+            raise ValueError(
+                f"`num_image_update_layers` is {self.num_image_update_layers}; expected 0 to {num_layers}, the number "
+                "of fusion layers"
+            )
         self._check_widths()
         self._check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:
@@ -286,6 +296,12 @@ class DuoStreamConfig(PreTrainedConfig):
                 f"`vision_config` gives tokens of width {self.image_hidden_size}, `fusion_stack_config.hidden_size` "
                 f'is {self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
+
+    @property
+    def num_image_reading_layers(self) -> int:
+        """How many of the upper fusion layers read image states without making new ones."""
+        num_layers = self.fusion_stack_config.num_hidden_layers
+        return 0 if self.num_image_update_layers is None else num_layers - self.num_image_update_layers
 
     def _make_sub_config(self, name: str) -> None:
         sub_config = getattr(self, name)

@@ -1,10 +1,11 @@
 """
 A layer's states are made where they are read. The last layer's are at few positions: at the end of a prompt, where the
-next token is predicted, and in training where there are labels. Image states that stay as the projector made them
-(`config.update_image_states`) are made by no layer. At all other positions a layer needs to make no more than the keys
-and values that those few attend to.
+next token is predicted, and in training where there are labels. Of image tokens the layers above
+`config.num_image_update_layers` make none. At all other positions a layer needs to make no more than the keys and
+values that those few attend to.
 """
 
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ KNOWN_TYPES = (
 
 # Multiplications and additions that a layer must be spared. On an H200, where a layer took a millisecond to launch, a
 # second run of the layers lost with 8.5e11 and won with 9.2e11 and 28e11 (32 rows of 196 image tokens, 2048 wide, or
-# of 2304, 576 wide, and 8 of 2304, 2048 wide, in `duostream benchmark prefill --update_image_states false`).
+# of 2304, 576 wide, and 8 of 2304, 2048 wide, in `duostream benchmark prefill --num_image_update_layers 0 0`).
 OPERATIONS_WORTH_A_LAUNCH = 9e11
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
@@ -125,14 +126,15 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
     kept: by their own code, first on the others (or on all, where so many last ones are kept) as far as their keys and
     values, then on the kept ones to their end. Other hooks on a layer see these two runs. Elsewhere what comes out of
     a layer is what went in. So it is, too, at the positions that an `image_mask` of shape `(batch, seq_len)` marks,
-    where layers get one. Layers of types that are not known stay as they are.
+    where layers get one, for all but the lowest `num_image_update_layers`. Layers of types that are not known stay as
+    they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.
     """
-    for layer in layers_of(stack):
+    for index, layer in enumerate(layers_of(stack)):
         layer.register_forward_pre_hook(_cut, with_kwargs=True)
-        layer.register_forward_hook(_put_back, with_kwargs=True)
+        layer.register_forward_hook(partial(_put_back, index=index), with_kwargs=True)
 
 
 def is_worth_it(kept: int | torch.Tensor, states: torch.Tensor, layer: nn.Module) -> bool:
@@ -241,8 +243,9 @@ def _cut_argument(name: str, value: Any, kept: int | torch.Tensor, is_static: bo
     return NotImplemented
 
 
-def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    keys_and_values, image_mask = _find(_CacheOfOneLayer, args, kwargs), kwargs.get("image_mask")
+def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, index: int) -> Any:
+    keys_and_values = _find(_CacheOfOneLayer, args, kwargs)
+    image_mask = kwargs.get("image_mask") if index >= kwargs.get("num_image_update_layers", 0) else None
     if keys_and_values is None and image_mask is None:
         return None
     states = output[0] if isinstance(output, tuple) else output

@@ -364,10 +364,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         remove_final_norm(self.text_model)
         remove_embeddings(self.fusion_model)
         make_kept_states_alone(self.fusion_model)
-        if not config.update_image_states and not layers_of(self.fusion_model):
+        if config.num_image_reading_layers and not layers_of(self.fusion_model):
             raise ValueError(
-                f"`update_image_states=False` goes with fusion stacks of the types {', '.join(KNOWN_TYPES)}, not with "
-                f"{config.fusion_stack_config.model_type}"
+                f"`num_image_update_layers={config.num_image_update_layers}` goes with fusion stacks of the types "
+                f"{', '.join(KNOWN_TYPES)}, not with {config.fusion_stack_config.model_type}"
             )
         self.post_init()
 
@@ -771,7 +771,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 has_new_images,
                 pictures_read=self.pictures_read(past_key_values, past_len),
             )
-            if is_image is not None and has_new_images and not self.config.update_image_states:
+            if is_image is not None and has_new_images and self.config.num_image_reading_layers:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
@@ -853,11 +853,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         cache = fusion_cache
         kept: dict[nn.Module, int | torch.Tensor] = {}
         if image_mask is not None:
-            kwargs["image_mask"] = image_mask
+            kwargs |= {"image_mask": image_mask, "num_image_update_layers": self.config.num_image_update_layers}
         layers = layers_of(self.fusion_model) if seq_len > 1 else []  # all make the state of a single token
         reads_alone = image_mask is not None and layout.text_index is not None
         if layers and reads_alone and is_worth_it(layout.text_index, hidden_states, layers[-1]):
-            kept = dict.fromkeys(layers, layout.text_index)
+            kept = dict.fromkeys(layers[self.config.num_image_update_layers :], layout.text_index)
         if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
             kept[layers[-1]] = states_to_keep
         has_own_mask = block_ids is not None or segment_ids is not None
@@ -987,10 +987,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """
         hidden_states = torch.cat([image_hidden_states.to(text_hidden_states.dtype), text_hidden_states], dim=1)
         batch_size, seq_len = hidden_states.shape[:2]
-        kwargs = {}
-        if not self.config.update_image_states:
+        kwargs: dict[str, Any] = {}
+        if self.config.num_image_reading_layers:
             is_image = torch.arange(seq_len, device=hidden_states.device) < image_hidden_states.shape[1]
             kwargs["image_mask"] = is_image.expand(batch_size, -1)  # (batch, seq_len)
+            kwargs["num_image_update_layers"] = self.config.num_image_update_layers
         attention_mask = None
         if text_attention_mask is not None:
             # An image token is as valid as any
@@ -1369,11 +1370,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             **kwargs,
         )
         if past_key_values is None or is_first_iteration:
-            if not self.config.update_image_states and input_ids.shape[1] > 0:
+            if self.config.num_image_reading_layers and input_ids.shape[1] > 0:
                 check(
                     (input_ids[:, -1] != self.config.image_token_id).all(),
-                    "With `update_image_states=False` a picture's tokens know nothing of the prompt: it must end on "
-                    "text, as those of the chat template do",
+                    "With `num_image_update_layers` a picture's tokens don't go through all layers, so no word can be "
+                    "written from their states: the prompt must end on text, as those of the chat template do",
                 )
             # Generated tokens are causal; so the prefix matters only while it is read
             model_inputs["token_type_ids"] = token_type_ids

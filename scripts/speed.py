@@ -78,9 +78,12 @@ class SpeedArguments:
     bidirectional_images: bool = field(
         default=True, metadata={"help": "Whether our pictures are read both ways, as PaliGemma's; LLaVA's are not."}
     )
-    update_image_states: bool = field(
-        default=True,
-        metadata={"help": "Whether our layers make new states for image tokens, or only read the projector's."},
+    num_image_update_layers: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "How many of our lowest fusion layers make new states of image tokens, which those above only "
+            "read: a number for each of `fusion_layers`. By default all do."
+        },
     )
     text_len: int = field(default=32, metadata={"help": "Text tokens a row."})
     repeats: int = field(default=3, metadata={"help": "How often each side is run, after one run to warm up."})
@@ -101,6 +104,16 @@ class SpeedArguments:
             raise ValueError(f"`repeats` is {self.repeats}; expected 2 or more, for quartiles")
         if self.clock not in CLOCKS:
             raise ValueError(f"`clock` is {self.clock!r}; there are {', '.join(map(repr, CLOCKS))}")
+        if self.num_image_update_layers and len(self.num_image_update_layers) != len(self.fusion_layers):
+            raise ValueError(
+                f"`num_image_update_layers` holds {len(self.num_image_update_layers)} numbers; expected one for each "
+                f"of `fusion_layers`, which are {len(self.fusion_layers)}"
+            )
+
+    @property
+    def fusion_depths(self) -> list[tuple[int, int]]:
+        """How many layers are fusion layers, and how many of those make new states of image tokens."""
+        return list(zip(self.fusion_layers, self.num_image_update_layers or self.fusion_layers, strict=True))
 
 
 @dataclass
@@ -157,8 +170,8 @@ class OverheadArguments(SpeedArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.update_image_states:
-            raise ValueError("`update_image_states` must be true: by hand, the fusion stack makes all states")
+        if self.num_image_update_layers:
+            raise ValueError("`num_image_update_layers` can't be given: by hand, the fusion stack makes all states")
 
 
 Cell = tuple[Row, dict[str, PreTrainedModel], dict[str, dict[str, Any]]]
@@ -174,9 +187,9 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
         # First weights of billions take minutes on a CPU
         with torch.device(args.device):
             sides = make_sides(args.preset, image_tokens, args.fusion_layers, args.peers)
-        for name in map(str, args.fusion_layers):
-            sides[name].config.bidirectional_images = args.bidirectional_images
-            sides[name].config.update_image_states = args.update_image_states
+        for number, num_updating in args.fusion_depths:
+            sides[str(number)].config.bidirectional_images = args.bidirectional_images
+            sides[str(number)].config.num_image_update_layers = num_updating
         for model in sides.values():
             model.to(args.device, getattr(torch, args.dtype)).eval()
             model.set_attn_implementation(attention)
@@ -185,7 +198,6 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
             told = {
                 "attention": attention,
                 "both_ways": args.bidirectional_images,
-                "image_states_updated": args.update_image_states,
                 "image_tokens": image_tokens,
                 "batch_size": batch_size,
             }
@@ -197,8 +209,8 @@ def cells(args: SpeedArguments) -> Iterator[Cell]:
 
 def pairs(args: SpeedArguments) -> Iterator[tuple[str, str, Row]]:
     """Each of ours with each peer."""
-    for number, peer in product(args.fusion_layers, args.peers):
-        yield str(number), peer, {"fusion_layers": number, "peer": peer}
+    for (number, num_updating), peer in product(args.fusion_depths, args.peers):
+        yield str(number), peer, {"fusion_layers": number, "image_update_layers": num_updating, "peer": peer}
 
 
 @torch.no_grad()

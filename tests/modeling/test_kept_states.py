@@ -1,6 +1,7 @@
 """Layers make the states alone that are read, and nothing that is read is another for it."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
+    LLAMA,
     PICTURE,
     VOCAB_SIZE,
     Row,
@@ -32,7 +34,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCa
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamModel
 from duostream.configuration.configuration_duostream import layer_types
-from duostream.modeling.composition_duostream import stack_of
+from duostream.modeling.composition_duostream import FINAL_NORMS, stack_of
 from duostream.modeling.kept_states_duostream import (
     KNOWN_TYPES,
     CacheOfKeptStates,
@@ -45,6 +47,12 @@ from duostream.modeling.kept_states_duostream import (
 ENOUGH = 1e-4
 # Layers that are called, or made, in different ways
 EVERYDAY = ("tiny", "llama", "gpt2", "opt", "gemma3")
+
+
+def small_reader(num_image_update_layers: int | None, **kwargs: Any) -> Any:
+    """A small model with three fusion layers: of the last one image states are read by nobody, whether made or not."""
+    stack = {**LLAMA, "num_hidden_layers": 3}
+    return small_model(fusion_stack_config=stack, num_image_update_layers=num_image_update_layers, **kwargs)
 
 
 @contextmanager
@@ -74,7 +82,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(TEXTS[request.param]())
     vision = AutoModel.from_config(VISIONS["siglip"]())
-    return roughen(DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=2), 0.05)
+    return roughen(DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=3), 0.05)
 
 
 def prompts(model: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -122,10 +130,10 @@ def test_some_last_positions_are_those_of_all(model: Any) -> None:
             assert difference(model(**inputs, logits_to_keep=num_kept).logits, expected) < ENOUGH
 
 
-@pytest.mark.parametrize("update_image_states", [True, False])
+@pytest.mark.parametrize("num_image_update_layers", [None, 1, 0])
 @torch.no_grad()
-def test_a_second_picture_is_read_behind_a_cached_one(update_image_states: bool) -> None:
-    model = small_model(update_image_states=update_image_states)
+def test_a_second_picture_is_read_behind_a_cached_one(num_image_update_layers: int | None) -> None:
+    model = small_reader(num_image_update_layers)
     row = Row(model, PICTURE, 4, PICTURE, 5)
     first_len = model.config.image_seq_length + 4
     expected = model(**row.inputs).logits[:, -1:]
@@ -282,8 +290,8 @@ def test_a_copy_of_the_last_layer_behind_it_is_one_more_layer() -> None:
 )
 @torch.no_grad()
 def test_a_stack_with_something_wrapped_around_it_makes_all_states(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    for options in ({}, {"update_image_states": False}):
-        model = small_model(**options)
+    for num_image_update_layers in (None, 0, 1):
+        model = small_reader(num_image_update_layers)
         inputs = Row(model, PICTURE, 9).inputs
         expected = model(**inputs).logits[:, -1:]
         model.model.fusion_model = wrap(model.model.fusion_model)
@@ -300,33 +308,42 @@ def test_a_hook_of_ones_own_gets_the_last_layers_states_in_their_place() -> None
     assert seen == [inputs["input_ids"].shape[1], 1]
 
 
-@pytest.fixture
-def reader(model: Any) -> Iterator[Any]:
-    """The model with image states that no fusion layer changes."""
-    model.config.update_image_states = False
+@pytest.fixture(params=[0, 1], ids=["of no layer", "of the first layer"])
+def reader(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The model with image states that no fusion layer changes, or the first alone."""
+    model.config.num_image_update_layers = request.param
     yield model
-    model.config.update_image_states = True
+    model.config.num_image_update_layers = None
 
 
 @torch.no_grad()
-def test_image_states_that_are_read_alone_come_out_of_each_layer_as_the_projector_made_them(reader: Any) -> None:
+def test_image_states_that_are_read_alone_come_out_of_each_layer_as_they_went_in(reader: Any) -> None:
+    stack, num_updating = stack_of(reader.model.fusion_model), reader.config.num_image_update_layers
+    final_norm = next(getattr(stack, name) for name in FINAL_NORMS if hasattr(stack, name))
     for inputs in prompts(reader):
-        states = reader(**inputs, output_hidden_states=True).hidden_states
+        states = list(reader(**inputs, output_hidden_states=True).hidden_states)
         assert len(states) > 2
         is_image = inputs["input_ids"] == reader.config.image_token_id
-        # Behind the last layer comes a norm
-        assert all(torch.equal(each[is_image], states[0][is_image]) for each in states[1:-1])
+        last = final_norm(states[num_updating])
+        assert torch.equal(states[-1][is_image], last[is_image])
+        assert all(torch.equal(each[is_image], states[num_updating][is_image]) for each in states[num_updating:-1])
+        for before, after in itertools.pairwise(states[: num_updating + 1]):
+            assert (before[is_image] != after[is_image]).any(dim=-1).all()
         is_text = ~is_image & inputs.get("attention_mask", torch.ones_like(is_image)).bool()
-        assert (states[1][is_text] != states[0][is_text]).any(dim=-1).all()
+        for before, after in itertools.pairwise(states):
+            assert (before[is_text] != after[is_text]).any(dim=-1).all()
 
 
 @torch.no_grad()
 def test_image_states_that_are_read_alone_go_through_no_layer(reader: Any) -> None:
-    row = Row(reader, 3, PICTURE, 5)
+    row, num_updating = Row(reader, 3, PICTURE, 5), reader.config.num_image_update_layers
     for options, num_last in (({}, 8), ({"logits_to_keep": 1}, 1)):
-        with watched(reader, 0) as lengths, watched(reader) as last_lengths:
-            reader(**row.inputs, **options)
-        assert (set(lengths), set(last_lengths)) == ({8}, {num_last})
+        for layer in range(reader.config.fusion_stack_config.num_hidden_layers):
+            with watched(reader, layer) as lengths:
+                reader(**row.inputs, **options)
+            is_last = layer == reader.config.fusion_stack_config.num_hidden_layers - 1
+            num_read = num_last if is_last else 8
+            assert set(lengths) == {len(row) if layer < num_updating else num_read}
 
 
 @torch.no_grad()
@@ -340,7 +357,7 @@ def test_layers_that_leave_image_states_out_give_the_logits_and_the_cache_of_tho
     for inputs, num_kept in cases:
         # Whoever asks for states gets all of them
         whole = reader(**inputs, output_hidden_states=True)
-        with watched(reader, 0) as lengths:
+        with watched(reader, reader.config.num_image_update_layers) as lengths:
             cut = reader(**inputs)
         assert set(lengths) == {num_kept}
         is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
@@ -360,7 +377,7 @@ def test_layers_that_leave_image_states_out_learn_the_same(reader: Any) -> None:
     for side in ("left", "right"):
         inputs = with_last_words_labelled(rows, side)
         expected = trained(reader, inputs, output_hidden_states=True)
-        with watched(reader, 0) as lengths:
+        with watched(reader, reader.config.num_image_update_layers) as lengths:
             cut = trained(reader, inputs)
         # The longest text, in each row
         assert set(lengths) == {12 * len(rows)}
@@ -368,8 +385,9 @@ def test_layers_that_leave_image_states_out_learn_the_same(reader: Any) -> None:
     reader.eval()
 
 
-def test_checkpoints_of_activations_leave_image_states_as_they_are() -> None:
-    model = small_model(update_image_states=False).train()
+@pytest.mark.parametrize("num_image_update_layers", [0, 1])
+def test_checkpoints_of_activations_leave_image_states_as_they_are(num_image_update_layers: int) -> None:
+    model = small_reader(num_image_update_layers).train()
     row = Row(model, PICTURE, 9)
     inputs = {**row.inputs, "labels": row.ids[None].masked_fill(row.ids == model.config.image_token_id, -100)}
     expected = trained(model, inputs)
@@ -379,12 +397,15 @@ def test_checkpoints_of_activations_leave_image_states_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bidirectional_images", [True, False])
+@pytest.mark.parametrize("num_updating", [0, 1])
 @torch.no_grad()
-def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(bidirectional_images: bool) -> None:
-    model = small_model(update_image_states=False, bidirectional_images=bidirectional_images)
+def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(
+    bidirectional_images: bool, num_updating: int
+) -> None:
+    model = small_reader(num_updating, bidirectional_images=bidirectional_images)
     rows = [*(Row(model, PICTURE, PICTURE, num_words) for num_words in (3, 2, 4)), Row(model, 12)]
     options = {"max_new_tokens": 6, "do_sample": False}
-    with watched(model, 0) as lengths:
+    with watched(model, num_updating) as lengths:
         model(**batch(rows[:-1]))
         model(**rows[0].inputs)
     assert lengths == [3 * 4, 3]
@@ -398,15 +419,18 @@ def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(bidi
 
 def test_nothing_is_written_right_behind_a_picture_that_is_read_alone() -> None:
     inputs = Row(small_model(), 3, PICTURE).inputs
-    with pytest.raises(ValueError, match="it must end on text"):
-        small_model(update_image_states=False).generate(**inputs, max_new_tokens=1)
-    assert small_model().generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+    for num_updating in (0, 1):
+        with pytest.raises(ValueError, match="must end on text"):
+            small_reader(num_updating).generate(**inputs, max_new_tokens=1)
+    for num_updating in (None, 3):
+        written = small_reader(num_updating).generate(**inputs, max_new_tokens=1)
+        assert written.shape[1] == inputs["input_ids"].shape[1] + 1
 
 
-@pytest.mark.parametrize("update_image_states", [True, False])
+@pytest.mark.parametrize("num_image_update_layers", [None, 1, 0])
 @torch.no_grad()
-def test_the_last_layer_may_be_on_a_device_of_its_own(update_image_states: bool) -> None:
-    model = small_model(cls=DuoStreamModel, update_image_states=update_image_states)
+def test_the_last_layer_may_be_on_a_device_of_its_own(num_image_update_layers: int | None) -> None:
+    model = small_reader(num_image_update_layers, cls=DuoStreamModel)
     for part in (model.fusion_model.layers[-1], model.fusion_model.norm):
         add_hook_to_module(part.to("meta"), AlignDevicesHook(execution_device="meta"))
     inputs = Row(model, PICTURE, PICTURE, 3).inputs
@@ -421,7 +445,7 @@ def test_the_last_layer_may_be_on_a_device_of_its_own(update_image_states: bool)
 @torch.no_grad()
 @pytest.mark.parametrize("compile_layers", ["with hooks", "without"])
 def test_layers_that_are_compiled_alone_say_the_same(compile_layers: str) -> None:
-    model = small_model("llama", update_image_states=False)
+    model = small_reader(1)
     inputs = Row(model, PICTURE, 9).inputs
     expected = model(**inputs, logits_to_keep=1).logits
     torch.compiler.reset()
@@ -434,9 +458,10 @@ def test_layers_that_are_compiled_alone_say_the_same(compile_layers: str) -> Non
         assert difference(model(**inputs, logits_to_keep=1).logits, expected) < ENOUGH
 
 
+@pytest.mark.parametrize("num_updating", [0, 1])
 @torch.no_grad()
-def test_pictures_make_a_difference_where_they_are_read_alone_and_none_to_text() -> None:
-    model, same = small_model(update_image_states=False), small_model()
+def test_pictures_make_a_difference_where_they_are_read_alone_and_none_to_text(num_updating: int) -> None:
+    model, same = small_reader(num_updating), small_reader(None)
     text = Row(model, 9).inputs
     assert torch.equal(model(**text).logits, same(**text).logits)
     inputs = Row(model, PICTURE, 9).inputs
@@ -445,9 +470,10 @@ def test_pictures_make_a_difference_where_they_are_read_alone_and_none_to_text()
     assert difference(logits, model(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits[:, -1]) > ENOUGH
 
 
+@pytest.mark.parametrize("num_updating", [0, 1])
 @torch.no_grad()
-def test_pairs_of_states_that_come_ready_are_fused_as_those_of_a_prompt() -> None:
-    model = small_model(cls=DuoStreamModel, update_image_states=False)
+def test_pairs_of_states_that_come_ready_are_fused_as_those_of_a_prompt(num_updating: int) -> None:
+    model = small_reader(num_updating, cls=DuoStreamModel)
     row = Row(model, PICTURE, 9)
     image_states = model.get_image_features(row.pictures).pooler_output
     text_states = model.read_text(row.ids[None, -9:]).last_hidden_state
@@ -458,8 +484,8 @@ def test_pairs_of_states_that_come_ready_are_fused_as_those_of_a_prompt() -> Non
 def test_a_stack_whose_layers_are_not_known_can_not_leave_image_states_as_they_are() -> None:
     fields = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4}
     stack = transformers.GPTNeoConfig(**fields, attention_types=[[["global", "local"], 1]])
-    with pytest.raises(ValueError, match=r"`update_image_states=False` .*llama.*, not with gpt_neo"):
-        small_model(fusion_stack_config=stack, update_image_states=False)
+    with pytest.raises(ValueError, match=r"`num_image_update_layers=1` .*llama.*, not with gpt_neo"):
+        small_model(fusion_stack_config=stack, num_image_update_layers=1)
 
 
 @given(st.data())

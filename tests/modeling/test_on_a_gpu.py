@@ -65,12 +65,14 @@ def rows_without_padding(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "tiny", "gpt2"])
-@pytest.mark.parametrize("update", [True, False], ids=["updated", "read"])
+@pytest.mark.parametrize("update", [None, 1, 0], ids=["updated", "updated once", "read"])
 @pytest.mark.parametrize("is_cut", [True, False], ids=["kept states alone", "all states"])
-def test_a_gpu_says_what_a_cpu_says(kind: str, update: bool, is_cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_says_what_a_cpu_says(
+    kind: str, update: int | None, is_cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # So few tokens are not worth the launch of a second run
     monkeypatch.setattr(kept_states_duostream, "OPERATIONS_WORTH_A_LAUNCH", 0 if is_cut else torch.inf)
-    model = small_model(kind, update_image_states=update)
+    model = small_model(kind, num_image_update_layers=update)
     rows = ragged_rows(model)
     inputs = batch(rows)
     expected = model(**inputs).logits
@@ -93,9 +95,9 @@ def test_a_row_in_a_batch_writes_what_it_writes_alone(kind: str, cache: str) -> 
         assert torch.equal(together[i, -6:], alone[0, -6:])
 
 
-@pytest.mark.parametrize("update", [True, False], ids=["updated", "read"])
-def test_in_a_training_step_the_host_waits_for_the_librarys_look_at_positions_alone(update: bool) -> None:
-    model = small_model("llama", update_image_states=update).cuda().train()
+@pytest.mark.parametrize("update", [None, 1, 0], ids=["updated", "updated once", "read"])
+def test_in_a_training_step_the_host_waits_for_the_librarys_look_at_positions_alone(update: int | None) -> None:
+    model = small_model("llama", num_image_update_layers=update).cuda().train()
     inputs = rows_without_padding(model)
     labels = inputs["input_ids"].clone()
     labels[:, :-3] = -100

@@ -727,14 +727,19 @@ def test_types_of_packed_rows_start_at_the_first_answer_of_each():
 
 def tiny_model(processor, **kwargs):
     decoder = {**LLAMA, "vocab_size": 512}
-    model = small_model("llama", text_config=decoder, fusion_stack_config=decoder, **kwargs)
+    stack = {**decoder, "num_hidden_layers": 3}
+    model = small_model("llama", text_config=decoder, fusion_stack_config=stack, **kwargs)
     assert model.config.image_seq_length == NUM_TOKENS
     model.config.image_token_id = processor.image_token_id
     return model.train()
 
 
 @pytest.mark.parametrize("bidirectional_prefix", [False, True])
-@pytest.mark.parametrize("fields", [{}, {"restart_positions": True}, {"update_image_states": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"restart_positions": True}, {"num_image_update_layers": 0}, {"num_image_update_layers": 1}],
+    ids=str,
+)
 @pytest.mark.parametrize("stored", [False, True])
 def test_packed_rows_give_the_loss_and_gradients_of_rows_apart(bidirectional_prefix, fields, stored):
     processor = make_processor(bidirectional_prefix=bidirectional_prefix)

@@ -62,11 +62,13 @@ def test_pictures_may_be_read_forwards_only_as_the_peers(measure):
 
 
 def test_image_states_may_be_read_alone(measure):
-    only = ("--batch_sizes", "1", "--update_image_states", "false")
-    rows = measure("prefill", *TINY, *only, "--peers", "llava")
-    assert [row["image_states_updated"] for row in rows] == [False]
-    with pytest.raises(ValueError, match="`update_image_states` must be true"):
-        measure("overhead", *TINY, *only)
+    only = ("--batch_sizes", "1", "--num_image_update_layers")
+    rows = measure("prefill", *TINY, *only, "1", "--peers", "llava")
+    assert [row["image_update_layers"] for row in rows] == [1]
+    with pytest.raises(ValueError, match="`num_image_update_layers` can't be given"):
+        measure("overhead", *TINY, *only, "1")
+    with pytest.raises(ValueError, match="`num_image_update_layers` holds 2 numbers; expected one for each"):
+        measure("prefill", *TINY, *only, "1", "0")
 
 
 def test_decoding_is_measured_in_tokens_a_second(measure):
