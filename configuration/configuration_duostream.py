@@ -138,8 +138,9 @@ class DuoStreamConfig(PreTrainedConfig):
         num_image_update_layers (`int`, *optional*):
             How many of the fusion layers, from the lowest up, make new states for image tokens, too. Those above read
             the states that the last of them made, or with 0 the projector, as keys and values alone: there a picture
-            costs a fraction of it, and a prompt must not end on one. Defaults to all. To be chosen before training.
-            (0 is SAISA, Yuan et al. 2025, arXiv 2502.02458, here for fusion layers.)
+            costs a fraction of it, and a prompt must not end on one; with 0 a picture without text is changed by no
+            fusion layer. Defaults to all. To be chosen before training. (0 is SAISA, Yuan et al. 2025, arXiv
+            2502.02458, here for fusion layers.)
         restart_positions (`bool`, *optional*, defaults to `False`):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no
@@ -206,7 +207,8 @@ class DuoStreamConfig(PreTrainedConfig):
             config_class=AutoConfig, model_type="llama", init_kwargs=SMALL_FUSION_STACK
         ),
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # No predictions. Batches without pictures have no image states
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -241,12 +243,7 @@ class DuoStreamConfig(PreTrainedConfig):
             self.num_image_update_layers = 0
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
-        for name, expected in DuoStreamConfig.__annotations__.items():
-            try:
-                # Choices are looked at below, and named alike by all versions
-                type_validator(name, getattr(self, name), Any if name in CHOICES else expected)
-            except TypeError as error:
-                raise ValueError(f"`{name}`: {error}") from error
+        self.check_fields()
         for name in SUB_CONFIGS:
             self._make_sub_config(name)
         num_labels = kwargs.get("num_labels", 0)
@@ -259,6 +256,34 @@ class DuoStreamConfig(PreTrainedConfig):
             raise ValueError(f"one of {fields} can't be read: {error}") from error
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"`dtype` is {self.dtype!r:.100}; expected one of torch's")
+        self.check_layers()
+        self._check_widths()
+        self._check_picture()
+        if self.image_seq_length is None or self.image_hidden_size is None:
+            image_seq_length, image_hidden_size = image_token_shape(
+                self.vision_config, self.vision_feature_layer, self.spatial_merge_size
+            )
+            self.image_seq_length = self.image_seq_length or image_seq_length
+            self.image_hidden_size = self.image_hidden_size or image_hidden_size
+        if self.projector_type == "none" and self.image_hidden_size != self.fusion_stack_config.hidden_size:
+            raise ValueError(
+                f"`vision_config` gives tokens of width {self.image_hidden_size}, `fusion_stack_config.hidden_size` "
+                f'is {self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
+            )
+
+    def check_fields(self) -> None:
+        """
+        Models do so, too: `from_pretrained` may be given other fields than those that are stored.
+
+        Raises:
+            ValueError: One is of another type than it should be, or out of range.
+        """
+        for name, expected in DuoStreamConfig.__annotations__.items():
+            try:
+                # Choices are looked at below, and named alike by all versions
+                type_validator(name, getattr(self, name), Any if name in CHOICES else expected)
+            except TypeError as error:
+                raise ValueError(f"`{name}`: {error}") from error
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; there are {', '.join(map(repr, known))}")
@@ -277,24 +302,14 @@ class DuoStreamConfig(PreTrainedConfig):
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected 1 or more")
+
+    def check_layers(self) -> None:
+        """Raises `ValueError` where more layers are to update image tokens than there are. Models ask, too."""
         num_layers = self.fusion_stack_config.num_hidden_layers
         if self.num_image_update_layers is not None and not 0 <= self.num_image_update_layers <= num_layers:
             raise ValueError(
                 f"`num_image_update_layers` is {self.num_image_update_layers}; expected 0 to {num_layers}, the number "
                 "of fusion layers"
-            )
-        self._check_widths()
-        self._check_picture()
-        if self.image_seq_length is None or self.image_hidden_size is None:
-            image_seq_length, image_hidden_size = image_token_shape(
-                self.vision_config, self.vision_feature_layer, self.spatial_merge_size
-            )
-            self.image_seq_length = self.image_seq_length or image_seq_length
-            self.image_hidden_size = self.image_hidden_size or image_hidden_size
-        if self.projector_type == "none" and self.image_hidden_size != self.fusion_stack_config.hidden_size:
-            raise ValueError(
-                f"`vision_config` gives tokens of width {self.image_hidden_size}, `fusion_stack_config.hidden_size` "
-                f'is {self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
 
     @property
@@ -395,6 +410,9 @@ class DuoStreamConfig(PreTrainedConfig):
         if not (decoder and not encoder):
             return self.text_config
         cache_config = copy.copy(self.fusion_stack_config)
+        # It also learns from it where an answer ends, which the stack that reads the tokens knows
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(cache_config, name, getattr(self.text_config, name, None))
         if not self.is_text_causal:
             return cache_config
         cache_config.vocab_size = self.text_config.vocab_size

@@ -440,6 +440,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         masked_per_row: int | None = None,
         num_masked_in_batch: torch.Tensor | int | None = None,
         num_pairs_in_batch: torch.Tensor | int | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DuoStreamForPreTrainingOutput:
         r"""
@@ -459,14 +460,23 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                 The largest number of `masked_labels` in a row, as `targets_per_row` of `labels`.
             num_masked_in_batch, num_pairs_in_batch (`int`, *optional*):
                 What the sums of those losses are divided by, where batches are accumulated, as `num_items_in_batch`
-                for language modelling. Default to what is in this batch.
+                for language modelling. Default to what is in this batch; with `num_items_in_batch`, as `Trainer` gives
+                it, such a loss then counts for the share of its labels that this batch has.
         """
         weights = self.config
-        images, mm_encoder_outputs = None, None
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
+        images = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
         if pixel_values is not None:
             images = self.get_image_features(pixel_values, return_dict=True)
-            mm_encoder_outputs = {"image": images}
+        elif images is not None and images.pooler_output is None:
+            states = self.model.projector(images.last_hidden_state.to(self.dtype))
+            images = BaseModelOutputWithPooling(last_hidden_state=images.last_hidden_state, pooler_output=states)
+        mm_encoder_outputs = None if images is None else {"image": images}
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        share: float | torch.Tensor = 1.0
+        if labels is not None and num_items_in_batch is not None:
+            share = count_items(labels[:, 1:], None) / num_items_in_batch
         common: dict[str, Any] = {
             "attention_mask": attention_mask,
             "mm_token_type_ids": mm_token_type_ids,
@@ -510,7 +520,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             )
             _, mlm_loss = self.logits_and_loss(states.last_hidden_state, masked_labels, num_masked_in_batch)
             outputs.mlm_loss = mlm_loss
-            losses.append(weights.mlm_weight * mlm_loss)
+            losses.append(weights.mlm_weight * mlm_loss * (share if num_masked_in_batch is None else 1))
         if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:
             if images is None:
                 check_pairs(len(paired_input_ids), 0)
@@ -519,6 +529,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             check_pairs(len(paired_input_ids), len(features))
             text_states = self.model.read_text(paired_input_ids, paired_attention_mask).last_hidden_state
             head = self.image_text_head
+            pair_share = share if num_pairs_in_batch is None else 1
             text_embeds = head.embed_text(text_states, paired_attention_mask)
             image_embeds = head.embed_images(features)
             if weights.itc_weight:
@@ -530,13 +541,13 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                     weights.contrastive_loss,
                     num_pairs_in_batch,
                 )
-                losses.append(weights.itc_weight * outputs.itc_loss)
+                losses.append(weights.itc_weight * outputs.itc_loss * pair_share)
             if weights.itm_weight and len(text_embeds) > 1:
                 scores = (head.logit_scale.exp() * text_embeds @ image_embeds.T).detach()
                 outputs.itm_loss = self.matching_loss(
                     scores, text_states, paired_attention_mask, image_states, num_pairs_in_batch
                 )
-                losses.append(weights.itm_weight * outputs.itm_loss)
+                losses.append(weights.itm_weight * outputs.itm_loss * pair_share)
         elif weights.itc_weight and num_ranks() > 1:
             # The other ranks wait for this one's pairs, if there are none, too
             nothing = self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)

@@ -21,12 +21,15 @@ class StreamLayout(NamedTuple):
             Which of the tokens in the text stream, those in its cache included, are text.
         text_position_ids (`torch.LongTensor` of shape `(batch, text_len)`):
             Positions that count text only.
+        kept_columns (`torch.BoolTensor` of shape `(past_len + seq_len,)`):
+            Which columns a cached text stream reads.
     """
 
     text_index: torch.Tensor | None = None
     join_index: torch.Tensor | None = None
     text_attention_mask: torch.Tensor | None = None
     text_position_ids: torch.Tensor | None = None
+    kept_columns: torch.Tensor | None = None
 
 
 def check(condition: torch.Tensor, message: str) -> None:
@@ -160,7 +163,7 @@ def lay_out(
     if images_per_row is not None:
         text_len = seq_len - images_per_row * image_seq_length
 
-    text_attention_mask, text_position_ids = None, None
+    text_attention_mask, text_position_ids, kept = None, None, None
     if not cached:
         if images_per_row is None:
             text_len = int(text.sum(dim=1).max())
@@ -180,9 +183,13 @@ def lay_out(
                 chunk_kept.sum() == text_len,
                 f"`images_per_row={images_per_row}` does not hold: in a cache, columns of pictures must hold no text",
             )
-        text_index = first_where(chunk_kept)[:text_len].expand(batch_size, -1)
+        order = first_where(kept)  # (past_len + seq_len,)
+        # Each launch counts where the host is what takes time: nothing is sorted, or looked for, twice
+        chunk_order = order if len(kept) == seq_len else first_where(chunk_kept)  # (seq_len,)
+        text_index = chunk_order[:text_len].expand(batch_size, -1)  # (batch, text_len)
         slot = (chunk_kept.cumsum(dim=0) - 1).expand(batch_size, -1)  # (batch, seq_len)
-        text_attention_mask = text_padding_mask(is_image, attention_mask, sliding_window)
+        if batch_size > 1 or attention_mask is not None:
+            text_attention_mask = _mask_slots(is_image, is_text, kept, order, sliding_window)
     if cached or position_ids is not None:
         text_position_ids = count_text(position_ids, is_image, segment_ids).gather(1, text_index)  # (batch, text_len)
 
@@ -190,7 +197,7 @@ def lay_out(
     nth_image_token = image.flatten().cumsum(dim=0).view_as(image) - 1  # (batch, seq_len)
     # Padding has no slot of its own; any will do, as it is masked wherever it is read.
     join_index = torch.where(image, batch_size * text_len + nth_image_token, row * text_len + slot.clamp(min=0))
-    return StreamLayout(text_index, join_index, text_attention_mask, text_position_ids)
+    return StreamLayout(text_index, join_index, text_attention_mask, text_position_ids, kept)
 
 
 def kept_columns(is_image: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
@@ -217,6 +224,12 @@ def text_padding_mask(
         return None
     is_text = ~is_image if attention_mask is None else attention_mask.to(torch.bool) & ~is_image
     kept = kept_columns(is_image, is_text)
+    return _mask_slots(is_image, is_text, kept, first_where(kept), sliding_window)
+
+
+def _mask_slots(
+    is_image: torch.Tensor, is_text: torch.Tensor, kept: torch.Tensor, order: torch.Tensor, sliding_window: int | None
+) -> torch.Tensor:
     if sliding_window is not None and is_image.shape[1] > sliding_window:
         followed = is_text.flip(1).cumsum(dim=1).flip(1) > 0
         has_gap = (is_image & kept & followed & (is_text.cumsum(dim=1) > 0)).any()
@@ -225,7 +238,6 @@ def text_padding_mask(
             f"The text is longer than its sliding window of {sliding_window} tokens, and pictures stand at different "
             "places in different rows: generate these rows one by one, or without a cache",
         )
-    order = first_where(kept)
     return is_text[:, order] & kept[order]
 
 

@@ -96,7 +96,8 @@ class DuoStreamDataCollator:
 
     Args:
         processor (`DuoStreamProcessor`): Gives the chat template, the tokenizer and the image processor.
-        max_length (`int`, *optional*): Longer rows are cut at the end, which is logged: text only, never a picture.
+        max_length (`int`, *optional*): Longer rows are cut, which is logged: text only, never a picture, on the
+            tokenizer's truncation side.
         pad_to_multiple_of (`int`, *optional*): Pads to a multiple of this number of tokens.
         packing (`bool`, *optional*, defaults to `False`):
             Puts short rows of a batch one behind the other, into rows no longer than its longest (first-fit

@@ -166,7 +166,13 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
             self.check_unpacked(batch)
             batch["masked_input_ids"], batch["masked_labels"] = self.mask(batch["input_ids"], batch["labels"])
             batch["masked_per_row"] = targets_per_row(batch["masked_labels"])
-        numbers = [len(row.get("images") or []) for row in rows]
+        else:
+            # A plain `Trainer` evaluates where all labels are there that the model takes
+            batch["masked_labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        features = [row.get("image_features") for row in rows]
+        numbers = [
+            len((row.get("images") or []) if own is None else own) for row, own in zip(rows, features, strict=True)
+        ]
         paired = [i for i, number in enumerate(numbers) if number == 1]
         if self.pairs and paired:
             names = self.names(rows)

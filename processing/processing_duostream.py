@@ -227,8 +227,9 @@ class DuoStreamProcessor(ProcessorMixin):
         max_length = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         late = ("truncation", "max_length", "padding", "pad_to_multiple_of", "return_tensors", "padding_side")
         early = {name: value for name, value in kwargs.items() if name not in late}
-        if "text_kwargs" in early:
-            early["text_kwargs"] = {name: v for name, v in early["text_kwargs"].items() if name not in late}
+        for group in ("text_kwargs", "common_kwargs"):
+            if group in early:
+                early[group] = {name: value for name, value in early[group].items() if name not in late}
         wants_mask = text_kwargs.get("return_special_tokens_mask", False)
         if "text_kwargs" in early:
             early.pop("return_special_tokens_mask", None)
@@ -293,6 +294,11 @@ class DuoStreamProcessor(ProcessorMixin):
         `generation_prompt_ids`; for many rows it is found once and given.
         """
         marker = self.generation_prompt_ids if marker is None else marker
+        if not marker:
+            raise ValueError(
+                "The chat template writes nothing in front of an answer, so nothing tells where the prefix that is "
+                "read both ways ends: use another template, or `bidirectional_prefix=False`"
+            )
         for i in range(len(input_ids) - len(marker) + 1):
             if input_ids[i : i + len(marker)] == marker:
                 return [0] * i + [1] * (len(input_ids) - i)
@@ -308,13 +314,19 @@ class DuoStreamProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """
-        As the library's, but for two defaults when `tokenize=True`: a user's text that happens to contain control
-        tokens or the picture marker stays text (`sanitize_control_tokens`), and no special tokens are added to those
-        the template writes.
+        As the library's, but for three defaults when `tokenize=True`: a user's text that happens to contain control
+        tokens or the picture marker stays text (`sanitize_control_tokens`), no special tokens are added to those the
+        template writes (neither holds with `return_assistant_tokens_mask`), and prompts that are to be written on are
+        padded on the left.
         """
-        if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
-            kwargs.setdefault("sanitize_control_tokens", True)
-            kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
+        if kwargs.get("tokenize"):
+            defaults: dict[str, Any] = {}
+            if not kwargs.get("return_assistant_tokens_mask"):
+                kwargs.setdefault("sanitize_control_tokens", True)
+                defaults["add_special_tokens"] = False
+            if kwargs.get("add_generation_prompt") or kwargs.get("continue_final_message"):
+                defaults["padding_side"] = "left"
+            kwargs["processor_kwargs"] = {**defaults, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _normalize_conversations(self, conversation: Any) -> tuple[list, bool]:

@@ -44,5 +44,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         mask_token=MASK_TOKEN,
         additional_special_tokens=[IMAGE_TOKEN, *ROLE_TOKENS],
         model_max_length=model_max_length,
+        padding_side="left",  # answers are written behind prompts; the collators pad on the right by themselves
         clean_up_tokenization_spaces=False,
     )

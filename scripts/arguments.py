@@ -91,7 +91,7 @@ class DataArguments:
     max_answers: int = field(default=1000, metadata={"help": "With lists of answers: the most frequent are classes."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Cut longer rows to this number of tokens, at their end. No prompt to answer is ever cut."},
+        metadata={"help": "Cut longer rows to this number of tokens. No prompt to answer is ever cut."},
     )
     max_column_chars: int | None = field(
         default=None,

@@ -87,13 +87,14 @@ def check_files(folder: Path, has_states: bool = False) -> None:
             raise ValueError(f"{path} is broken, cut short or overwritten: {error}") from error
 
 
-def load_model(auto_class: Any, checkpoint: str, **options: Any) -> PreTrainedModel:
+def load_model(auto_class: Any, checkpoint: str, may_have_new_head: bool = False, **options: Any) -> PreTrainedModel:
     """
-    Loads a checkpoint of which nothing may be missing but a head that is new.
+    Loads a checkpoint of which nothing may be missing.
 
     Args:
         auto_class: One of the library's `AutoModelFor...`.
         checkpoint (`str`): Local folder or Hub id.
+        may_have_new_head (`bool`, *optional*): Whether a head that the checkpoint lacks may be new, to be trained.
         options: Go to `from_pretrained`.
 
     Raises:
@@ -103,10 +104,14 @@ def load_model(auto_class: Any, checkpoint: str, **options: Any) -> PreTrainedMo
         check_files(Path(checkpoint))
     saved_as = AutoConfig.from_pretrained(checkpoint).architectures or []
     model, report = auto_class.from_pretrained(checkpoint, output_loading_info=True, **options)
-    is_new_head = type(model).__name__ not in saved_as
+    is_new_head = may_have_new_head and type(model).__name__ not in saved_as
     missing = sorted(
         name for name in report["missing_keys"] if not is_new_head or name.startswith(f"{model.base_model_prefix}.")
     )
     if missing:
-        raise ValueError(f"{checkpoint} lacks weights of {type(model).__name__}: {', '.join(missing)}")
+        named = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise ValueError(
+            f"{checkpoint}, saved as {' and '.join(saved_as) or 'nothing known'}, lacks weights of "
+            f"{type(model).__name__}: {named}"
+        )
     return model

@@ -115,9 +115,13 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         image_token_id=processor.image_token_id,
         dtype=args.dtype,
     )
+    if model.can_generate():
+        tokenizer.padding_side = "left"  # answers are written behind prompts
     if args.from_scratch:
         model.config.base_models = None
+        generation_config = model.generation_config
         model = model_class(model.config).to(model.dtype)
+        model.generation_config = generation_config
     processor.image_seq_length = model.config.image_seq_length
     return model, processor
 

@@ -47,6 +47,12 @@ UNDECODED = Image(decode=False)
 
 BLANK_GRAY = (128, 128, 128)
 
+# Options by which rows are made of columns; rows that are ready have their own words and pictures
+MAKING_ROWS = (
+    *("image_column", "image_dir", "prompt", "prompt_column", "answer_column"),
+    *("images_last", "max_column_chars"),
+)
+
 
 def load_rows(
     args: DataArguments,
@@ -76,9 +82,12 @@ def load_rows(
         counting for `args.chars_per_picture`. Pictures are as they are stored: the collator opens them.
 
     Raises:
-        ValueError: A column that the options name is missing, or there are no rows.
+        ValueError: A column that the options name is missing, there are no rows, or they are ready, and an option
+            would do nothing for them.
     """
-    rows = number_rows(_rows_of_task(with_defaults(args), split, max_rows, is_evaluation, classes, bad_rows))
+    named = [name for name in MAKING_ROWS if getattr(args, name) != getattr(DataArguments, name)]
+    rows = _rows_of_task(with_defaults(args), split, max_rows, is_evaluation, classes, bad_rows, named)
+    rows = number_rows(rows)
     return blank(rows) if args.blank_images else rows
 
 
@@ -107,9 +116,11 @@ def load_mixture(
             return rows
         rows = number_rows(pack_rows(rows, args.conversations_per_row, args.chars_per_picture))
         return blank(rows) if args.blank_images else rows
+    if any(part.mixture for part in parts[1:]):
+        raise ValueError("A file of a `mixture` names another `mixture`: name all files beside the first")
     if any(part.streaming for part in parts):
         raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
-    for option in ("blank_images", "on_bad_rows"):
+    for option in ("blank_images", "on_bad_rows", "max_length"):
         if any(getattr(part, option) != getattr(DataArguments, option) for part in parts[1:]):
             raise ValueError(f"`{option}` is for the whole mixture: set it beside `mixture`, not in a file of it")
     for part in parts:
@@ -260,10 +271,12 @@ def _rows_of_task(
     is_evaluation: bool,
     classes: Sequence[str] | None,
     bad_rows: BadRows | None,
+    named: Sequence[str],
 ) -> Rows:
-    ready = "`images_last` is for prompts that are made of a row's columns: here they are ready"
+    """`named` are those of the options by which rows are made that were given."""
+    ready = f"`{'`, `'.join(named)}` would do nothing: the rows of {args.dataset!r} are ready, and not made of columns"
     if args.dataset == "scenes":
-        if args.images_last:
+        if named:
             raise ValueError(ready)
         return _rows_of_scenes(args, split, max_rows)
     try:
@@ -277,7 +290,7 @@ def _rows_of_task(
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        if args.images_last:
+        if named:
             raise ValueError(ready)
         # Names that are given to rows here: what else they hold under these is not read
         rows = rows.remove_columns([name for name in ("source", "row") if name in columns])

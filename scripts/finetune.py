@@ -105,7 +105,8 @@ def main(args: list[str] | None = None) -> None:
         options |= class_options(classes, next(iter(rows))["label"])
         # A head for other classes is made anew, which the loading reports
         options["ignore_mismatched_sizes"] = True
-    model = load_model(task_of(data_args.task).auto_class, finetune_args.checkpoint, **options)
+    auto_class = task_of(data_args.task).auto_class
+    model = load_model(auto_class, finetune_args.checkpoint, may_have_new_head=True, **options)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)

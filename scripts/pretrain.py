@@ -91,6 +91,9 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
         bidirectional_prefix=args.bidirectional_prefix,
     )
     config.image_token_id = processor.image_token_id
+    for stack in (config.text_config, config.fusion_stack_config):
+        # A preset's own would end answers at whatever token has that number
+        stack.bos_token_id, stack.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     model = (DuoStreamForConditionalGeneration if writes_only(args) else DuoStreamForPreTraining)(config)
     if args.vision is not None:
         take_vision(model, args.vision)

@@ -10,13 +10,23 @@ from datasets import Dataset
 from optuna.samplers import RandomSampler
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import LLAMA, Row, batch, difference, ragged_rows, small_config, small_model
+from tiny_models import (
+    LLAMA,
+    Row,
+    answered_row,
+    batch,
+    difference,
+    ragged_rows,
+    save_learnt,
+    small_config,
+    small_model,
+)
 from trackio.sqlite_storage import SQLiteStorage
-from transformers import LlavaProcessor, Trainer, TrainingArguments
+from transformers import AutoProcessor, LlavaProcessor, Trainer, TrainingArguments
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from duostream import DuoStreamDataCollator, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many objects are there?"}]}
 PICTURE = Image.new("RGB", (48, 48), "red")
@@ -106,6 +116,17 @@ def test_parts_that_memory_has_no_room_for_are_read_from_disk(tmp_path: Path) ->
         assert difference(offloaded(**inputs).logits, model(**inputs).logits) == 0
     settings: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(offloaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("num_pictures", [0, 2, 4])
+def test_predictions_are_logits_alone_however_many_batches_have_pictures(num_pictures: int, tmp_path: Path) -> None:
+    rows = [answered_row("How many?", "two", "red" if i < num_pictures else None) for i in range(4)]
+    folder = save_learnt(tmp_path / "start", rows[:1])
+    model, processor = (each.from_pretrained(folder) for each in (DuoStreamForConditionalGeneration, AutoProcessor))
+    args = plain_arguments(tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False)
+    trainer = Trainer(model=model, args=args, data_collator=DuoStreamDataCollator(processor))
+    predicted = trainer.predict(rows).predictions
+    assert predicted.shape[0] == 4 and predicted.shape[2] == model.config.text_config.vocab_size
 
 
 def plain_rows() -> list[dict[str, torch.Tensor]]:

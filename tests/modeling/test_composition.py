@@ -21,7 +21,7 @@ from backbones import (
     TEXTS,
     VISIONS,
 )
-from tiny_models import LLAMA, PICTURE, VOCAB_SIZE, Row, batch, difference, places, roughen
+from tiny_models import LLAMA, PICTURE, VOCAB_SIZE, Row, batch, difference, places, roughen, small_config
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
@@ -106,6 +106,26 @@ def test_a_backbones_weights_are_the_models_and_only_the_projector_is_new(
     assert sum(weight.numel() for weight in weights.values()) == sum(
         weight.numel() for weight in backbone.parameters()
     )
+
+
+def test_what_ends_an_answer_is_what_ended_the_language_models() -> None:
+    torch.manual_seed(0)
+    language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED))
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    # Instruct models have the token that ends a turn there alone
+    language.generation_config.eos_token_id = [1, 7]
+    language.generation_config.do_sample = True
+    model = DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=2)
+    assert (model.generation_config.eos_token_id, model.generation_config.do_sample) == ([1, 7], True)
+    model.generation_config.eos_token_id = 3
+    assert language.generation_config.eos_token_id == [1, 7]
+
+
+def test_a_new_fusion_stack_says_nothing_of_what_ends_an_answer() -> None:
+    assert transformers.LlamaConfig().eos_token_id == 2 != COMMON["eos_token_id"]
+    fusion = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = DuoStreamForConditionalGeneration(small_config("gpt2", fusion_stack_config=fusion))
+    assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id == 1
 
 
 @pytest.mark.parametrize("text", TEXTS)

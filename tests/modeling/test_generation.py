@@ -31,6 +31,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from duostream import DuoStreamForConditionalGeneration
 
@@ -342,6 +343,21 @@ def test_pictures_that_were_read_before_write_the_same(model: Any) -> None:
     assert torch.equal(write(model, inputs, mm_encoder_outputs={"image": features}, num_beams=2), expected)
 
 
+@pytest.mark.parametrize("told", ["image tokens", "states of the vision stream"])
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_pictures_that_were_read_before_serve_many_calls(model: Any, told: str, kwargs: dict) -> None:
+    inputs = batch([Row(model, PICTURE, 5), Row(model, PICTURE, 3)])
+    expected = write(model, inputs, **kwargs)
+    with torch.no_grad():
+        features = model.get_image_features(inputs.pop("pixel_values"))
+    if told == "states of the vision stream":
+        features = BaseModelOutputWithPooling(last_hidden_state=features.last_hidden_state)
+    shapes = {name: each.shape for name, each in features.items()}
+    for _ in range(2):
+        assert torch.equal(write(model, inputs, mm_encoder_outputs={"image": features}, **kwargs), expected)
+    assert {name: each.shape for name, each in features.items()} == shapes
+
+
 def test_the_hint_for_pictures_in_front_writes_the_same(model: Any) -> None:
     inputs = batch([Row(model, PICTURE, 5), Row(model, PICTURE, 5)])
     assert torch.equal(write(model, inputs, images_per_row=1), write(model, inputs))
@@ -451,6 +467,13 @@ def test_a_prompt_may_be_read_in_chunks(model: Any) -> None:
         assert got[0].tolist() == argmax_by_hand(model, row)
     inputs = batch(rows)
     assert torch.equal(write(model, inputs, prefill_chunk_size=L), write(model, inputs))
+
+
+@pytest.mark.parametrize("num_image_update_layers", [0, 1])
+def test_a_prompt_whose_pictures_are_read_alone_may_be_read_in_chunks(num_image_update_layers: int) -> None:
+    model = small_model(num_image_update_layers=num_image_update_layers)
+    inputs, length = Row(model, PICTURE, 5).inputs, model.config.image_seq_length
+    assert torch.equal(write(model, inputs, prefill_chunk_size=length), write(model, inputs))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 100])

@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from duostream import (
     DuoStreamForConditionalGeneration,
@@ -346,6 +347,32 @@ def test_accumulated_batches_give_the_token_losses_of_one_batch():
         for half in (slice(0, 2), slice(2, 4))
     ]
     assert torch.isclose(whole, sum(parts), rtol=1e-4)
+
+
+def test_objectives_that_a_trainer_does_not_count_weigh_by_the_share_of_labels():
+    torch.manual_seed(0)
+    model = small_model(cls=DuoStreamForPreTraining, **weights(mlm=1.0, itc=1.0)).train()
+    inputs = pretraining_inputs(model)
+    inputs["labels"][0, -3:] = -100
+    counts = [int((inputs["labels"][half, 1:] != -100).sum()) for half in (slice(0, 2), slice(2, 4))]
+    assert counts[0] != counts[1]
+    parts = [{name: value[half] for name, value in inputs.items()} for half in (slice(0, 2), slice(2, 4))]
+    expected = [model(**part).loss * count / sum(counts) for part, count in zip(parts, counts, strict=True)]
+    found = [model(**part, num_items_in_batch=sum(counts)).loss for part in parts]
+    assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_projected", [True, False])
+def test_pretraining_takes_pictures_that_were_read_before(is_projected):
+    model = small_model(cls=DuoStreamForPreTraining, **weights(lm=1.0, mlm=1.0, itc=1.0))
+    inputs = pretraining_inputs(model)
+    expected = model(**inputs)
+    features = model.get_image_features(inputs.pop("pixel_values"))
+    if not is_projected:
+        features = BaseModelOutputWithPooling(last_hidden_state=features.last_hidden_state)
+    found = model(**inputs, mm_encoder_outputs={"image": features})
+    for name in ("loss", "lm_loss", "mlm_loss", "itc_loss"):
+        assert torch.isclose(found[name], expected[name], rtol=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["classes", "soft scores", "numbers"])

@@ -130,6 +130,21 @@ def test_rows_without_pictures_make_no_pairs(processor):
     assert "paired_input_ids" not in batch and "masked_input_ids" in batch
 
 
+def test_pictures_that_are_stored_as_states_make_pairs_too(processor):
+    rows = [{**caption_row(i), "image_features": [torch.zeros(NUM_TOKENS, 24)]} for i in range(2)]
+    expected = DuoStreamPreTrainingCollator(processor)([caption_row(i) for i in range(2)])
+    for kept in ({"images": None}, {}):
+        batch = DuoStreamPreTrainingCollator(processor)([{**row, **kept} for row in rows])
+        assert torch.equal(batch["paired_input_ids"], expected["paired_input_ids"])
+        assert "pixel_values" not in batch and len(batch["mm_encoder_outputs"]["image"].last_hidden_state) == 2
+
+
+def test_where_nothing_is_masked_there_are_labels_that_say_so(processor):
+    batch = DuoStreamPreTrainingCollator(processor, mlm=False)([caption_row(0)])
+    assert "masked_input_ids" not in batch
+    assert batch["masked_labels"].shape == batch["labels"].shape and (batch["masked_labels"] == -100).all()
+
+
 def test_retrieval_pairs_each_picture_with_its_text(processor):
     batch = DuoStreamRetrievalCollator(processor)([caption_row(i) for i in range(3)])
     texts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)

@@ -250,6 +250,30 @@ def test_parts_with_empty_columns_are_as_those_without(processor):
     assert equal(tokenize(processor, conversation), tokenize(processor, [user(image(), text("a"))]))
 
 
+def test_prompts_to_be_written_on_are_padded_on_the_left(processor):
+    processor = copy.deepcopy(processor)
+    conversations = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in ("What?", TEXTS[0])]
+    options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
+    assert processor.tokenizer.padding_side == "left"
+    for side in ("left", "right"):
+        processor.tokenizer.padding_side = side
+        prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, **options)
+        assert prompts["attention_mask"][0][0] == 0 and prompts["attention_mask"][0][-1] == 1
+        whole = processor.apply_chat_template(conversations, **options)
+        assert (whole["attention_mask"][0][0] == 0) == (side == "left")
+
+
+def test_a_prefix_that_nothing_ends_is_refused():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = CHATML.split("{%- if")[0]
+    options = {"image_seq_length": NUM_TOKENS, "bidirectional_prefix": True}
+    processor = DuoStreamProcessor(image_processor(), tokenizer, **options)
+        image_processor(), tokenizer, image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+    )
+    with pytest.raises(ValueError, match="nothing tells where the prefix that is read both ways ends"):
+        processor(text="What?")
+
+
 def test_a_batch_of_conversations_is_each_of_them_padded(processor):
     conversations = [CONVERSATIONS[name] for name in ("text only", "several pictures", "one picture")]
     batch = tokenize(processor, conversations, return_tensors="pt", processor_kwargs={"padding": True})

@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -156,6 +157,16 @@ def test_pretraining_with_a_tokenizer_that_is_there_keeps_it(pretrained, tmp_pat
     pretrain.main(arguments(**options))
     kept = AutoTokenizer.from_pretrained(pretrained)
     assert AutoProcessor.from_pretrained(tmp_path / "run").tokenizer.get_vocab() == kept.get_vocab()
+
+
+def test_a_pretrained_model_ends_where_its_tokenizer_says_and_nowhere_else(language_model, pretrained, tmp_path):
+    options = {"max_train_rows": 4, **SHORT_TRAINING, **QUIET, "output_dir": tmp_path / "run"}
+    pretrain.main(arguments(tokenizer=language_model, **options))
+    for folder, tokenizer in ((tmp_path / "run", language_model), (pretrained, pretrained)):
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        expected = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+        assert expected != 2
+        assert ends in (expected, [expected])
 
 
 def test_pretraining_evaluates_when_asked_to(tmp_path):
@@ -326,6 +337,14 @@ def test_evaluation_writes_predictions_and_the_figures_that_follow_from_them(eva
     expected = evaluate.exact_match(predictions)
     assert {name: metrics[name] for name in expected} == expected
     assert {f"exact_match_{row['kind']}" for row in rows} < set(metrics)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "classification"])
+def test_a_head_that_was_never_trained_is_not_evaluated(finetuned, photographs, tmp_path, task):
+    options = {"checkpoint": finetuned, "dataset": photographs, "task": task, "prompt": "", "label_column": "captions"}
+    with pytest.raises(ValueError, match="saved as DuoStreamForConditionalGeneration, lacks weights of DuoStreamFor"):
+        evaluate.main(arguments(**options, output_dir=tmp_path / "never"))
+    assert not (tmp_path / "never").exists()
 
 
 def test_evaluation_writes_only_where_it_is_told_to(pretrained, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.data import (
     BLANK_GRAY,
+    MAKING_ROWS,
     blank,
     load_mixture,
     load_rows,
@@ -214,10 +215,16 @@ class TestFiles:
             rows = list(write(lines, answer_column="caption", images_last=images_last))
             kinds = [[part["type"] for part in row["prompt"][0]["content"]] for row in rows]
             assert kinds == [["text", "image"] if images_last else ["image", "text"], ["text"]]
-        with pytest.raises(ValueError, match="`images_last` is for prompts that are made"):
-            write([{"messages": conversation("What?", "That.")}], images_last=True)
         with pytest.raises(ValueError, match="of which `task` 'masked' has none"):
             write(lines, task="masked", answer_column="caption", images_last=True)
+
+    @pytest.mark.parametrize("name", MAKING_ROWS)
+    def test_an_option_that_would_do_nothing_is_refused(self, write, name):
+        option = {name: {"images_last": True, "max_column_chars": 9, "image_column": ""}.get(name, "other")}
+        with pytest.raises(ValueError, match=f"`{name}` would do nothing: the rows of .* are ready"):
+            write([{"messages": conversation("What?", "That.")}], **option)
+        with pytest.raises(ValueError, match=f"`{name}` would do nothing: the rows of 'scenes' are ready"):
+            load_rows(DataArguments(**option), "validation")
 
     def test_rows_are_numbered(self, write):
         rows = write([{"messages": conversation("What?", str(i))} for i in range(3)])
@@ -581,3 +588,17 @@ def test_rows_that_cannot_be_shared_are_refused(photographs, options, message):
     options = {"task": "caption", "dataset": str(photographs), "conversations_per_row": 2, **options}
     with pytest.raises(ValueError, match=message):
         load_mixture(DataArguments(**options))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mixture: [another.yaml]", "names another `mixture`"),
+        ("max_length: 9", "`max_length` is for the whole mixture"),
+    ],
+)
+def test_what_a_file_of_a_mixture_cannot_say_is_refused(photographs, tmp_path, line, message):
+    part = f"task: caption\ndataset: {photographs}\n"
+    (tmp_path / "other.yaml").write_text(part + line)
+    with pytest.raises(ValueError, match=message):
+        load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=[str(tmp_path / "other.yaml")]))
