@@ -268,8 +268,6 @@ def test_a_prefix_that_nothing_ends_is_refused():
     tokenizer.chat_template = CHATML.split("{%- if")[0]
     options = {"image_seq_length": NUM_TOKENS, "bidirectional_prefix": True}
     processor = DuoStreamProcessor(image_processor(), tokenizer, **options)
-        image_processor(), tokenizer, image_seq_length=NUM_TOKENS, bidirectional_prefix=True
-    )
     with pytest.raises(ValueError, match="nothing tells where the prefix that is read both ways ends"):
         processor(text="What?")
 
