@@ -132,9 +132,9 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.
     """
-    for index, layer in enumerate(layers_of(stack)):
+    for number, layer in enumerate(layers_of(stack)):
         layer.register_forward_pre_hook(_cut, with_kwargs=True)
-        layer.register_forward_hook(partial(_put_back, index=index), with_kwargs=True)
+        layer.register_forward_hook(partial(_put_back, number=number), with_kwargs=True)
 
 
 def is_worth_it(kept: int | torch.Tensor, states: torch.Tensor, layer: nn.Module) -> bool:
@@ -243,9 +243,9 @@ def _cut_argument(name: str, value: Any, kept: int | torch.Tensor, is_static: bo
     return NotImplemented
 
 
-def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, index: int) -> Any:
+def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, number: int) -> Any:
     keys_and_values = _find(_CacheOfOneLayer, args, kwargs)
-    image_mask = kwargs.get("image_mask") if index >= kwargs.get("num_image_update_layers", 0) else None
+    image_mask = kwargs.get("image_mask") if number >= kwargs.get("num_image_update_layers", 0) else None
     if keys_and_values is None and image_mask is None:
         return None
     states = output[0] if isinstance(output, tuple) else output

@@ -189,7 +189,7 @@ def load(checkpoint: str) -> tuple[PreTrainedModel | None, PreTrainedModel | Non
     if not writes and not finds:
         raise ValueError(f"{checkpoint!r} holds {name}; the page is for DuoStream models that write or find pictures")
     # Only the eager implementation returns attentions
-    options = {"attn_implementation": "eager", "device_map": "auto"}
+    options: dict[str, Any] = {"attn_implementation": "eager", "device_map": "auto"}
     writer = load_model(TASKS["chat"].auto_class, checkpoint, **options) if writes else None
     finder = load_model(TASKS["retrieval"].auto_class, checkpoint, **options) if finds else None
     if writer and finder:
