@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.tokenization_utils_base import TextInput
+from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.saved_code_duostream import AUTO_MAP, is_foreign, save_code
@@ -252,6 +252,8 @@ class DuoStreamProcessor(ProcessorMixin):
         if "length" in outputs:
             outputs["length"] = [len(keep) for keep in kept]
         padding = text_kwargs.get("padding", False)
+        if padding == "max_length" and max_length > LARGE_INTEGER:
+            padding = False  # there is no such length, and the tokenizer alone pads nothing then
         padded = self.tokenizer.pad(
             {name: outputs[name] for name in padded_names if name in outputs},
             padding=padding,

@@ -111,7 +111,7 @@ def load_model(auto_class: Any, checkpoint: str, may_have_new_head: bool = False
     if missing:
         named = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise ValueError(
-            f"{checkpoint}, saved as {' and '.join(saved_as) or 'nothing known'}, lacks weights of "
-            f"{type(model).__name__}: {named}"
+            f"{checkpoint} lacks weights of {type(model).__name__}: {named} (it was saved as "
+            f"{', '.join(saved_as) or 'nothing known'})"
         )
     return model

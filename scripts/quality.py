@@ -660,15 +660,16 @@ def main(args: list[str] | None = None) -> None:
         return rows, eval_rows, load_rows(data_args, *held_out, classes=classes) if quality_args.curve_points else rows
 
     seeing = load(data_args)
-    rows_of = {
-        name: load(replace(data_args, image_column="")) if name == "blind" else seeing for name in quality_args.sides
-    }
+    rows_of = dict.fromkeys(quality_args.sides, seeing)
+    if "blind" in rows_of:
+        try:
+            rows_of["blind"] = load(replace(data_args, image_column=""))
+        except ValueError as error:
+            raise ValueError(f"`sides` has 'blind', which reads these rows without pictures: {error}") from error
     rows = seeing[0]
     if data_args.conversations_per_row > 1:
         packed = load_mixture(data_args)
         rows_of |= {name: (packed, *seeing[1:]) for name in rows_of if name.startswith("duostream")}
-    if "blind" in rows_of and any("images" in (each.column_names or []) for each in rows_of["blind"]):
-        raise ValueError("`sides` has 'blind', but these rows keep their pictures without an image column, too")
     is_classification = data_args.task == "classification"
     options = class_options(classes, rows[0]["label"]) if is_classification else {}
     reads_text = any(text.strip() for text, _ in zip(texts_of(rows), range(100), strict=False))

@@ -507,6 +507,20 @@ def byte_processor():
     return DuoStreamProcessor(image_processor(), train_tokenizer([], 263), image_seq_length=NUM_TOKENS)
 
 
+def test_without_any_limit_nothing_is_cut_or_filled_up(byte_processor):
+    byte_processor.tokenizer.model_max_length = int(1e30)
+    outputs = byte_processor(text=["ab", "abcd"], truncation=True, padding="max_length")
+    assert [len(ids) for ids in outputs["input_ids"]] == [2, 4]
+
+
+def test_options_of_text_may_come_in_groups(byte_processor):
+    text = ["ab", "abcdefgh"]
+    expected = byte_processor(text=text, truncation=True, max_length=4, padding=True, return_tensors="pt")
+    groups = {"text_kwargs": {"truncation": True, "max_length": 4, "padding": True}}
+    found = byte_processor(text=text, **groups, common_kwargs={"return_tensors": "pt"})
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
 @pytest.mark.parametrize(
     ("side", "max_length", "kept"),
     [

@@ -188,20 +188,25 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, name):
 
 
 def test_a_head_that_is_new_may_be_missing_but_nothing_below_it(checkpoint):
-    model = load_model(AutoModelForSequenceClassification, str(checkpoint), num_labels=3)
+    options = {"may_have_new_head": True, "num_labels": 3}
+    model = load_model(AutoModelForSequenceClassification, str(checkpoint), **options)
     assert model.config.num_labels == 3
+    # Not where nobody would train it
+    with pytest.raises(ValueError, match=r"lacks weights of DuoStreamForSequenceClassification: score\.bias"):
+        load_model(AutoModelForSequenceClassification, str(checkpoint), num_labels=3)
     assert load_model(AutoModelForMaskedLM, str(checkpoint))
     without(checkpoint / "model.safetensors", "model.fusion_model.norm.weight")
     with pytest.raises(ValueError, match=r"lacks weights of DuoStreamForSequenceClassification: model\.fusion"):
-        load_model(AutoModelForSequenceClassification, str(checkpoint), num_labels=3)
+        load_model(AutoModelForSequenceClassification, str(checkpoint), **options)
 
 
 def test_heads_of_pretraining_load_into_others(tmp_path):
     from tiny_models import small_model
 
     small_model(cls=DuoStreamForPreTraining).save_pretrained(tmp_path)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSequenceClassification):
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMaskedLM):
         assert load_model(auto_class, str(tmp_path))
+    assert load_model(AutoModelForSequenceClassification, str(tmp_path), may_have_new_head=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others can't let folders change places at once")
