@@ -238,7 +238,7 @@ class DuoStreamConfig(PreTrainedConfig):
     base_models: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.pop("update_image_states", True) is False:
+        if kwargs.pop("update_image_states", True) is False and self.num_image_update_layers is None:
             # What checkpoints said until 27 November 2026
             self.num_image_update_layers = 0
         if _is_model_config(kwargs.get("fusion_config")):

@@ -474,6 +474,9 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             images = BaseModelOutputWithPooling(last_hidden_state=images.last_hidden_state, pooler_output=states)
         mm_encoder_outputs = None if images is None else {"image": images}
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if num_items_in_batch is not None:
+            # As in `DuoStreamForConditionalGeneration`
+            num_items_in_batch = num_items_in_batch + (num_items_in_batch == 0)
         share: float | torch.Tensor = 1.0
         if labels is not None and num_items_in_batch is not None:
             share = count_items(labels[:, 1:], None) / num_items_in_batch

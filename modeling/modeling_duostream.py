@@ -336,8 +336,9 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         state_dict = compose_state_dict(text, vision, config, is_split=num_fusion_layers is not None)
         model = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype or text.dtype)
         if writes and getattr(text, "generation_config", None) is not None:
-            # What ends a turn may stand there alone
-            model.generation_config = copy.deepcopy(text.generation_config)
+            # What ends a turn may stand there alone. How to sample is left to whoever writes
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(model.generation_config, name, copy.copy(getattr(text.generation_config, name)))
         return model
 
 
@@ -603,7 +604,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         self,
         past_key_values: Cache,
         is_image: torch.Tensor,
-        kept_columns: torch.Tensor,
+        kept: torch.Tensor,
         num_left_out: int,
         num_image_tokens: int,
     ) -> None:
@@ -613,7 +614,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if before is not None:
             differ = before.differ | differ
         ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
-        read = PicturesRead(differ, ends.max(), kept_columns)
+        read = PicturesRead(differ, ends.max(), kept)
         setattr(past_key_values, PICTURES_READ, read)
 
     def lay_out(

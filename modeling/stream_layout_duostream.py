@@ -185,7 +185,7 @@ def lay_out(
             )
         order = first_where(kept)  # (past_len + seq_len,)
         # Each launch counts where the host is what takes time: nothing is sorted, or looked for, twice
-        chunk_order = order if len(kept) == seq_len else first_where(chunk_kept)  # (seq_len,)
+        chunk_order = order if kept.shape[0] == seq_len else first_where(chunk_kept)  # (seq_len,)
         text_index = chunk_order[:text_len].expand(batch_size, -1)  # (batch, text_len)
         slot = (chunk_kept.cumsum(dim=0) - 1).expand(batch_size, -1)  # (batch, seq_len)
         if batch_size > 1 or attention_mask is not None:

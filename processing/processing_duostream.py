@@ -322,13 +322,16 @@ class DuoStreamProcessor(ProcessorMixin):
         padded on the left.
         """
         if kwargs.get("tokenize"):
+            given = kwargs.get("processor_kwargs") or {}
             defaults: dict[str, Any] = {}
             if not kwargs.get("return_assistant_tokens_mask"):
                 kwargs.setdefault("sanitize_control_tokens", True)
                 defaults["add_special_tokens"] = False
             if kwargs.get("add_generation_prompt") or kwargs.get("continue_final_message"):
                 defaults["padding_side"] = "left"
-            kwargs["processor_kwargs"] = {**defaults, **(kwargs.get("processor_kwargs") or {})}
+            # The library refuses an option that is given twice, in a group and by itself
+            grouped = {**given.get("text_kwargs", {}), **given.get("common_kwargs", {})}
+            kwargs["processor_kwargs"] = {k: v for k, v in defaults.items() if k not in grouped} | given
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _normalize_conversations(self, conversation: Any) -> tuple[list, bool]:

@@ -71,7 +71,7 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     if args.tokenizer is None:
         tokenizer = train_tokenizer(islice(texts_of(rows), args.tokenizer_rows), args.vocab_size)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="left")  # prompts are written on
     fields = {
         "contrastive_loss": args.contrastive_loss,
         **objective_weights(args),

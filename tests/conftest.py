@@ -1,5 +1,6 @@
 """Settings for all tests: no network, one seed, no progress bars."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -26,6 +27,12 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # The models are the slow part, not the drawing; and a run must find what the last one found.
 settings.register_profile("duostream", deadline=None, derandomize=True, database=None)
 settings.load_profile("duostream")
+
+
+def pytest_collection_finish() -> None:
+    # `Trainer` collects garbage whenever it trains, and would look through all that the libraries made each time
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -360,6 +360,9 @@ def test_objectives_that_a_trainer_does_not_count_weigh_by_the_share_of_labels()
     expected = [model(**part).loss * count / sum(counts) for part, count in zip(parts, counts, strict=True)]
     found = [model(**part, num_items_in_batch=sum(counts)).loss for part in parts]
     assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-5)
+    # Answers that were all cut away
+    inputs["labels"].fill_(-100)
+    assert model(**inputs, num_items_in_batch=0).loss.isfinite()
 
 
 @pytest.mark.parametrize("is_projected", [True, False])

@@ -261,6 +261,10 @@ def test_prompts_to_be_written_on_are_padded_on_the_left(processor):
         assert prompts["attention_mask"][0][0] == 0 and prompts["attention_mask"][0][-1] == 1
         whole = processor.apply_chat_template(conversations, **options)
         assert (whole["attention_mask"][0][0] == 0) == (side == "left")
+        for told in ({"padding_side": "right"}, {"text_kwargs": {"padding_side": "right"}}):
+            as_told = {**options, "processor_kwargs": {"padding": True, **told}}
+            prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, **as_told)
+            assert prompts["attention_mask"][0][-1] == 0
 
 
 def test_a_prefix_that_nothing_ends_is_refused():

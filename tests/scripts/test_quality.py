@@ -18,9 +18,14 @@ from duostream.scripts.arguments import DataArguments, parse
 RECIPES = Path(quality.__file__).parent / "recipes" / "quality"
 
 SIZE = {"hidden_size": 64, "num_layers": 2, "num_text_layers": 1, "image_size": 24, "vocab_size": 300, "minutes": 0.02}
+SIZE |= {"max_new_tokens": 4, "dataloader_num_workers": 0}
 TASKS = {
     "classification": ({"prompt": "{text}", "image_column": ""}, "accuracy", "BertForSequenceClassification"),
-    "picture classes": ({"task": "classification", "prompt": ""}, "accuracy", "ViTForImageClassification"),
+    "picture classes": (
+        {"task": "classification", "prompt": "", "dataloader_num_workers": 1},
+        "accuracy",
+        "ViTForImageClassification",
+    ),
     "retrieval": ({}, "text_to_image_recall@1", "VisionTextDualEncoderModel"),
     "translation": ({"image_column": ""}, "exact_match", "MarianMTModel"),
     "caption": ({"conversations_per_row": 2}, "exact_match", "VisionEncoderDecoderModel"),
@@ -58,7 +63,8 @@ def test_both_sides_are_trained_and_measured(dataset, tmp_path, name):
     options = {"task": name, "dataset": dataset, "output": tmp_path / "out.json", **SIZE, **options}
     writes = "exact" in figure
     if writes:
-        options |= {"max_steps": 300, "learning_rate": 2e-3, "batch_size": 8, "max_new_tokens": 40}
+        options |= {"max_steps": 240, "learning_rate": 2e-3, "batch_size": 8, "max_new_tokens": 40}
+        options |= {"max_train_rows": 4, "max_eval_rows": 4}
     compare(options)
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [run["side"] for run in runs] == ["duostream", "peer"]
