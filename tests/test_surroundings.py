@@ -248,3 +248,27 @@ def test_an_exported_graph_says_what_the_model_says(backend: str, tmp_path: Path
         exported = torch.from_numpy(logits)
     with torch.no_grad():
         assert difference(exported, model(**second).logits) < 1e-4
+
+
+class Reader(torch.nn.Module):
+    """What of a model a graph is made of: it takes tensors alone."""
+
+    def __init__(self, use_cache: bool):
+        super().__init__()
+        self.model, self.use_cache = small_model(), use_cache
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "images_per_row": 1}
+        return self.model(**inputs, use_cache=self.use_cache).logits
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_exported_graph_takes_rows_of_any_length(use_cache: bool) -> None:
+    reader = Reader(use_cache)
+    rows = [batch([Row(reader.model, "picture", num_words) for _ in range(2)]) for num_words in (6, 11)]
+    (ids, pixels), (other_ids, other_pixels) = ((row["input_ids"], row["pixel_values"]) for row in rows)
+    lengths = {"input_ids": {1: torch.export.Dim("length", min=8, max=64)}, "pixel_values": None}
+    program = torch.export.export(reader, (ids, pixels), dynamic_shapes=lengths, strict=False)
+    assert difference(program.module()(other_ids, other_pixels), reader(other_ids, other_pixels)) < 1e-4
