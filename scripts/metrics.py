@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 from sacrebleu.metrics import BLEU, CHRF
 from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 
 References = Sequence[Sequence[str]]
 NGRAMS = 4
 LENGTH_SIGMA = 6.0  # words
+# Chinese, and Japanese's other letters, which are written without spaces between words
+CHINESE, KANA = "\u3400-\u9fff\uf900-\ufaff", "\u3040-\u30ff"
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBERS)}}
 
 
 def check_finite(scores: torch.Tensor) -> None:
@@ -38,24 +44,42 @@ def check_references(predictions: Sequence[str], references: References) -> None
 def bleu_and_chrf(predictions: Sequence[str], references: References, lowercase: bool = False) -> dict[str, Any]:
     """
     Corpus BLEU (Papineni et al. 2002) and chrF (Popović 2015), from 0 to 100, by sacrebleu, with the signatures that
-    say how they were computed. Rows may have different numbers of references.
+    say how they were computed: against Chinese or Japanese, whose words no spaces part, by characters. Rows may have
+    different numbers of references.
     """
     check_references(predictions, references)
+    written = "".join(text for texts in references for text in texts)
+    tokenize = None
+    if re.search(f"[{KANA}{CHINESE}]", written):
+        tokenize = "char" if re.search(f"[{KANA}]", written) else "zh"
     width = max(map(len, references))
     # sacrebleu takes one list for each number of reference; None stands for "no more"
     columns: Any = [[texts[i] if i < len(texts) else None for texts in references] for i in range(width)]
     scores: dict[str, Any] = {}
-    for name, metric in (("bleu", BLEU(lowercase=lowercase)), ("chrf", CHRF(lowercase=lowercase))):
+    for name, metric in (("bleu", BLEU(lowercase=lowercase, tokenize=tokenize)), ("chrf", CHRF(lowercase=lowercase))):
         scores[name] = metric.corpus_score(predictions, columns).score
         scores[f"{name}_signature"] = str(metric.get_signature())
     return scores
+
+
+class AnyScriptTokenizer(Tokenizer):
+    """rouge-score's stemmed words, which have nothing but a to z and 0 to 9; of texts in other scripts all words."""
+
+    def __init__(self) -> None:
+        self.of_latin = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        if all(unicodedata.name(letter, "LATIN").startswith("LATIN") for letter in text if letter.isalpha()):
+            return self.of_latin.tokenize(text)
+        # Each of the letters that are written without spaces is a word
+        return re.findall(rf"[{KANA}{CHINESE}]|[^\W{KANA}{CHINESE}]+", text.lower())
 
 
 def rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
     """ROUGE-1, -2 and -L (Lin 2004), F-measures from 0 to 100 by rouge-score, stemmed; the best reference counts."""
     check_references(predictions, references)
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = RougeScorer(names, tokenizer=AnyScriptTokenizer())
     rows = [scorer.score_multi(texts, text) for text, texts in zip(predictions, references, strict=True)]
     return {name: 100 * statistics.mean(row[name].fmeasure for row in rows) for name in names}
 
@@ -115,10 +139,15 @@ def cider_d(predictions: Sequence[str], references: References) -> dict[str, flo
 
 
 def normalize_answer(text: str) -> str:
-    """An answer in lower case, without punctuation, articles and surplus spaces."""
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    """
+    An answer as VQA's evaluation compares it: in lower case, with digits for numbers up to ten, without articles and
+    punctuation but in decimals, and for spelling contractions in one way, without apostrophes.
+    """
+    text = text.lower().strip()
+    plain = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)|['’]", "", text)
+    words = [DIGITS.get(word, word) for word in re.sub(r"[;/\[\]\"{}()=+\\_<>@`,?!-]", " ", plain).split()]
     # "A" may be all there is: a letter of several to choose from
-    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words) or text
 
 
 def vqa_accuracy(predictions: Sequence[str], references: References) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 
 from duostream.scripts import metrics
 
@@ -131,3 +132,43 @@ def test_cider_d_of_one_row_is_an_error():
 def test_an_empty_prediction_scores_nothing(score):
     numbers = [value for value in score([""], [["a dog"]]).values() if not isinstance(value, str)]
     assert numbers and not any(numbers)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "is_right"),
+    [
+        ("2", "two", True),
+        ("none", "0", True),
+        ("dont", "don't", True),
+        ("1,000", "1000", True),
+        ("e.g.", "eg", True),
+        ("Red, blue!", "red blue", True),
+        ("3.5", "3 5", False),
+        ("C++", "C#", False),
+        ("$5", "5", False),
+        ("", "!", False),
+        ("!", "?", False),
+        ("×", "÷", False),
+    ],
+)
+def test_answers_are_compared_as_by_vqa_s_evaluation(prediction, reference, is_right):
+    assert metrics.vqa_accuracy([prediction], [[reference]])["vqa_accuracy"] == is_right
+
+
+@pytest.mark.parametrize("text", ["привет большой мир", "日本語の文章です", "你好世界", "мой iPhone упал"])
+def test_texts_of_any_script_are_compared_by_their_words(text):
+    assert metrics.rouge([text], [[text]]) == {"rouge1": 100, "rouge2": 100, "rougeL": 100}
+    assert 0 < metrics.rouge([text[: len(text) // 2]], [[text]])["rouge1"] < 100
+    assert metrics.rouge(["completely other"], [[text]])["rouge1"] == 0
+
+
+def test_rouge_of_latin_letters_is_that_of_rouge_score():
+    texts = ["Les élèves étaient arrivés", "Running dogs, 2 of them"]
+    scorer = RougeScorer(["rouge1"], use_stemmer=True)
+    for text, other in zip(texts, ["les eleves", "a running dog"], strict=True):
+        assert metrics.rouge([other], [[text]])["rouge1"] == 100 * scorer.score(text, other)["rouge1"].fmeasure
+
+
+def test_bleu_against_chinese_counts_characters_and_says_so():
+    scores = metrics.bleu_and_chrf(["一只狗在草地上跑"], [["一只狗在草地上奔跑"]])
+    assert 50 < scores["bleu"] < 100 and "tok:zh" in scores["bleu_signature"]
