@@ -20,6 +20,8 @@ from .places import check_place
 
 # What of the library's server is open: its other routes open files and addresses that a request names
 ROUTES = ("/health", "/load_model", "/v1/models", "/v1/chat/completions")
+# What OpenAI's clients expect to be told of a model
+MADE = {"created": 0, "owned_by": "duostream"}
 
 
 def refusal(body: Any, model: str) -> str | None:
@@ -60,6 +62,9 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
         async def guard(request: Any, call_next: Any) -> Any:
             if request.url.path not in ROUTES:
                 return JSONResponse({"detail": f"there are {', '.join(ROUTES)}"}, 404)
+            if request.url.path == "/v1/models":
+                # The library's lists the Hub's cache: models that this server refuses, and no local folder
+                return JSONResponse({"object": "list", "data": [{"id": model, "object": "model", **MADE}]})
             if request.method == "POST":
                 try:
                     problem = refusal(await request.json(), model)

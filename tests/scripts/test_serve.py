@@ -146,3 +146,8 @@ def test_the_library_s_chat_talks_to_it(server: str, checkpoint: Path, tmp_path:
         env={**os.environ, "HF_HUB_OFFLINE": "0"},
     )
     assert "nice to meet you" in chat.stdout, chat.stdout + chat.stderr
+
+
+def test_the_server_names_its_one_model(server: str, checkpoint: Path) -> None:
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == [str(checkpoint)]
