@@ -138,7 +138,8 @@ class BadRows:
     def report(self) -> int:
         """How many rows were left out, which is logged, too."""
         # A stream meets its rows in every epoch again, and so do several ranks
-        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        with open(self.path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
         count = len({line.get("content", line["row"]) for line in lines})
         logger.warning(f"{count} bad rows were left out; {self.path} says which, and why")
         return count

@@ -216,8 +216,8 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "weights_fingerprints" not in record:
         raise ValueError(f"`evaluations` has {str(folder)!r}; expected an `output_dir` of `duostream evaluate`")
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    samples = pick_samples([json.loads(line) for line in lines])
+    with open(folder / "predictions.jsonl", encoding="utf-8") as lines:
+        samples = pick_samples([json.loads(line) for line in lines])
     for sample in samples:
         # Of retrieval the number of the picture, as that which was found
         sample["expected"] = next(sample[name] for name in ("reference", "label", "row") if name in sample)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from duostream.scripts.card import (
     are_same_weights,
     as_text,
     is_by_hand,
+    read_evaluation,
     weights_fingerprints,
     without_folders,
     write_card,
@@ -336,3 +338,13 @@ def test_figures_go_into_no_card_of_somebodys_own(trained: Path, evaluation: Pat
 def test_what_the_hub_would_refuse_is_a_problem(header: str, problem: str) -> None:
     (found,) = problems_of(f"---\n{header}\n---\n# A card\n")
     assert problem in found
+
+
+def test_answers_with_any_kind_of_line_break_in_them_are_read(evaluation: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(evaluation, tmp_path / "evaluation"))
+    path = copy / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    said = "red\u2028blue\x85green\x0bgray"
+    lines = [json.dumps({**row, "prediction": said}, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    assert {sample["prediction"] for sample in read_evaluation(copy)["samples"]} == {said}
