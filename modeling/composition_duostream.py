@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import re
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -132,6 +133,10 @@ def compose_config(
     Raises:
         ValueError: The parts can't work together.
     """
+    if text_config.model_type == DuoStreamConfig.model_type:
+        raise ValueError(
+            "`text` is a DuoStream model, whose language model is in two parts: name the one it was composed from"
+        )
     if (num_fusion_layers is None) == (fusion_config is None):
         raise ValueError("Exactly one of `num_fusion_layers` and `fusion_config` must be given")
     # What is no folder here came from the Hub
@@ -177,8 +182,23 @@ def load_backbones(
         has_head = is_causal(config_of(text).get_text_config(decoder=True))
         text = (AutoModelForCausalLM if has_head else AutoModel).from_pretrained(text, **kwargs)
     if not isinstance(vision, PreTrainedModel):
-        vision = AutoModel.from_pretrained(vision, config=config.vision_config, **kwargs)
-    return text, getattr(vision, "vision_model", vision)
+        whole_config = config_of(vision)
+        with torch.device("meta"):
+            whole = AutoModel.from_config(copy.deepcopy(whole_config))
+        # Of those that have their tower by this name, as CLIP and SigLIP do, the library reads the tower alone
+        if not hasattr(whole_config, "vision_config") or (
+            whole.base_model_prefix != "model" and hasattr(whole, "vision_model")
+        ):
+            kwargs["config"] = config.vision_config
+        vision, loading = AutoModel.from_pretrained(vision, output_loading_info=True, **kwargs)
+        check_found(loading["missing_keys"])
+    return text, vision.get_encoder("image")
+
+
+def check_found(missing_names: Iterable[str]) -> None:
+    """Raises `ValueError` if weights are missing, but for what pools (BERT, ViT), which is not read and may be."""
+    if lost := sorted(name for name in missing_names if "pool" not in name):
+        raise ValueError(f"A backbone has {len(lost)} weights fewer than its config tells, as {lost[0]!r}")
 
 
 def compose_state_dict(
@@ -188,7 +208,8 @@ def compose_state_dict(
     The backbones' weights under their names in `DuoStreamForConditionalGeneration`; nothing is copied.
     """
     state_dict = {f"model.vision_model.{name}": weight for name, weight in vision.state_dict().items()}
-    base = text.base_model
+    # A multimodal model has its decoder one level down
+    base = getattr(text.base_model, "language_model", text.base_model)
     layers_name, num_text_layers = "", config.text_config.num_hidden_layers
     if is_split:
         num_layers = num_text_layers + config.fusion_stack_config.num_hidden_layers
@@ -210,5 +231,6 @@ def compose_state_dict(
         state_dict[f"model.{name}"] = weight
     head = text.get_output_embeddings()
     if head is not None:
-        state_dict["lm_head.weight"] = head.weight
+        # Untied, they are two matrices from here on
+        state_dict["lm_head.weight"] = head.weight if config.tie_word_embeddings else head.weight.detach().clone()
     return state_dict

@@ -300,6 +300,80 @@ def test_backbones_may_be_loaded_already(folder: Callable[[str], Path]) -> None:
     assert AutoModelForCausalLM.from_config(text.config).config.n_layer == NUM_LAYERS
 
 
+def whole_model(name: str) -> Any:
+    """A model that has a language model and a vision tower of its own."""
+    torch.manual_seed(0)
+    parts = {"text_config": TEXTS["gemma3" if name == "gemma3" else "llama"](), "vision_config": VISIONS["siglip"]()}
+    if name == "duostream":
+        text, vision = (
+            AutoModelForCausalLM.from_config(parts["text_config"]),
+            AutoModel.from_config(VISIONS["siglip"]()),
+        )
+        return DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2)
+    if name == "gemma3":
+        config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4, image_token_index=5)
+    else:
+        config = transformers.LlavaConfig(**parts, image_token_index=5, vision_feature_layer=-1)
+    return roughen(AutoModelForImageTextToText.from_config(config), scale=0.1)
+
+
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "on disk"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "duostream"])
+def test_the_vision_tower_of_a_whole_model_is_taken_with_its_weights(
+    name: str, is_loaded: bool, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = whole_model(name).eval()
+    if not is_loaded:
+        whole.save_pretrained(tmp_path)
+    text = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    vision = whole if is_loaded else tmp_path
+    model = DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2).eval()
+    pictures = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = whole.get_encoder("image")(pixel_values=pictures).last_hidden_state
+        assert difference(model.get_image_features(pictures).last_hidden_state, expected) < CLOSE
+
+
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "on disk"])
+def test_the_language_model_of_a_whole_model_is_taken_with_its_weights(
+    is_loaded: bool, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = whole_model("gemma3").eval()
+    if not is_loaded:
+        whole.save_pretrained(tmp_path)
+    vision = AutoModel.from_pretrained(folder("siglip"))
+    text = whole if is_loaded else tmp_path
+    model = DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2).eval()
+    ids = {"input_ids": torch.arange(6, 20)[None]}
+    assert difference(logits(model, ids), logits(whole, ids)) < CLOSE
+
+
+def test_a_duostream_is_no_language_model_to_compose_from(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="name the one it was composed from"):
+        DuoStreamForConditionalGeneration.from_backbones(
+            whole_model("duostream"), folder("siglip"), num_fusion_layers=1
+        )
+
+
+def test_weights_by_other_names_than_the_stacks_are_an_error(folder: Callable[[str], Path]) -> None:
+    text = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    text.model.layers[0].self_attn = torch.nn.ModuleDict({"attention": text.model.layers[0].self_attn})
+    with pytest.raises(
+        ValueError, match=r"weights fewer than its config tells, as 'model\.text_model\.layers\.0\.self_attn"
+    ):
+        DuoStreamForConditionalGeneration.from_backbones(text, folder("siglip"), num_fusion_layers=2)
+
+
+def test_a_tied_head_that_is_untied_is_a_matrix_of_its_own(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = compose(folder, "llama, tied", tie_word_embeddings=False)
+    ids = {"input_ids": torch.arange(3, 9)[None]}
+    before = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert difference(logits(DuoStreamForConditionalGeneration.from_pretrained(tmp_path).eval(), ids), before) == 0
+    model.lm_head.weight.data.zero_()
+    assert model.get_input_embeddings().weight.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"], ids=str)
 def test_the_dtype_may_be_asked_for(dtype: Any, folder: Callable[[str], Path]) -> None:
     model = compose(folder, "llama", dtype=dtype)
