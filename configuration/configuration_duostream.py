@@ -344,7 +344,7 @@ class DuoStreamConfig(PreTrainedConfig):
             self.auto_map = {**AUTO_MAP, **own}
             save_code(Path(json_file_path).parent)
             for name in SUB_CONFIGS:
-                getattr(self, name)._name_or_path = ""  # where the backbones lay on this machine
+                getattr(self, name).name_or_path = ""  # where the backbones lay on this machine
         super().to_json_file(json_file_path, use_diff=use_diff)
 
     def _check_widths(self) -> None:

@@ -1,12 +1,13 @@
 """What a vision model yields as tokens: the one place that knows how a feature map becomes a sequence."""
 
 import copy
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 
@@ -128,10 +129,6 @@ def image_token_shape(
 def _image_token_shape(
     model_type: str, config_json: str, vision_feature_layer: int | tuple[int, ...], spatial_merge_size: int
 ) -> tuple[int, int]:
-    import json
-
-    from transformers import CONFIG_MAPPING
-
     vision_config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
     height, width = image_size_of(vision_config)
     try:

@@ -20,6 +20,8 @@ from .modeling_duostream import (
     check_can_write,
     count_items,
     find_labelled,
+    shift_labels,
+    take_num_items,
 )
 from .objectives_duostream import contrastive_loss, hard_negatives, num_ranks
 from .stream_layout_duostream import check
@@ -84,6 +86,7 @@ class DuoStreamImageTextHead(nn.Module):
         self.visual_projection = nn.Linear(config.image_hidden_size, dim, bias=False)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.matching = nn.Linear(hidden_size, 2)
+        self.loss_type = config.contrastive_loss
 
     def embed_text(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         pooled = mean_pool(self.text_norm(hidden_states), attention_mask)
@@ -93,12 +96,27 @@ class DuoStreamImageTextHead(nn.Module):
         pooled = mean_pool(self.image_norm(hidden_states))
         return nn.functional.normalize(self.visual_projection(pooled), dim=-1)  # (num_images, projection_dim)
 
+    def contrastive_loss(
+        self,
+        text_embeds: torch.Tensor,
+        image_embeds: torch.Tensor,
+        num_pairs: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """See [`contrastive_loss`]."""
+        scale, bias = self.logit_scale, self.logit_bias
+        return contrastive_loss(text_embeds, image_embeds, scale, bias, self.loss_type, num_pairs)
 
-def initialize_image_text_head(head: DuoStreamImageTextHead, loss_type: str) -> None:
-    """Temperature and bias as in SigLIP (Zhai et al. 2023, 3.2) and CLIP (Radford et al. 2021, 2.5)."""
-    scale, bias = (math.log(10), -10.0) if loss_type == "sigmoid" else (math.log(1 / 0.07), 0.0)
-    init.constant_(head.logit_scale, scale)
-    init.constant_(head.logit_bias, bias)
+
+class DuoStreamImageTextPreTrainedModel(DuoStreamPreTrainedModel):
+    """Weight initialisation of models that have a [`DuoStreamImageTextHead`]."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DuoStreamImageTextHead):
+            # Temperature and bias as in SigLIP (Zhai et al. 2023, 3.2) and CLIP (Radford et al. 2021, 2.5)
+            scale, bias = (math.log(10), -10.0) if module.loss_type == "sigmoid" else (math.log(1 / 0.07), 0.0)
+            init.constant_(module.logit_scale, scale)
+            init.constant_(module.logit_bias, bias)
 
 
 class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
@@ -136,11 +154,10 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 The largest number of `labels` in a row. In training, `logits` are then of the masked positions alone,
                 of shape `(batch, targets_per_row, vocab_size)`.
         """
-        # A tensor, as `Trainer` gives it, would go through all layers for nothing
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        num_items_in_batch = take_num_items(kwargs)
         states_to_keep: int | torch.Tensor = 0
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            labels = self.without_placeholders(labels)
         if self.training and labels is not None and targets_per_row is not None:
             states_to_keep, labels = find_labelled(labels, targets_per_row)
         outputs = self.model(
@@ -158,21 +175,10 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        logits, loss = None, None
-        if self.chunks_loss(labels):
-            loss = self.chunked_loss(hidden_states, labels, num_items_in_batch)
+        if labels is None:
+            logits, loss = self.compute_logits(outputs.last_hidden_state), None
         else:
-            logits = self.compute_logits(hidden_states)
-        if labels is not None and logits is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
+            logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -218,7 +224,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                Without `input_ids`, each picture is a row of its own.
+                Without `input_ids`, each picture is a row of its own, as each of `mm_encoder_outputs` is.
             token_type_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Has no effect: everything is read both ways.
             labels (`torch.Tensor`, *optional*):
@@ -227,12 +233,15 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
                 numbers to come near to, of shape `(batch,)` ("regression", where `num_labels` is 1).
 
         Raises:
-            ValueError: A class number is none of the `config.num_labels` classes.
+            ValueError: A class number is none of the `config.num_labels` classes, or there is nothing to classify.
         """
-        if input_ids is None and inputs_embeds is None and pixel_values is not None:
-            shape = (len(pixel_values), self.config.image_seq_length)
-            input_ids = torch.full(shape, self.config.image_token_id, device=pixel_values.device)
-            images_per_row = 1
+        if input_ids is None and inputs_embeds is None:
+            images = self.model.read_images(pixel_values, mm_encoder_outputs)
+            if images is None:
+                raise ValueError("expected `input_ids`, `inputs_embeds`, or pictures alone")
+            shape = (len(images.pooler_output), self.config.image_seq_length)
+            input_ids = torch.full(shape, self.config.image_token_id, device=images.pooler_output.device)
+            pixel_values, mm_encoder_outputs, images_per_row = None, {"image": images}, 1
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -265,7 +274,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
         )
 
 
-class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
+class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
     """
     DuoStream that finds pictures by text and texts by picture. The two streams' pooled states are compared by their
     cosine, so that each picture and text is read once; `match` reads a pair together in the fusion stack.
@@ -276,11 +285,6 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
         self.model = DuoStreamModel(config)
         self.image_text_head = DuoStreamImageTextHead(config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DuoStreamImageTextHead):
-            initialize_image_text_head(module, self.config.contrastive_loss)
 
     @can_return_tuple
     def get_text_features(
@@ -361,8 +365,13 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
                 Whether to give the contrastive loss, `config.contrastive_loss`, of text i with picture i.
 
         Raises:
-            ValueError: `return_loss` with texts and pictures that differ in number.
+            ValueError: There are no texts or no pictures; or `return_loss` with different numbers of them.
         """
+        if input_ids is None or pixel_values is None:
+            raise ValueError(
+                "expected both `input_ids` and `pixel_values`; one alone is read by `get_text_features` or "
+                "`get_image_features`"
+            )
         text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
         image_embeds = self.get_image_features(pixel_values, return_dict=True).pooler_output
         head = self.image_text_head
@@ -370,9 +379,7 @@ class DuoStreamForImageTextRetrieval(DuoStreamPreTrainedModel):
         loss = None
         if return_loss:
             check_pairs(len(text_embeds), len(image_embeds))
-            loss = contrastive_loss(
-                text_embeds, image_embeds, head.logit_scale, head.logit_bias, self.config.contrastive_loss
-            )
+            loss = head.contrastive_loss(text_embeds, image_embeds)
         return DuoStreamImageTextOutput(
             loss=loss,
             logits_per_image=logits_per_text.T,
@@ -400,7 +407,7 @@ def matching_logits(
     return head.matching(mean_pool(fused[:, image_states.shape[1] :], text_attention_mask))
 
 
-class DuoStreamForPreTraining(DuoStreamLMHeadModel):
+class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHeadModel):
     """
     DuoStream with all pretraining objectives, each with a weight in the config, and 0 to switch it off: language
     modelling (`lm_weight`), masked language modelling (`mlm_weight`), image-text contrastive (`itc_weight`) and
@@ -415,11 +422,6 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
         self.loss_type = "ForCausalLM"
         self.image_text_head = DuoStreamImageTextHead(config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DuoStreamImageTextHead):
-            initialize_image_text_head(module, self.config.contrastive_loss)
 
     @can_return_tuple
     def forward(
@@ -464,19 +466,8 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
                 it, such a loss then counts for the share of its labels that this batch has.
         """
         weights = self.config
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
-        images = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
-        if pixel_values is not None:
-            images = self.get_image_features(pixel_values, return_dict=True)
-        elif images is not None and images.pooler_output is None:
-            states = self.model.projector(images.last_hidden_state.to(self.dtype))
-            images = BaseModelOutputWithPooling(last_hidden_state=images.last_hidden_state, pooler_output=states)
-        mm_encoder_outputs = None if images is None else {"image": images}
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        if num_items_in_batch is not None:
-            # As in `DuoStreamForConditionalGeneration`
-            num_items_in_batch = num_items_in_batch + (num_items_in_batch == 0)
+        images = self.model.read_images(pixel_values, mm_encoder_outputs)
+        num_items_in_batch = take_num_items(kwargs)
         share: float | torch.Tensor = 1.0
         if labels is not None and num_items_in_batch is not None:
             share = count_items(labels[:, 1:], None) / num_items_in_batch
@@ -484,7 +475,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             "attention_mask": attention_mask,
             "mm_token_type_ids": mm_token_type_ids,
             "use_cache": False,
-            "mm_encoder_outputs": mm_encoder_outputs,
+            "mm_encoder_outputs": None if images is None else {"image": images},
             "images_per_row": images_per_row,
             "return_dict": True,
             **kwargs,
@@ -495,9 +486,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             states_to_keep: int | torch.Tensor = 0
             shifted = None
             if labels is not None:
-                # As in `DuoStreamForConditionalGeneration`, no label is a placeholder
-                shifted = labels.masked_fill(labels == self.config.image_token_id, -100)
-                shifted = nn.functional.pad(shifted[:, 1:], (0, 1), value=-100)
+                shifted = shift_labels(self.without_placeholders(labels))
                 if self.training and targets_per_row is not None:
                     states_to_keep, shifted = find_labelled(shifted, targets_per_row)
             states = self.model(
@@ -536,14 +525,7 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             text_embeds = head.embed_text(text_states, paired_attention_mask)
             image_embeds = head.embed_images(features)
             if weights.itc_weight:
-                outputs.itc_loss = contrastive_loss(
-                    text_embeds,
-                    image_embeds,
-                    head.logit_scale,
-                    head.logit_bias,
-                    weights.contrastive_loss,
-                    num_pairs_in_batch,
-                )
+                outputs.itc_loss = head.contrastive_loss(text_embeds, image_embeds, num_pairs_in_batch)
                 losses.append(weights.itc_weight * outputs.itc_loss * pair_share)
             if weights.itm_weight and len(text_embeds) > 1:
                 scores = (head.logit_scale.exp() * text_embeds @ image_embeds.T).detach()
@@ -556,21 +538,9 @@ class DuoStreamForPreTraining(DuoStreamLMHeadModel):
             nothing = self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
             no_texts = self.image_text_head.embed_text(nothing, None)
             no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
-            scale, bias = self.image_text_head.logit_scale, self.image_text_head.logit_bias
-            losses.append(contrastive_loss(no_texts, no_images, scale, bias, weights.contrastive_loss, 1))
+            losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1))
         outputs.loss = torch.stack(losses).sum() if losses else None
         return outputs
-
-    def logits_and_loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Cross-entropy of each position with its own label, the mean of all or the sum divided by `num_items`."""
-        if self.chunks_loss(labels):
-            return None, self.chunked_loss(hidden_states, labels, num_items)
-        logits = self.compute_logits(hidden_states)
-        labels = labels.to(logits.device)
-        total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-        return logits, total / count_items(labels, num_items)
 
     def matching_loss(
         self,

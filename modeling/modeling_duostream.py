@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from .composition_duostream import (
     FINAL_NORMS,
     POSITION_EMBEDDINGS,
     Backbone,
+    check_found,
     compose_config,
     compose_state_dict,
     config_of,
@@ -64,6 +66,7 @@ from .stream_layout_duostream import (
     see_own_segment,
     segment_positions,
     text_padding_mask,
+    without_padding,
 )
 
 logger = logging.get_logger(__name__)
@@ -94,9 +97,6 @@ class PicturesRead(NamedTuple):
     differ: bool | torch.Tensor
     end: torch.Tensor
     kept: torch.Tensor
-
-
-PICTURES_READ = "pictures_read"
 
 
 @dataclass
@@ -164,15 +164,20 @@ class DuoStreamProjector(nn.Module):
         return hidden_states
 
 
-def without_graph(part: nn.Module, *inputs: torch.Tensor | None) -> AbstractContextManager:
+def without_graph(
+    part: nn.Module, *inputs: torch.Tensor | None, past_key_values: Cache | None = None
+) -> AbstractContextManager:
     """
-    For a part in which nothing is trained, and nothing before it: it keeps no graph, even where the library asks its
-    embeddings for one (`enable_input_require_grads`, for adapters behind them).
+    For a part in which nothing is trained, and nothing before it, nor in its cache (a prefix of PEFT's is): it keeps
+    no graph, even where the library asks its embeddings for one (`enable_input_require_grads`, for adapters behind
+    them).
     """
     if not torch.is_grad_enabled():
         # A walk through all weights at each token that is written is a hundredth to a tenth of the time it takes
         return nullcontext()
-    tensors = [*part.parameters(), *(each for each in inputs if each is not None)]
+    cached = () if past_key_values is None else past_key_values.layers
+    states = [states for layer in cached if layer.is_initialized for states in (layer.keys, layer.values)]
+    tensors = [*part.parameters(), *states, *(each for each in inputs if each is not None)]
     return nullcontext() if any(each.requires_grad for each in tensors) else no_grad()
 
 
@@ -334,7 +339,11 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         )
         text, vision = load_backbones(text, vision, config, **({} if dtype is None else {"dtype": dtype}))
         state_dict = compose_state_dict(text, vision, config, is_split=num_fusion_layers is not None)
-        model = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype or text.dtype)
+        model, loading = cls.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=dtype or text.dtype, output_loading_info=True
+        )
+        old = "text_model|vision_model" if num_fusion_layers is None else "text_model|vision_model|fusion_model"
+        check_found(name for name in loading["missing_keys"] if re.match(rf"(model\.)?({old})\.", name))
         if writes and getattr(text, "generation_config", None) is not None:
             # What ends a turn may stand there alone. How to sample is left to whoever writes
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -436,6 +445,28 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # Convolutional models have none
             attentions=getattr(outputs, "attentions", None),
         )
+
+    def read_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> BaseModelOutputWithPooling | None:
+        """
+        The states of the pictures that are given, as [`get_image_features`] returns them; none without pictures. Of
+        the vision stream's states alone, as they are stored where that stream is frozen, `pooler_output` is made anew.
+
+        Raises:
+            ValueError: Both are given.
+        """
+        if pixel_values is not None:
+            if mm_encoder_outputs:
+                raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
+            return self.get_image_features(pixel_values, return_dict=True)
+        images = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        if images is None or images.pooler_output is not None:
+            return images
+        states = self.projector(images.last_hidden_state.to(self.dtype))  # (num_images, image_seq_length, hidden)
+        return BaseModelOutputWithPooling(last_hidden_state=images.last_hidden_state, pooler_output=states)
 
     @property
     def _are_weights_shared_out(self) -> bool:
@@ -540,6 +571,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         is_static = isinstance(past_len, torch.Tensor)
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
+            num_untold = 0 if is_static else past_len + seq_len - is_image.shape[1]
+            if num_untold > 0 and is_image.shape[1] != seq_len and (past_len or inputs_embeds is not None):
+                # PEFT's virtual tokens, in front of all others: were they pictures, the cache's note would not agree
+                is_image = nn.functional.pad(is_image, (num_untold, 0))
             if is_static:
                 check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
             if is_static or is_image.shape[1] == past_len + seq_len:
@@ -547,8 +582,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                     check(pictures_read.end <= past_len, WAS_CHANGED)
                     num_noted = min(len(pictures_read.kept), is_image.shape[1] - seq_len)
                     cached = is_image[:, :num_noted]  # (batch, num_noted)
-                    is_valid = True if attention_mask is None else attention_mask[:, :num_noted].to(torch.bool)
-                    kept = kept_columns(cached, ~cached & is_valid)  # (num_noted,)
+                    mask = None if attention_mask is None else attention_mask[:, :num_noted]
+                    kept = kept_columns(cached, without_padding(~cached, mask))  # (num_noted,)
                     is_same = (kept == pictures_read.kept[:num_noted]).all()
                     # Of a static cache that was reset the note has no end
                     check(is_same | (pictures_read.end == 0), WAS_CHANGED)
@@ -589,7 +624,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     def pictures_read(self, past_key_values: Cache | None, past_len: int | torch.Tensor) -> PicturesRead | None:
         """What was noted on a cache, unless that has been emptied since."""
-        read = getattr(past_key_values, PICTURES_READ, None)
+        read = getattr(past_key_values, "pictures_read", None)
         if read is None:
             return None
         if isinstance(past_len, torch.Tensor):
@@ -597,7 +632,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             read = PicturesRead(is_filled & read.differ, is_filled * read.end, read.kept)
         elif past_len == 0:
             read = None
-        setattr(past_key_values, PICTURES_READ, read)
+        past_key_values.pictures_read = read
         return read
 
     def note_pictures(
@@ -609,13 +644,13 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         num_image_tokens: int,
     ) -> None:
         """Notes on a cache where its pictures are, of which `num_left_out` columns were kept from the text stream."""
-        before = getattr(past_key_values, PICTURES_READ, None)
+        before = getattr(past_key_values, "pictures_read", None)
         differ: bool | torch.Tensor = num_image_tokens != is_image.shape[0] * num_left_out
         if before is not None:
             differ = before.differ | differ
         ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
         read = PicturesRead(differ, ends.max(), kept)
-        setattr(past_key_values, PICTURES_READ, read)
+        past_key_values.pictures_read = read
 
     def lay_out(
         self,
@@ -721,8 +756,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
         if use_cache is None:
             # The library's models fill a cache in training, too. Without one the text is packed closer, and rows of
             # which `images_per_row` was told, as the collator does, may have their pictures at different places.
@@ -739,24 +772,17 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             raise ValueError("`past_key_values` can't be used: an encoder's text states change with every new token")
         fusion_cache, text_cache = (None, None) if past_key_values is None else self.split_cache(past_key_values)
 
-        image_features = None
-        if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-        elif mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            outputs = mm_encoder_outputs["image"]
-            image_features = outputs.pooler_output
-            if image_features is None:
-                # The vision stream's states alone, as they are kept where that stream is frozen
-                image_features = self.projector(outputs.last_hidden_state.to(self.dtype))
+        images = self.read_images(pixel_values, mm_encoder_outputs)
+        image_states = None if images is None else images.pooler_output
         past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
         past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
         unused = None
         # Decoding reads no pictures on any rank. With a static cache only the device knows whether it decodes, and is
         # asked last.
         may_be_first = isinstance(past_len, torch.Tensor) or past_len == 0
-        if image_features is None and may_be_first and self._are_weights_shared_out and past_len == 0:
+        if image_states is None and may_be_first and self._are_weights_shared_out and past_len == 0:
             unused = self._read_unused_picture()
-        num_image_tokens = 0 if image_features is None else image_features.shape[:-1].numel()
+        num_image_tokens = 0 if image_states is None else image_states.shape[:-1].numel()
         batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
 
         fusion_attention_mask, block_ids, image_mask = attention_mask, None, None
@@ -832,7 +858,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 index = layout.text_index.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
                 inputs_embeds = inputs_embeds.gather(1, index)  # (batch, text_len, hidden)
         if layout.text_index is None or layout.text_index.shape[1] > 0:
-            with without_graph(self.text_model, inputs_embeds):
+            with without_graph(self.text_model, inputs_embeds, past_key_values=text_cache):
                 hidden_states = self.text_model(
                     input_ids=input_ids,
                     inputs_embeds=inputs_embeds,
@@ -842,14 +868,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                     use_cache=text_cache is not None,
                 ).last_hidden_state  # (batch, text_len, hidden)
         else:
-            hidden_states = image_features.new_empty(batch_size, 0, image_features.shape[-1])
+            hidden_states = image_states.new_empty(batch_size, 0, image_states.shape[-1])
         if unused is not None:
             hidden_states = hidden_states + unused
         if layout.join_index is not None:
-            image_features = image_features.to(hidden_states.device, hidden_states.dtype)
-            states = torch.cat([hidden_states.flatten(0, 1), image_features.flatten(0, -2)])  # (all tokens, hidden)
+            image_states = image_states.to(hidden_states.device, hidden_states.dtype)
+            states = torch.cat([hidden_states.flatten(0, 1), image_states.flatten(0, -2)])  # (all tokens, hidden)
             hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
-        if block_ids is not None or segment_ids is not None:
+        has_own_mask = block_ids is not None or segment_ids is not None
+        if has_own_mask:
             fusion_attention_mask = self._fusion_mask(
                 hidden_states, attention_mask, fusion_cache, block_ids, segment_ids
             )
@@ -857,24 +884,17 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        cache = fusion_cache
-        kept: dict[nn.Module, int | torch.Tensor] = {}
+        kept = self._states_to_make(hidden_states, states_to_keep, None if image_mask is None else layout.text_index)
+        may_cut = bool(kept) and self._may_cut_layers(fusion_cache, has_own_mask, kwargs)
         if image_mask is not None:
             kwargs |= {"image_mask": image_mask, "num_image_update_layers": self.config.num_image_update_layers}
-        layers = layers_of(self.fusion_model) if seq_len > 1 else []  # all make the state of a single token
-        reads_alone = image_mask is not None and layout.text_index is not None
-        if layers and reads_alone and is_worth_it(layout.text_index, hidden_states, layers[-1]):
-            kept = dict.fromkeys(layers[self.config.num_image_update_layers :], layout.text_index)
-        if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
-            kept[layers[-1]] = states_to_keep
-        has_own_mask = block_ids is not None or segment_ids is not None
-        if kept and self._may_cut_layers(fusion_cache, has_own_mask, kwargs):
-            cache = CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, kept)
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            past_key_values=CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, kept)
+            if may_cut
+            else fusion_cache,
             use_cache=fusion_cache is not None,
             **kwargs,
         )
@@ -883,8 +903,24 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_hidden_states=image_states,
         )
+
+    def _states_to_make(
+        self, hidden_states: torch.Tensor, states_to_keep: int | torch.Tensor, text_index: torch.Tensor | None
+    ) -> dict[nn.Module, int | torch.Tensor]:
+        """
+        The fusion layers that need not make all states, with those that they need make: the last one those that are
+        read (`states_to_keep`), and those that only read image tokens the text's (`text_index`, if there are any).
+        """
+        # All make the state of a single token
+        layers = layers_of(self.fusion_model) if hidden_states.shape[1] > 1 else []
+        kept: dict[nn.Module, int | torch.Tensor] = {}
+        if layers and text_index is not None and is_worth_it(text_index, hidden_states, layers[-1]):
+            kept = dict.fromkeys(layers[self.config.num_image_update_layers :], text_index)
+        if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
+            kept[layers[-1]] = states_to_keep
+        return kept
 
     def _may_cut_layers(self, fusion_cache: Cache | None, has_own_mask: bool, kwargs: dict[str, Any]) -> bool:
         """Whether nothing but the states that are kept is asked of the fusion layers, and they may be run twice."""
@@ -928,9 +964,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         for name, length in (("text_config", text_len), ("fusion_stack_config", seq_len)):
             config = getattr(self.config, name)
             if "sliding_attention" in layer_types(config) and length > config.sliding_window:
-                is_shared = segment_ids == 0 if attention_mask is None else (segment_ids == 0) & (attention_mask != 0)
                 check(
-                    ~is_shared.any(),
+                    ~without_padding(segment_ids == 0, attention_mask).any(),
                     f"`segment_ids` share a beginning, but windows of {config.sliding_window} tokens "
                     f"(`{name}.sliding_window`) slide over rows of {length}: give shorter rows, or each a row of its "
                     "own",
@@ -1055,9 +1090,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             num_past = is_image.shape[1] - token_type_ids.shape[1]
             token_type_ids = nn.functional.pad(token_type_ids, (num_past, 0), value=1)
         elif token_type_ids is not None and token_type_ids.shape[1] > seq_len:
-            is_prefix = (
-                token_type_ids == 0 if attention_mask is None else (token_type_ids == 0) & (attention_mask != 0)
-            )
+            is_prefix = without_padding(token_type_ids == 0, attention_mask)
             is_cut = is_prefix[:, :-seq_len].any(dim=1) & is_prefix[:, -seq_len:].any(dim=1)
             check(~is_cut.any(), "A prefix that is read both ways (`token_type_ids` 0) must be read at once")
         return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids, segment_ids)
@@ -1105,6 +1138,10 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """See [`DuoStreamModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def without_placeholders(self, labels: torch.Tensor) -> torch.Tensor:
+        """`labels` of tokens that can be written: placeholders never are."""
+        return labels.masked_fill(labels == self.config.image_token_id, -100)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores of the vocabulary, of shape `(batch, seq_len, vocab_size)`."""
@@ -1157,6 +1194,17 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
         losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / count_items(labels, num_items_in_batch)
 
+    def logits_and_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Cross-entropy of each position with its own label, the mean of all or the sum divided by `num_items`."""
+        if self.chunks_loss(labels):
+            return None, self.chunked_loss(hidden_states, labels, num_items)
+        logits = self.compute_logits(hidden_states)
+        labels = labels.to(logits.device)
+        total = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        return logits, total / count_items(labels, num_items)
+
 
 def check_can_write(config: DuoStreamConfig) -> None:
     """Raises `ValueError` if a stream reads both ways: it would see the tokens it has yet to write."""
@@ -1167,6 +1215,18 @@ def check_can_write(config: DuoStreamConfig) -> None:
                 f"`{name}` of type {sub_config.model_type!r} reads both ways: a model that writes would see the "
                 "tokens it has yet to write. Use a decoder, or `is_decoder=True` where the type knows it"
             )
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels in the place of the state that predicts them, of shape `(batch, seq_len)`: the last predicts none."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def take_num_items(kwargs: dict[str, Any]) -> torch.Tensor | int | None:
+    """Takes `num_items_in_batch` out: a tensor, as `Trainer` gives it, would go through all layers for nothing."""
+    num_items = kwargs.pop("num_items_in_batch", None)
+    # `Trainer` counts none in rows whose answers were all cut away, from which nothing is learnt
+    return None if num_items is None else num_items + (num_items == 0)
 
 
 def count_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
@@ -1281,20 +1341,16 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         """
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            labels = self.without_placeholders(labels)
         # Of a trainer that splits sequences over ranks, which shifts labels before
         shifted = kwargs.pop("shift_labels", None)
-        # A tensor, as `Trainer` gives it, would go through all layers for nothing
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        if labels is not None and num_items_in_batch is not None:
-            # `Trainer` counts none in rows whose answers were all cut away, from which nothing is learnt
-            num_items_in_batch = num_items_in_batch + (num_items_in_batch == 0)
+        num_items_in_batch = take_num_items(kwargs)
         states_to_keep: int | torch.Tensor = 0
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep
         if self.training and labels is not None:
             if shifted is None:
-                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                shifted = shift_labels(labels)
             if targets_per_row is not None:
                 states_to_keep, shifted = find_labelled(shifted, targets_per_row)
         outputs = self.model(
@@ -1323,14 +1379,12 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         else:
             logits = self.compute_logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is not None and logits is not None:
-            vocab_size = self.config.text_config.vocab_size
-            shift_labels = {} if shifted is None else {"shift_labels": shifted}
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
-                vocab_size=vocab_size,
+                vocab_size=self.config.text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
-                **shift_labels,
+                shift_labels=shifted,
                 **kwargs,
             )
         return DuoStreamCausalLMOutputWithPast(
@@ -1359,14 +1413,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
                 "With `num_image_update_layers` a picture's tokens don't go through all layers, so no word can be "
                 "written from their states: the prompt must end on text, as those of the chat template do"
             )
-        if model_kwargs.get("mm_encoder_outputs"):
+        images = self.model.read_images(None, model_kwargs.get("mm_encoder_outputs"))
+        if images is not None:
             # The library repeats them in place, for several sequences or beams: not those of whoever calls
-            given = {name: copy.copy(each) for name, each in model_kwargs["mm_encoder_outputs"].items()}
-            image = given.get("image")
-            if image is not None and image.pooler_output is None:
-                image["pooler_output"] = self.model.projector(image.last_hidden_state.to(self.dtype))
-            model_kwargs["mm_encoder_outputs"] = given
-        if model_kwargs.get("mm_token_type_ids") is None and model_kwargs.get("mm_encoder_outputs"):
+            model_kwargs["mm_encoder_outputs"] = {"image": copy.copy(images)}
+        if model_kwargs.get("mm_token_type_ids") is None and images is not None:
             inputs_embeds = model_kwargs.get("inputs_embeds")
             ids = input_ids if inputs_embeds is None else None
             model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
@@ -1377,10 +1428,12 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             are_alike = ((types == types[:1]) & (mask != 0)).all()
             model_kwargs["image_tokens_per_row"] = int((types[0] == 1).sum()) if are_alike else None
         if self.config.restart_positions and model_kwargs.get("prefix_length") is None:
-            token_type_ids, attention_mask = model_kwargs.get("token_type_ids"), model_kwargs["attention_mask"]
-            # Without types there is no prefix
-            types = torch.ones_like(attention_mask) if token_type_ids is None else token_type_ids
-            model_kwargs["prefix_length"] = prefix_length_of(types, attention_mask)
+            token_type_ids = model_kwargs.get("token_type_ids")
+            if token_type_ids is None:
+                given = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
+                model_kwargs["prefix_length"] = torch.zeros(len(given), dtype=torch.long, device=given.device)
+            else:
+                model_kwargs["prefix_length"] = prefix_length_of(token_type_ids, model_kwargs.get("attention_mask"))
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -1421,7 +1474,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             image_tokens_per_row is not None
             and past_key_values is not None
             and not is_first_iteration
-            and past_key_values.get_seq_length() > 0
+            # More is cached where PEFT has put virtual tokens in front
+            and 0 < past_key_values.get_seq_length() < kwargs["position_ids"].shape[1]
         ):
             # Nothing that is cached is hidden from the new tokens
             model_inputs["attention_mask"] = {"text": None, "fusion": None}
@@ -1434,11 +1488,20 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         return model_inputs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        ids = kwargs.get("encoder_input_ids")
+        if ids is not None and ids.ndim == 2:
+            # `encoder_repetition_penalty` looks up scores of the prompt's tokens: a placeholder may have none
+            tokens = ids.amin(dim=1, keepdim=True)  # (batch, 1)
+            kwargs["encoder_input_ids"] = torch.where(ids == self.config.image_token_id, tokens, ids)
         # Whatever the generation config says: a placeholder that was generated would have no picture
         processors = super()._get_logits_processor(*args, **kwargs)
         if self.config.image_token_id < self.config.text_config.vocab_size:
             processors.insert(0, SuppressPlaceholder(self.config.image_token_id))
         return processors
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        # The library's paged cache knows layers by their numbers, and both stacks count theirs from 0
+        raise ValueError("DuoStream's two stacks don't go with continuous batching (`generate_batch`): use `generate`")
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:

@@ -50,6 +50,11 @@ def first_where(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(place).scatter(-1, place, positions)
 
 
+def without_padding(mask: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """A mask of tokens, and of none that are padding; both of shape `(batch, total_len)`."""
+    return mask if attention_mask is None else mask & attention_mask.to(torch.bool)
+
+
 def number_pictures(is_image: torch.Tensor, image_seq_length: int) -> torch.Tensor:
     """Of shape `(batch, total_len)`: 1, 2, ... where a row's first, second, ... picture stands, -1 elsewhere."""
     picture = (is_image.cumsum(dim=1) - 1).div(image_seq_length, rounding_mode="floor") + 1  # (batch, total_len)
@@ -104,7 +109,7 @@ def check_segments(
         is_cut = is_inner & (segment_ids[:, 1:] != segment_ids[:, :-1])
         check(~is_cut.any(), "A picture must stand where `segment_ids` are equal")
     if token_type_ids is not None:
-        is_prefix = token_type_ids == 0 if attention_mask is None else (token_type_ids == 0) & (attention_mask != 0)
+        is_prefix = without_padding(token_type_ids == 0, attention_mask)
         is_shared = segment_ids == 0
         is_split = (is_prefix & is_shared).any(dim=1) & (is_prefix & ~is_shared).any(dim=1)
         check(~is_split.any(), "A prefix (`token_type_ids` 0) must stand where all `segment_ids` are 0, or none")
@@ -152,8 +157,7 @@ def lay_out(
         ValueError: placeholders and image tokens differ in number, or a row holds a part of a picture.
     """
     batch_size = is_image.shape[0]
-    is_valid = torch.ones_like(is_image) if attention_mask is None else attention_mask.to(torch.bool)
-    is_text = is_valid & ~is_image  # (batch, past_len + seq_len)
+    is_text = without_padding(~is_image, attention_mask)  # (batch, past_len + seq_len)
     image, text = is_image[:, -seq_len:], is_text[:, -seq_len:]  # (batch, seq_len)
     check(
         (image.sum() == num_image_tokens) & (image.sum(dim=1) % image_seq_length == 0).all(),
@@ -222,7 +226,7 @@ def text_padding_mask(
     """
     if is_image.shape[0] == 1 and attention_mask is None:
         return None
-    is_text = ~is_image if attention_mask is None else attention_mask.to(torch.bool) & ~is_image
+    is_text = without_padding(~is_image, attention_mask)
     kept = kept_columns(is_image, is_text)
     return _mask_slots(is_image, is_text, kept, first_where(kept), sliding_window)
 
@@ -265,14 +269,12 @@ def prefix_length_of(
     Raises:
         ValueError: The two, both of shape `(batch, total_len)`, differ in shape.
     """
-    is_prefix = token_type_ids == 0  # (batch, total_len)
-    if attention_mask is not None:
-        if attention_mask.shape != token_type_ids.shape:
-            raise ValueError(
-                f"`token_type_ids` are of shape {tuple(token_type_ids.shape)}, `attention_mask` is of shape "
-                f"{tuple(attention_mask.shape)}: to count the prefix, both must tell of the whole sequence"
-            )
-        is_prefix = is_prefix & attention_mask.to(torch.bool)
+    if attention_mask is not None and attention_mask.shape != token_type_ids.shape:
+        raise ValueError(
+            f"`token_type_ids` are of shape {tuple(token_type_ids.shape)}, `attention_mask` is of shape "
+            f"{tuple(attention_mask.shape)}: to count the prefix, both must tell of the whole sequence"
+        )
+    is_prefix = without_padding(token_type_ids == 0, attention_mask)  # (batch, total_len)
     if segment_ids is None:
         return is_prefix.sum(dim=1)  # (batch,)
     # There are as many segments as tokens at most, and number 0

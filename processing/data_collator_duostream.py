@@ -77,6 +77,31 @@ def first_fit_decreasing(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
+def join(
+    input_ids: list[list[int]], labels: list[list[int]], groups: list[list[int]], shared: list[int]
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """
+    Joins sequences to rows: what those of a group have in common, and what follows it in each, one after the other.
+
+    Args:
+        groups (`list[list[int]]`): The sequences of each row.
+        shared (`list[int]`): How many tokens those of each group have in common at their beginning.
+
+    Returns:
+        Token ids, labels and `segment_ids` of each row: 0 in what is shared, then the number of the sequence.
+    """
+    joined_ids = [input_ids[group[0]][:length] for group, length in zip(groups, shared, strict=True)]
+    joined_labels = [[IGNORE_INDEX] * length for length in shared]
+    segment_ids = [[0] * length for length in shared]
+    for i, (group, length) in enumerate(zip(groups, shared, strict=True)):
+        for number, n in enumerate(group, start=1):
+            joined_ids[i] += input_ids[n][length:]
+            # Nothing predicts the first token of a sequence without a beginning
+            joined_labels[i] += [IGNORE_INDEX, *labels[n][length + 1 :]]
+            segment_ids[i] += [number] * (len(input_ids[n]) - length)
+    return joined_ids, joined_labels, segment_ids
+
+
 def targets_per_row(labels: torch.Tensor) -> int:
     """The largest number of labels in a row of `labels`, of shape `(batch, seq_len)`."""
     return int((labels != IGNORE_INDEX).sum(dim=1).max())
@@ -166,19 +191,22 @@ class DuoStreamDataCollator:
                 raise ValueError(f"{names[i]} has no text and no picture")
             input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i])
 
-        input_ids, labels, segment_ids = self.pack(input_ids, labels, owners, names)
-        types = None
+        segment_ids, types = None, None
+        if len(owners) > len(rows):
+            groups = [[n for n, owner in enumerate(owners) if owner == i] for i in range(len(rows))]
+            shared = [
+                self.shared_length([input_ids[n] for n in group], [labels[n] for n in group], name)
+                for group, name in zip(groups, names, strict=True)
+            ]
+            input_ids, labels, segment_ids = join(input_ids, labels, groups, shared)
         if self.processor.bidirectional_prefix:
             marker = self.processor.generation_prompt_ids
             types = [self.processor.prefix_types(row, marker) for row in input_ids]
-        groups = first_fit_decreasing([len(row) for row in input_ids]) if self.packing else []
-        if not 0 < len(groups) < len(rows):
-            groups = [[i] for i in range(len(rows))]
-        else:
-            segment_ids = [[k for k, i in enumerate(group, start=1) for _ in input_ids[i]] for group in groups]
-            # Nothing predicts the first token of a row
-            labels = [[label for i in group for label in [IGNORE_INDEX, *labels[i][1:]]] for group in groups]
-            input_ids = [[token for i in group for token in input_ids[i]] for group in groups]
+        groups = [[i] for i in range(len(rows))]
+        packed = first_fit_decreasing([len(row) for row in input_ids]) if self.packing else groups
+        if len(packed) < len(rows):
+            groups = packed
+            input_ids, labels, segment_ids = join(input_ids, labels, groups, shared=[0] * len(groups))
             types = None if types is None else [[each for i in group for each in types[i]] for group in groups]
         batch = self.pad(input_ids, labels, segment_ids, types)
         batch["targets_per_row"] = targets_per_row(batch["labels"][:, 1:])
@@ -189,34 +217,6 @@ class DuoStreamDataCollator:
             if len(counts) == 1:
                 batch["images_per_row"] = counts.pop()
         return batch
-
-    def pack(
-        self, input_ids: list[list[int]], labels: list[list[int]], owners: list[int], names: list[str]
-    ) -> tuple[list[list[int]], list[list[int]], list[list[int]] | None]:
-        """
-        Joins the conversations of a row to their common beginning and what follows it in each, one after the other.
-
-        Returns:
-            Token ids and labels of each row, and `segment_ids`, if a row has several conversations: 0 in what is
-            shared, then the number of the conversation.
-        """
-        if len(owners) == len(names):
-            return input_ids, labels, None
-        packed_ids: list[list[int]] = []
-        packed_labels: list[list[int]] = []
-        segment_ids: list[list[int]] = []
-        for i, name in enumerate(names):
-            own = [n for n, owner in enumerate(owners) if owner == i]
-            shared = self.shared_length([input_ids[n] for n in own], [labels[n] for n in own], name)
-            packed_ids.append(input_ids[own[0]][:shared])
-            packed_labels.append([IGNORE_INDEX] * shared)
-            segment_ids.append([0] * shared)
-            for number, n in enumerate(own, start=1):
-                packed_ids[i] += input_ids[n][shared:]
-                # Nothing predicts the first token of a text without a beginning
-                packed_labels[i] += [IGNORE_INDEX, *labels[n][shared + 1 :]]
-                segment_ids[i] += [number] * (len(input_ids[n]) - shared)
-        return packed_ids, packed_labels, segment_ids
 
     def shared_length(self, input_ids: list[list[int]], labels: list[list[int]], name: str) -> int:
         """
@@ -374,10 +374,7 @@ class DuoStreamDataCollator:
             )
         if self.max_length is None or len(input_ids) <= self.max_length:
             return input_ids, self.without_image_predictions(input_ids, labels)
-        try:
-            kept = processor.truncated_positions(input_ids, self.max_length)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        kept = processor.truncated_positions(input_ids, self.max_length, name)
         num_labels = sum(label != IGNORE_INDEX for label in labels)
         input_ids, labels = [input_ids[i] for i in kept], [labels[i] for i in kept]
         num_lost = num_labels - sum(label != IGNORE_INDEX for label in labels)

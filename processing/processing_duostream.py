@@ -93,6 +93,12 @@ def check_text(text: Any, name: str) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The content of a message as a list of parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+
+
 def check_messages(messages: Any) -> None:
     """
     Raises:
@@ -226,6 +232,7 @@ class DuoStreamProcessor(ProcessorMixin):
         """Tokenizes in full, drops text tokens, then pads: the tokenizer alone would cut through pictures."""
         max_length = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         late = ("truncation", "max_length", "padding", "pad_to_multiple_of", "return_tensors", "padding_side")
+        # Not the merged options, which leave out what `apply_chat_template` says of its text
         early = {name: value for name, value in kwargs.items() if name not in late}
         for group in ("text_kwargs", "common_kwargs"):
             if group in early:
@@ -240,7 +247,7 @@ class DuoStreamProcessor(ProcessorMixin):
         # Without one where text is what a chat template wrote
         frames = outputs.get("special_tokens_mask") or [None] * len(outputs["input_ids"])
         kept = [
-            self.truncated_positions(ids, max_length, row, frame)
+            self.truncated_positions(ids, max_length, f"Row {row}", frame)
             for row, (ids, frame) in enumerate(zip(outputs["input_ids"], frames, strict=True))
         ]
         if not wants_mask:
@@ -267,7 +274,7 @@ class DuoStreamProcessor(ProcessorMixin):
         return BatchFeature(dict(outputs), tensor_type=text_kwargs.get("return_tensors"))
 
     def truncated_positions(
-        self, input_ids: list[int], max_length: int, row: int = 0, special_tokens_mask: list[int] | None = None
+        self, input_ids: list[int], max_length: int, name: str, special_tokens_mask: list[int] | None = None
     ) -> list[int]:
         """
         Which positions of `input_ids` remain when text tokens are dropped, on the tokenizer's truncation side, until
@@ -275,7 +282,7 @@ class DuoStreamProcessor(ProcessorMixin):
         there is room.
 
         Raises:
-            ValueError: the pictures alone are longer; names the `row` and both lengths.
+            ValueError: the pictures alone are longer; names the row, by its `name`, and both lengths.
         """
         frame = special_tokens_mask or [0] * len(input_ids)
         num_image_tokens = sum(token == self.image_token_id for token in input_ids)
@@ -284,9 +291,7 @@ class DuoStreamProcessor(ProcessorMixin):
         text = [i for i, token in enumerate(input_ids) if token != self.image_token_id and not frame[i]]
         room = max_length - (len(input_ids) - len(text))
         if room < 0:
-            raise ValueError(
-                f"Row {row}: pictures take {num_image_tokens} tokens, more than `max_length`={max_length}"
-            )
+            raise ValueError(f"{name}: pictures take {num_image_tokens} tokens, more than `max_length`={max_length}")
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))
 

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny_models import (
     KINDS,
     LLAMA,
@@ -36,6 +44,61 @@ def with_labels(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model.eval()(**inputs).logits
+
+
+VIRTUAL_TOKENS = 3
+PROMPTS = {
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, encoder_hidden_size=16),
+    # By itself PEFT counts the text stream's layers alone
+    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, num_layers=4),
+}
+
+
+@pytest.mark.parametrize("num_image_update_layers", [None, 0])
+@pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+def test_virtual_tokens_are_learnt_and_stand_in_front_of_text_and_pictures(
+    config: PeftConfig, num_image_update_layers: int | None
+) -> None:
+    model = small_model("llama", num_image_update_layers=num_image_update_layers)
+    rows = ragged_rows(model)
+    adapted = get_peft_model(model, config)
+    for weight in adapted.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight)
+    inputs = batch(rows)
+    types = (inputs["input_ids"] == model.config.image_token_id).long()
+    together = logits(adapted, {**inputs, "mm_token_type_ids": types})
+    prompt = slice(0, together.shape[1] - types.shape[1])
+    for row, states in zip(rows, together, strict=True):
+        alone = logits(adapted, batch([row]))[0]
+        own = states[-len(row.ids) :]
+        assert difference(torch.cat([states[prompt], own]), alone) < 1e-4
+    torch.manual_seed(0)
+    adapted.train()(**with_labels(model, inputs)).loss.backward()
+    (learnt, *_) = [weight.grad for weight in adapted.prompt_encoder.parameters()]
+    if isinstance(config, PrefixTuningConfig):
+        learnt = learnt.view(VIRTUAL_TOKENS, config.num_layers, -1).transpose(
+            0, 1
+        )  # (num_layers, virtual_tokens, ...)
+    assert all(each.abs().sum() > 0 for each in learnt)
+
+
+@pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+def test_behind_virtual_tokens_a_row_is_written_as_without_a_cache(config: PeftConfig) -> None:
+    model = small_model("llama")
+    rows = ragged_rows(model)
+    adapted = get_peft_model(model, config).eval()
+    for weight in adapted.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    together = adapted.generate(**batch(rows), **options)
+    for row, written in zip(rows, together, strict=True):
+        ids = row.ids
+        for _ in range(4):
+            pictures = {"pixel_values": row.pictures} if len(row.pictures) else {}
+            scores = logits(adapted, {"input_ids": ids[None], **pictures})[0, -1]
+            ids = torch.cat([ids, scores.argmax()[None]])
+        assert torch.equal(written[-4:], ids[-4:])
 
 
 @pytest.mark.parametrize("stream", STREAMS)

@@ -707,3 +707,27 @@ def test_going_on_behind_a_prefix_of_unknown_length_is_refused() -> None:
     counted = model(input_ids=word, past_key_values=cache, prefix_length=length).logits[:, -1]
     torch.testing.assert_close(told, expected)
     torch.testing.assert_close(counted, expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_without_a_prefix_positions_have_nothing_to_restart_behind(kwargs: dict[str, Any]) -> None:
+    inputs = Row(small_model("llama"), 2, PICTURE, 4).inputs
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **kwargs}
+    counted_on, restarted = (
+        small_model("llama", restart_positions=restart).generate(**inputs, **settings) for restart in (False, True)
+    )
+    assert torch.equal(counted_on, restarted)
+
+
+def test_the_prompt_s_tokens_may_be_favoured_though_placeholders_have_no_score() -> None:
+    model = small_model("llama", image_token_id=VOCAB_SIZE)
+    inputs = Row(model, 2, PICTURE, 4).inputs
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # So much that nothing else is written
+    written = model.generate(**inputs, **settings, encoder_repetition_penalty=1e6)[0, -NEW:]
+    assert set(written.tolist()) <= set(inputs["input_ids"][0].tolist())
+
+
+def test_batching_that_the_two_stacks_do_not_know_is_refused(gpt2: Any) -> None:
+    with pytest.raises(ValueError, match="use `generate`"):
+        gpt2.generate_batch(inputs=[[5, 6, 7]])

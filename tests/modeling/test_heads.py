@@ -486,3 +486,32 @@ def test_ranks_together_have_the_contrastive_loss_and_gradient_of_one_batch(tmp_
     expected.backward()
     assert sum(losses) == pytest.approx(expected.item(), rel=1e-5)
     assert torch.tensor(gradients).sum(0).tolist() == pytest.approx(weight.grad.tolist(), abs=1e-5)
+
+
+def test_a_classifier_takes_pictures_alone_that_were_read_before():
+    model = small_model(cls=DuoStreamForSequenceClassification)
+    pictures = torch.randn(2, 3, *[model.config.vision_config.image_size] * 2)
+    with torch.no_grad():
+        read = {"image": model.model.get_image_features(pictures)}
+        assert torch.equal(model(mm_encoder_outputs=read).logits, model(pixel_values=pictures).logits)
+    with pytest.raises(ValueError, match="expected `input_ids`, `inputs_embeds`, or pictures alone"):
+        model()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "pixel_values"])
+def test_retrieval_of_one_kind_alone_says_what_reads_it(name):
+    model = small_model(cls=DuoStreamForImageTextRetrieval)
+    inputs = Row(model, PICTURE, 3).inputs
+    with pytest.raises(ValueError, match="`get_text_features` or `get_image_features`"):
+        model(**{name: inputs[name]})
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(0)], ids=str)
+def test_where_nothing_is_masked_nothing_is_learnt(trains, num_items_in_batch):
+    model = small_model(cls=DuoStreamForMaskedLM).train(trains)
+    inputs = Row(model, PICTURE, 3).inputs
+    labels = torch.full_like(inputs["input_ids"], -100)
+    loss = model(**inputs, labels=labels, num_items_in_batch=num_items_in_batch).loss
+    loss.backward()
+    assert loss == 0 and all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
