@@ -199,9 +199,6 @@ class DuoStreamTrainingArguments(TrainingArguments):
                 f"`hub_strategy` {self.hub_strategy.value!r} uploads the optimizer's state, which is a pickle: "
                 "take 'every_save' or 'end'"
             )
-        if self.accelerator_config.dispatch_batches is None:
-            # One rank that reads a stream for all would have to join batches of different lengths
-            self.accelerator_config.dispatch_batches = False
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator needs `images` and `messages`")
 

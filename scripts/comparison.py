@@ -6,6 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,23 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
 def _resident_bytes(name: str) -> int:
     line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
+
+
+def record_of(part: str, command: Sequence[str], arguments: Any) -> dict[str, Any]:
+    """What is written beside the figures: what was measured, with which options, threads and versions."""
+    return {
+        "part": part,
+        "command": command,
+        "arguments": asdict(arguments),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "pillow")},
+    }
+
+
+def check_clock(clock: str) -> None:
+    """Raises `ValueError` if there is no such clock."""
+    if clock not in CLOCKS:
+        raise ValueError(f"`clock` is {clock!r}; there are {', '.join(map(repr, CLOCKS))}")
 
 
 def write_rows(path: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:

@@ -29,10 +29,10 @@ from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
-from ..processing.processing_duostream import check_messages
+from ..processing.processing_duostream import check_messages, parts_of
 from .arguments import DataArguments, parse_file
 from .bad_rows import BAD_ROW_ERRORS, BadRows, broken_lines
-from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, training_rows
+from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, rows_of_batch, training_rows
 from .tasks import WRITER, task_of, with_defaults
 
 logger = logging.get_logger(__name__)
@@ -103,19 +103,38 @@ def load_mixture(
             `conversations_per_row` is out of range, or not for this task.
     """
     parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
+    _check_parts(parts)
+    is_packed = any(part.conversations_per_row > 1 for part in parts)
+    if not args.mixture and not is_packed:
+        return load_rows(args, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
+    loaded = []
+    for part in parts:
+        # What rows look like when they are read is lost in putting them together: they are blanked at the end
+        unblanked = replace(part, blank_images=False)
+        rows = load_rows(unblanked, part.train_split, part.max_train_rows, classes=classes, bad_rows=bad_rows)
+        if args.mixture:
+            rows = _same_columns(rows, part.chars_per_picture)
+        if is_packed:
+            rows = pack_rows(rows, part.conversations_per_row, part.chars_per_picture)
+        loaded.append(rows)
+    rows = loaded[0]
+    if args.mixture:
+        total = sum(part.weight for part in parts)
+        weights = [part.weight / total for part in parts]
+        rows = interleave_datasets(loaded, probabilities=weights, seed=seed, stopping_strategy="all_exhausted")
+    rows = number_rows(rows)
+    return blank(rows) if args.blank_images else rows
+
+
+def _check_parts(parts: Sequence[DataArguments]) -> None:
+    """Raises `ValueError` where the options of a data set, or of several in a mixture, don't go together."""
     for part in parts:
         if part.conversations_per_row < 1:
             raise ValueError(f"`conversations_per_row` is {part.conversations_per_row}; expected 1 or more")
         if part.conversations_per_row > 1 and task_of(part.task).auto_class is not WRITER:
             raise ValueError(f"`conversations_per_row` is for tasks that write, not for {part.task!r}")
-    is_packed = any(part.conversations_per_row > 1 for part in parts)
-    if not args.mixture:
-        unpacked = replace(args, blank_images=False) if is_packed else args
-        rows = load_rows(unpacked, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
-        if not is_packed:
-            return rows
-        rows = number_rows(pack_rows(rows, args.conversations_per_row, args.chars_per_picture))
-        return blank(rows) if args.blank_images else rows
+    if len(parts) == 1:
+        return
     if any(part.mixture for part in parts[1:]):
         raise ValueError("A file of a `mixture` names another `mixture`: name all files beside the first")
     if any(part.streaming for part in parts):
@@ -128,27 +147,6 @@ def load_mixture(
             raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")
         if part.weight <= 0:
             raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")
-    total = sum(part.weight for part in parts)
-    loaded = [
-        _same_columns(
-            load_rows(replace(part, blank_images=False), part.train_split, part.max_train_rows, bad_rows=bad_rows),
-            part.chars_per_picture,
-        )
-        for part in parts
-    ]
-    if is_packed:
-        loaded = [
-            pack_rows(rows, part.conversations_per_row, part.chars_per_picture)
-            for rows, part in zip(loaded, parts, strict=True)
-        ]
-    rows = interleave_datasets(
-        loaded,
-        probabilities=[part.weight / total for part in parts],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-    # What rows look like when they are read is lost in mixing
-    return blank(number_rows(rows)) if args.blank_images else number_rows(rows)
 
 
 def _same_columns(rows: Rows, chars_per_picture: int) -> Rows:
@@ -161,9 +159,8 @@ def _same_columns(rows: Rows, chars_per_picture: int) -> Rows:
     if "length" not in columns:
         rows = rows.map(lambda row: {"length": _num_chars(row, chars_per_picture)})
     rows = rows.select_columns(["images", "prompt", "completion", "length"])
-    messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    features = {"images": List(UNDECODED), "prompt": messages, "completion": messages, "length": Value("int64")}
-    return rows.cast(Features(features))
+    turns = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
+    return rows.cast(Features({"images": List(UNDECODED), **turns, "length": Value("int64")}))
 
 
 def pack_rows(
@@ -421,7 +418,8 @@ def _make_rows(
     if not has_images and args.image_column not in (DataArguments.image_column, ""):
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
     if has_images and args.image_dir is not None:
-        rows = _join_image_dir(rows, args.image_column, args.image_dir)
+        options = {"column": args.image_column, "image_dir": args.image_dir}
+        rows = rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
     features: dict[str, Any] = {"source": Value("int64"), "length": Value("int64")}
     label_names: list[str] | None = None
     if has_images:
@@ -441,18 +439,23 @@ def _make_rows(
             # Numbers are those of these rows, and another split, or the checkpoint, may count its classes otherwise
             label_names = stored.names
         features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
-    make = {"generated": _turns, "masked": _texts, "classification": _labelled}[kind]
+
+    def make(row: dict[str, Any], num_images: int, index: int) -> list[dict[str, Any]]:
+        if kind == "classification":
+            return [_labelled(row, args, index, classes)]
+        if kind == "masked":
+            return [{"text": text} for text in _answers_of(row, args, index)]
+        return _turns(row, args, num_images, index, is_evaluation)
 
     def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
-        for i, index in enumerate(indices):
-            row = {name: values[i] for name, values in batch.items()}
+        for row, index in zip(rows_of_batch(batch), indices, strict=True):
             if label_names is not None and row[args.label_column] in range(len(label_names)):
                 row[args.label_column] = label_names[row[args.label_column]]
             images = row[args.image_column] if has_images else []
             images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
             try:
-                all_made = list(make(row, args, len(images), index, is_evaluation, classes))
+                all_made = make(row, len(images), index)
             except BAD_ROW_ERRORS as error:
                 if bad_rows is None:
                     raise
@@ -477,11 +480,14 @@ def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars
     Length of a row in characters, by which `--train_sampling_strategy group_by_length` saves padding: of its texts,
     and so much for each picture.
     """
-    contents = [message["content"] for name in ("messages", "prompt", "completion") for message in row.get(name) or ()]
-    texts = [content for content in contents if isinstance(content, str)]
-    parts = [part for content in contents if not isinstance(content, str) for part in content or ()]
-    texts += [part.get("text") or "" for part in parts]
-    return sum(map(len, [row.get("text") or "", *texts])) + chars_per_picture * len(row.get("images") or ())
+    texts = [row.get("text") or "", *(part.get("text") or "" for part in _parts_of(row))]
+    return sum(map(len, texts)) + chars_per_picture * len(row.get("images") or ())
+
+
+def _parts_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of all messages of a row."""
+    names = ("messages", "prompt", "completion")
+    return [part for name in names for message in row.get(name) or () for part in parts_of(message)]
 
 
 def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
@@ -494,16 +500,9 @@ def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
         return rows
     lengths = []
     for row in rows.with_format(None).select_columns(texts):
-        contents = [message["content"] for name in texts if name != "text" for message in row[name] or ()]
-        parts = [part for content in contents if not isinstance(content, str) for part in content or ()]
-        images = [part for part in parts if part["type"] == "image"]
+        images = [part for part in _parts_of(row) if part["type"] == "image"]
         lengths.append(_num_chars({**row, "images": images}, chars_per_picture))
     return rows.add_column("length", lengths)
-
-
-def _join_image_dir(rows: Rows, column: str, image_dir: str) -> Rows:
-    options = {"column": column, "image_dir": image_dir}
-    return rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
 
 
 def _join_paths(batch: dict[str, list], column: str, image_dir: str) -> dict[str, list]:
@@ -551,28 +550,23 @@ def _answers_of(row: dict, args: DataArguments, index: int) -> list[str]:
     return answers
 
 
-def _turns(
-    row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool, classes: Sequence[str] | None
-) -> Iterator[dict[str, Any]]:
+def _turns(row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool) -> list[dict[str, Any]]:
     """Prompt and completion: once for each answer of a row, or once with all of them as references."""
     question, answers = _prompt_of(row, args, index), _answers_of(row, args, index)
     images, words = [{"type": "image", "text": None}] * num_images, [{"type": "text", "text": question}]
     parts = words + images if args.images_last else images + words
-    for answer in answers[:1] if is_evaluation else answers:
-        completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        yield {"prompt": [{"role": "user", "content": parts}], "completion": completion, "references": answers}
+    prompt = [{"role": "user", "content": parts}]
+    return [
+        {
+            "prompt": prompt,
+            "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+            "references": answers,
+        }
+        for answer in (answers[:1] if is_evaluation else answers)
+    ]
 
 
-def _texts(
-    row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool, classes: Sequence[str] | None
-) -> Iterator[dict[str, Any]]:
-    """A text of its own for each."""
-    yield from ({"text": text} for text in _answers_of(row, args, index))
-
-
-def _labelled(
-    row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool, classes: Sequence[str] | None
-) -> Iterator[dict[str, Any]]:
+def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str] | None) -> dict[str, Any]:
     """The text to classify, with its class's number, a score for every class, or a number."""
     label, known = row[args.label_column], list(classes or [])
     if isinstance(label, list):
@@ -586,7 +580,7 @@ def _labelled(
         raise ValueError(
             f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
         )
-    yield {"text": _prompt_of(row, args, index), "label": label}
+    return {"text": _prompt_of(row, args, index), "label": label}
 
 
 def number_rows(rows: Rows) -> Rows:
@@ -634,7 +628,5 @@ def texts_of(rows: Rows) -> Iterator[str]:
                 check_messages(messages)
             except ValueError:
                 continue  # the collator, which names the row, comes later
-            for message in messages:
-                content = message["content"]
-                texts = (part["text"] for part in content if part["text"])
-                yield from [content] if isinstance(content, str) else texts
+            texts = (part.get("text") for message in messages for part in parts_of(message))
+            yield from filter(None, texts)

@@ -34,11 +34,12 @@ from ..processing import (
     DuoStreamRetrievalCollator,
 )
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures
+from ..processing.processing_duostream import parts_of
 from . import metrics
 from .arguments import DataArguments, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
-from .data import Rows, load_rows, picture_key
+from .data import Rows, load_rows, picture_key, rows_of_batch
 from .generate import answer
 from .places import check_place
 from .report import write_evaluation
@@ -85,23 +86,27 @@ def generate_answers(
     results: list[dict[str, Any]] = []
     batches = rows.iter(batch_size=batch_size)
     for batch in tqdm(batches, desc="answering", leave=False):
-        size = len(next(iter(batch.values())))
         conversations = []
-        for i in range(size):
-            row = {name: values[i] for name, values in batch.items()}
+        for row in rows_of_batch(batch):
+            name = f"Row {row.get('row', len(results))}"
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 raise ValueError(
-                    f"Row {row.get('row', len(results))}: expected messages that end in an answer of the assistant, "
-                    f"to a message before it; their roles are {[message['role'] for message in messages]}"
+                    f"{name}: expected messages that end in an answer of the assistant, to a message before it; "
+                    f"their roles are {[message['role'] for message in messages]}"
                 )
             *prompt, last = messages
-            pictures = load_pictures(row.get("images") or [], f"Row {row.get('row', len(results))}")
+            pictures = load_pictures(row.get("images") or [], name)
+            num_markers = sum(part["type"] == "image" for message in prompt for part in parts_of(message))
+            if num_markers != len(pictures):
+                raise ValueError(f"{name} has {num_markers} picture markers but {len(pictures)} pictures")
             conversations.append(with_pictures(prompt, pictures))
-            kept = {name: row[name] for name in ("row", "kind", "held_out", "references") if name in row}
+            kept: dict[str, Any] = {
+                name: row[name] for name in ("row", "kind", "held_out", "references") if name in row
+            }
             results.append({**kept, "prompt": text_of(prompt[-1]), "reference": text_of(last)})
         predictions = answer(model, processor, conversations, **kwargs)
-        for result, prediction in zip(results[-size:], predictions, strict=True):
+        for result, prediction in zip(results[-len(conversations) :], predictions, strict=True):
             result["prediction"] = prediction
     return results
 
@@ -121,15 +126,9 @@ def with_pictures(messages: list[dict], images: list[PIL.Image.Image]) -> list[d
     ]
 
 
-def parts_of(message: dict) -> list[dict]:
-    """The content of a message as a list of parts."""
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def text_of(message: dict) -> str:
     """The text of a message, without its pictures."""
-    return "".join(part["text"] for part in parts_of(message) if part["text"])
+    return "".join(part.get("text") or "" for part in parts_of(message))
 
 
 def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -138,7 +137,7 @@ def exact_match(results: list[dict[str, Any]]) -> dict[str, float]:
     for result in results:
         is_equal = result["prediction"] in [text.strip() for text in references_of(result)]
         groups["exact_match"].append(is_equal)
-        if "kind" in result:
+        if result.get("kind") is not None:
             groups[f"exact_match_{result['kind']}"].append(is_equal)
         if result.get("held_out"):
             groups["exact_match_held_out"].append(is_equal)
@@ -225,7 +224,7 @@ def retrieve(
     row_of_image: list[int] = []
     num_rows = 0
     for batch in tqdm(rows.iter(batch_size=batch_size), desc="reading", leave=False):
-        listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["images"]))]
+        listed = rows_of_batch(batch)
         pixel_values = collator(listed)["pixel_values"].to(model.device)
         # Not of pictures that are drawn, as blank ones are: these stand for different ones
         pictures = [row["images"][0] for row in listed]
@@ -280,6 +279,7 @@ def fill_masks(
     return {"loss": total / num_masked, "accuracy": num_right / num_masked, "num_masked": num_masked}, []
 
 
+@torch.no_grad()
 def evaluation_loss(
     model: PreTrainedModel,
     processor: DuoStreamProcessor,
@@ -288,14 +288,11 @@ def evaluation_loss(
     max_length: int | None = None,
 ) -> float:
     """The mean loss of the answers' tokens, given the tokens before them."""
-    collator = DuoStreamDataCollator(processor, max_length)
     total, num_tokens = 0.0, 0
-    for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="loss", leave=False):
-        with torch.no_grad():
-            loss = model(**{name: to_device(value, model.device) for name, value in batch.items()}).loss
+    for batch in batches_of(rows, DuoStreamDataCollator(processor, max_length), batch_size, model.device):
         # Each token counts the same, however many others are in its batch
         num_learnt = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        total, num_tokens = total + float(loss) * num_learnt, num_tokens + num_learnt
+        total, num_tokens = total + float(model(**batch).loss) * num_learnt, num_tokens + num_learnt
     return total / num_tokens
 
 

@@ -12,9 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from io import BytesIO
 from math import isqrt
 from pathlib import Path
@@ -29,10 +28,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from .. import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
-from ..configuration.image_tokens_duostream import image_token_shape
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
-from .comparison import CLOCKS, Row, compare, in_turn, timer, write_rows
+from .comparison import Row, check_clock, compare, in_turn, record_of, timer, write_rows
 from .data import load_rows
+from .peers import check_squares
 from .training import DuoStreamTrainer, collator_of
 
 PATCH_SIZE = 16
@@ -62,10 +61,8 @@ class InputArguments:
     output: str = field(default="runs/benchmark/input.json", metadata={"help": "JSON file for the figures."})
 
     def __post_init__(self) -> None:
-        if odd := [number for number in self.image_tokens if isqrt(number) ** 2 != number]:
-            raise ValueError(f"`image_tokens` has {odd}; expected square numbers, as pictures are square")
-        if self.clock not in CLOCKS:
-            raise ValueError(f"`clock` is {self.clock!r}; there are {', '.join(map(repr, CLOCKS))}")
+        check_squares(self.image_tokens)
+        check_clock(self.clock)
 
 
 def draw_jpeg() -> bytes:
@@ -144,7 +141,7 @@ def tiny_model(
     processor = DuoStreamProcessor(
         SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
         train_tokenizer(texts, vocab_size=vocab_size),
-        image_seq_length=image_token_shape(config.vision_config)[0],
+        image_seq_length=config.image_seq_length,
     )
     config.image_token_id = processor.image_token_id
     return DuoStreamForConditionalGeneration(config), processor
@@ -219,13 +216,7 @@ def measure_waits(args: InputArguments, data_args: DataArguments) -> Iterator[Ro
 
 def main(args: list[str] | None = None) -> None:
     input_args, data_args = parse(InputArguments, DataArguments, args=args, doc=__doc__)
-    record = {
-        "part": "input",
-        "command": sys.argv[1:] if args is None else args,
-        "arguments": asdict(input_args),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "pillow")},
-    }
+    record = record_of("input", sys.argv[1:] if args is None else args, input_args)
 
     def rows() -> Iterator[Row]:
         yield from measure_processors(input_args)

@@ -9,8 +9,7 @@ Example:
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..processing import DuoStreamDataCollator
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, parse
-from .comparison import CLOCKS, Row, compare, in_turn, timer, write_rows
+from .comparison import Row, check_clock, compare, in_turn, record_of, timer, write_rows
 from .data import load_mixture, texts_of
 from .input_speed import tiny_model
 
@@ -47,8 +46,7 @@ class PaddingArguments:
     def __post_init__(self) -> None:
         if self.rows < 4 * self.batch_size:
             raise ValueError(f"`rows` is {self.rows}; expected at least four batches of {self.batch_size}")
-        if self.clock not in CLOCKS:
-            raise ValueError(f"`clock` is {self.clock!r}; there are {', '.join(map(repr, CLOCKS))}")
+        check_clock(self.clock)
 
 
 def in_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
@@ -106,13 +104,7 @@ def main(args: list[str] | None = None) -> None:
     padding_args, data_args = parse(PaddingArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("The same rows are put together in several ways: not with `streaming`")
-    record = {
-        "part": "padding",
-        "command": sys.argv[1:] if args is None else args,
-        "arguments": asdict(padding_args),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("duostream", "transformers", "torch")},
-    }
+    record = record_of("padding", sys.argv[1:] if args is None else args, padding_args)
     write_rows(Path(padding_args.output), record, measure(padding_args, data_args))
 
 

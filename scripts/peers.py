@@ -169,5 +169,10 @@ def check_preset(preset: str, peers: Sequence[str], image_tokens: Sequence[int])
         raise ValueError(f"`preset` is {preset!r}; there are {', '.join(map(repr, PRESETS))}")
     if unknown := set(peers) - set(PEERS):
         raise ValueError(f"`peers` has {sorted(unknown)}; there are {', '.join(map(repr, PEERS))}")
+    check_squares(image_tokens)
+
+
+def check_squares(image_tokens: Sequence[int]) -> None:
+    """Raises `ValueError` where a picture of so many tokens is no square."""
     if odd := [number for number in image_tokens if isqrt(number) ** 2 != number]:
         raise ValueError(f"`image_tokens` has {odd}; expected square numbers, as pictures are square")

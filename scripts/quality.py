@@ -64,7 +64,7 @@ from ..configuration.image_tokens_duostream import image_token_shape, image_toke
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
 from .compose import load_vision, take_vision
-from .data import Rows, load_mixture, load_rows, read_classes, texts_of
+from .data import Rows, load_mixture, load_rows, read_classes, rows_of_batch, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
 from .report import new_figure
@@ -568,7 +568,7 @@ def seq2seq_side(
         model.eval()
         results: list[dict[str, Any]] = []
         for batch in tqdm(rows.iter(batch_size=64), desc="answering", leave=False):
-            listed = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["prompt"]))]
+            listed = rows_of_batch(batch)
             inputs = {name: value.to(model.device) for name, value in collate(listed).items() if name != "labels"}
             said = model.generate(
                 **inputs, max_new_tokens=args.max_new_tokens, max_length=None, num_beams=1, do_sample=False

@@ -555,11 +555,16 @@ def _map_rows(
     )
 
 
+def rows_of_batch(batch: dict[str, list]) -> list[Row]:
+    """Rows of a batch as `datasets` gives it, column by column."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
 def _map_batch(
     batch: dict[str, list], indices: list[int], make_rows: Callable[..., list[Row]], columns: list[str], **kwargs: Any
 ) -> dict[str, list]:
-    old_rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    rows = [row for old, index in zip(old_rows, indices, strict=True) for row in make_rows(old, index, **kwargs)]
+    old_rows = zip(rows_of_batch(batch), indices, strict=True)
+    rows = [row for old, index in old_rows for row in make_rows(old, index, **kwargs)]
     return {name: [row[name] for row in rows] for name in columns}
 
 

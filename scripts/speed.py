@@ -19,9 +19,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,18 @@ from transformers.masking_utils import create_masks_for_generate
 from ..modeling.stream_layout_duostream import block_sequence_ids
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import parse
-from .comparison import CLOCKS, Row, compare, in_turn, peak_bytes, synchronize, timer, write_rows
+from .comparison import (
+    CLOCKS,
+    Row,
+    check_clock,
+    compare,
+    in_turn,
+    peak_bytes,
+    record_of,
+    synchronize,
+    timer,
+    write_rows,
+)
 from .peers import IMAGE_TOKEN_ID, PEERS, check_preset, freeze, make_inputs, make_sides, with_features
 
 
@@ -102,8 +112,7 @@ class SpeedArguments:
         check_preset(self.preset, self.peers, self.image_tokens)
         if self.repeats < 2:
             raise ValueError(f"`repeats` is {self.repeats}; expected 2 or more, for quartiles")
-        if self.clock not in CLOCKS:
-            raise ValueError(f"`clock` is {self.clock!r}; there are {', '.join(map(repr, CLOCKS))}")
+        check_clock(self.clock)
         if self.num_image_update_layers and len(self.num_image_update_layers) != len(self.fusion_layers):
             raise ValueError(
                 f"`num_image_update_layers` holds {len(self.num_image_update_layers)} numbers; expected one for each "
@@ -441,13 +450,7 @@ PARTS: dict[str, tuple[type[SpeedArguments], Callable[[Any], Iterator[Row]]]] = 
 def main(part: str, args: list[str] | None = None) -> None:
     arguments, measure = PARTS[part]
     (speed_args,) = parse(arguments, args=args, doc=__doc__)
-    record = {
-        "part": part,
-        "command": sys.argv[1:] if args is None else args,
-        "arguments": asdict(speed_args),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("duostream", "transformers", "torch")},
-    }
+    record = record_of(part, sys.argv[1:] if args is None else args, speed_args)
     write_rows(Path(speed_args.output or f"runs/benchmark/{part}.json"), record, measure(speed_args))
 
 

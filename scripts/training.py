@@ -76,7 +76,8 @@ class DuoStreamTrainer(LongRunTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        # Of a stream one rank would read all batches, and deal out pictures as if there were one in each row
+        # Else one rank would read a stream for all, join batches of different lengths, and deal out pictures as if
+        # there were one in each row
         self.accelerator.dataloader_config.dispatch_batches = False
         if self.args.use_liger_kernel and is_liger_kernel_available():
             register_liger_kernel()

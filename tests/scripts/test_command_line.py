@@ -308,7 +308,7 @@ def test_exact_match_counts_by_kind_and_by_held_out():
         "exact_match_count": 1.0,
         "exact_match_held_out": 0.5,
     }
-    plain = [{"prediction": "a", "reference": "a"}, {"prediction": "a b", "reference": "a"}]
+    plain = [{"prediction": "a", "reference": "a"}, {"prediction": "a b", "reference": "a", "kind": None}]
     assert evaluate.exact_match(plain) == {"exact_match": 0.5}
 
 
@@ -397,6 +397,37 @@ def test_evaluation_takes_messages_of_plain_text(pretrained, tmp_path):
     evaluate.main(arguments(**options, output_dir=tmp_path / "out"))
     (result,) = read_lines(tmp_path / "out" / "predictions.jsonl")
     assert (result["prompt"], result["reference"]) == ("Why?", "So.")
+
+
+def test_conversations_from_a_file_are_trained_on_and_measured(photographs, tmp_path):
+    # As docs/own_data.md shows them: `datasets` leaves out what a part doesn't have
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "That."}]}
+    row = {"images": [str(photographs / "train" / "0.jpg")], "messages": [question, answer]}
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "rows" / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    options = {"task": "chat", "dataset": tmp_path / "rows", "output_dir": tmp_path / "new"}
+    pretrain.main(arguments(**options, vocab_size=300, **SHORT_TRAINING, **QUIET))
+    options |= {"checkpoint": tmp_path / "new", "max_new_tokens": 2}
+    more = {"output_dir": tmp_path / "run", "metric_rows": 2}
+    finetune.main(arguments(**options | more, **SHORT_TRAINING, **QUIET))
+    evaluate.main(arguments(**options | {"output_dir": tmp_path / "out"}))
+    results = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert [(result["prompt"], result["reference"]) for result in results] == [("What?", "That.")] * 2
+
+
+@pytest.mark.parametrize("num_pictures", [0, 2])
+def test_a_row_with_other_than_its_pictures_is_named(checkpoint, num_pictures):
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    rows = [
+        {
+            "images": [Image.new("RGB", (8, 8))] * num_pictures,
+            "messages": [question, {**question, "role": "assistant"}],
+        }
+    ]
+    with pytest.raises(ValueError, match=f"Row 0 has 1 picture markers but {num_pictures} pictures"):
+        evaluate.generate_answers(*checkpoint, Dataset.from_list(rows))
 
 
 def test_the_loss_does_not_depend_on_the_batch_size(checkpoint):
