@@ -26,7 +26,7 @@ CHOICES = {
 }
 WEIGHTS = ("lm_weight", "mlm_weight", "itc_weight", "itm_weight")
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
-# Of what a config has as many Python objects as it says: more would hang whoever reads it
+# Limits of what makes a Python object each: a config that names more would hang whoever reads it
 MAX_LAYERS, MAX_LABELS = 1000, 1_000_000
 
 # Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
@@ -114,8 +114,8 @@ class DuoStreamConfig(PreTrainedConfig):
             The vision stream, with an `image_size` in pixels. Defaults to a small SigLIP.
         fusion_stack_config (`dict` or `PreTrainedConfig`, *optional*):
             The fusion stack: a decoder as wide as the text stream. Defaults to a small Llama. `fusion_config` is taken
-            for it, too, but it can't be called so: `from_pretrained` reads `config.fusion_config` as a list of fused
-            kernels.
+            for it, too, but it can't be called so: `from_pretrained` reads `config.fusion_config` as its own switches
+            for fused kernels.
         image_token_id (`int`, *optional*, defaults to 2):
             The placeholder token: one stands in `input_ids` for each image token. It needs no embedding, so it may be
             beyond the vocabulary.
@@ -273,14 +273,15 @@ class DuoStreamConfig(PreTrainedConfig):
 
     def check_fields(self) -> None:
         """
-        Models do so, too: `from_pretrained` may be given other fields than those that are stored.
+        Checks types and ranges of the fields. Models do so, too: `from_pretrained` may be given other fields than those
+        that are stored.
 
         Raises:
             ValueError: One is of another type than it should be, or out of range.
         """
         for name, expected in DuoStreamConfig.__annotations__.items():
             try:
-                # Choices are looked at below, and named alike by all versions
+                # Choices are checked below, so that the message is the same with all versions of huggingface_hub
                 type_validator(name, getattr(self, name), Any if name in CHOICES else expected)
             except TypeError as error:
                 raise ValueError(f"`{name}`: {error}") from error

@@ -122,12 +122,11 @@ def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
 
 def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
-    Has the layers of a stack, wherever a [`CacheOfKeptStates`] comes that names them, run for the states that are
-    kept: by their own code, first on the others (or on all, where so many last ones are kept) as far as their keys and
-    values, then on the kept ones to their end. Other hooks on a layer see these two runs. Elsewhere what comes out of
-    a layer is what went in. So it is, too, at the positions that an `image_mask` of shape `(batch, seq_len)` marks,
-    where layers get one, for all but the lowest `num_image_update_layers`. Layers of types that are not known stay as
-    they are.
+    Hooks the layers of a stack so that a layer that a [`CacheOfKeptStates`] names makes the kept states alone. It is
+    run twice by its own code, as other hooks see: on the other positions (on all, where `kept` is a number) until keys
+    and values are made, then on the kept ones to its end. At all other positions its output is its input. So it is
+    where an `image_mask` of shape `(batch, seq_len)` holds, too, in all but the lowest `num_image_update_layers`.
+    Layers of types that are not known stay as they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.

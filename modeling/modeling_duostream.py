@@ -1318,8 +1318,9 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
             targets_per_row (`int`, *optional*):
-                The largest number of `labels` in a row, the first position's apart. In training, `logits` are then
-                of the positions that predict a label alone, of shape `(batch, targets_per_row, vocab_size)`.
+                The largest number of `labels` in a row, not counting the first position, which nothing predicts. In
+                training, `logits` are then of the positions that predict a label alone, of shape
+                `(batch, targets_per_row, vocab_size)`.
 
         Example:
 

@@ -113,8 +113,18 @@ def main(args: list[str] | None = None) -> None:
     collator.packing = training_args.packing
     if training_args.cache_vision:
         rows, eval_rows = cache_vision(rows, eval_rows, model, processor, training_args, collator, bad_rows)
-    options = {"task": data_args.task, "metric_rows": metric_rows, "bad_rows": bad_rows, "data": data_args}
-    train(model, processor, training_args, rows, eval_rows, collator, **options)
+    train(
+        model,
+        processor,
+        training_args,
+        rows,
+        eval_rows,
+        collator,
+        task=data_args.task,
+        metric_rows=metric_rows,
+        bad_rows=bad_rows,
+        data=data_args,
+    )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,10 @@ class EpochSampler(Sampler):
 
 
 class SaveWhenTerminated(TrainerCallback):
-    """Saves and stops at the end of the step in which one of the ranks is sent SIGTERM, as a preempted machine is."""
+    """
+    Saves and stops at the end of the step in which one of the ranks is sent SIGTERM, as a preempted machine is. (The
+    library's `enable_jit_checkpoint` waits three seconds first, and saves on the rank alone that got the signal.)
+    """
 
     def __init__(self, accelerator: Any):
         self.accelerator, self.is_terminated = accelerator, False

@@ -159,7 +159,7 @@ def write_report(
         losses=embed(draw_losses(losses)),
         accuracies=embed(draw_accuracies(metrics)),
         shown=[(embed(enlarge(picture)), result) for picture, result in shown],
-        attention=[(embed(draw_attention(*example)), example[1]) for example in attention],
+        attention=[(embed(draw_attention(picture, weights)), result) for picture, result, weights in attention],
         picture_side=PICTURE_SIDE,
     )
     path.write_text(page, encoding="utf-8")
@@ -244,7 +244,7 @@ def draw_accuracies(metrics: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_attention(picture: PIL.Image.Image, result: dict[str, Any], attention: torch.Tensor) -> Figure:
+def draw_attention(picture: PIL.Image.Image, attention: torch.Tensor) -> Figure:
     figure, (left, right) = new_figure(1, 2, figsize=(5, 2.6))
     left.imshow(picture)
     right.imshow(picture)
