@@ -273,8 +273,8 @@ class DuoStreamConfig(PreTrainedConfig):
 
     def check_fields(self) -> None:
         """
-        Checks types and ranges of the fields. Models do so, too: `from_pretrained` may be given other fields than those
-        that are stored.
+        Checks types and ranges of the fields. Models do so, too, as `from_pretrained` may be given other fields than
+        those that are stored.
 
         Raises:
             ValueError: One is of another type than it should be, or out of range.
