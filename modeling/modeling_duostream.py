@@ -92,11 +92,13 @@ class PicturesRead(NamedTuple):
         differ (`bool` or `torch.BoolTensor`): Whether some rows have text in a column where others have pictures.
         end (`torch.LongTensor`): A scalar: how many columns there are up to the end of the last picture.
         kept (`torch.BoolTensor` of shape `(num_columns,)`): Which columns the text stream's cache has.
+        num_untold (`int`): How many tokens stood in front of those that `mm_token_type_ids` told of.
     """
 
     differ: bool | torch.Tensor
     end: torch.Tensor
     kept: torch.Tensor
+    num_untold: int
 
 
 @dataclass
@@ -572,8 +574,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
             num_untold = 0 if is_static else past_len + seq_len - is_image.shape[1]
-            if num_untold > 0 and is_image.shape[1] != seq_len and (past_len or inputs_embeds is not None):
-                # PEFT's virtual tokens, in front of all others: were they pictures, the cache's note would not agree
+            is_virtual = past_len or inputs_embeds is not None
+            is_virtual = is_virtual and (pictures_read is None or pictures_read.num_untold == num_untold)
+            if num_untold > 0 and is_image.shape[1] != seq_len and is_virtual:
+                # PEFT's tokens in front of all others, of which it doesn't tell here either
                 is_image = nn.functional.pad(is_image, (num_untold, 0))
             if is_static:
                 check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
@@ -629,7 +633,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             return None
         if isinstance(past_len, torch.Tensor):
             is_filled = past_len != 0
-            read = PicturesRead(is_filled & read.differ, is_filled * read.end, read.kept)
+            read = read._replace(differ=is_filled & read.differ, end=is_filled * read.end)
         elif past_len == 0:
             read = None
         past_key_values.pictures_read = read
@@ -642,6 +646,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         kept: torch.Tensor,
         num_left_out: int,
         num_image_tokens: int,
+        num_untold: int,
     ) -> None:
         """Notes on a cache where its pictures are, of which `num_left_out` columns were kept from the text stream."""
         before = getattr(past_key_values, "pictures_read", None)
@@ -649,7 +654,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if before is not None:
             differ = before.differ | differ
         ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
-        read = PicturesRead(differ, ends.max(), kept)
+        read = PicturesRead(differ, ends.max(), kept, num_untold)
         past_key_values.pictures_read = read
 
     def lay_out(
@@ -830,7 +835,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
             if text_cache is not None and is_image is not None and layout.text_index is not None:
                 num_left_out = seq_len - layout.text_index.shape[1]
-                self.note_pictures(past_key_values, is_image, layout.kept_columns, num_left_out, num_image_tokens)
+                num_untold = 0 if mm_token_type_ids is None else is_image.shape[1] - mm_token_type_ids.shape[1]
+                self.note_pictures(
+                    past_key_values, is_image, layout.kept_columns, num_left_out, num_image_tokens, num_untold
+                )
             # Flash kernels take no masks, so their layers make all states
             needs_mask = image_mask is not None and not is_flash_attention_requested(self.config.fusion_stack_config)
             needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)

@@ -731,3 +731,16 @@ def test_the_prompt_s_tokens_may_be_favoured_though_placeholders_have_no_score()
 def test_batching_that_the_two_stacks_do_not_know_is_refused(gpt2: Any) -> None:
     with pytest.raises(ValueError, match="use `generate`"):
         gpt2.generate_batch(inputs=[[5, 6, 7]])
+
+
+def test_types_that_leave_out_the_first_tokens_of_a_cache_with_pictures_are_refused(model: Any) -> None:
+    inputs = batch(ragged_rows(model))
+    types = (inputs["input_ids"] == model.config.image_token_id).long()
+    with torch.no_grad():
+        cache = model(**inputs, mm_token_type_ids=types, use_cache=True).past_key_values
+    step = {"input_ids": torch.full((len(types), 1), 5), "past_key_values": cache}
+    step["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    told = torch.nn.functional.pad(types, (0, 1))
+    with pytest.raises(ValueError, match="the length of the whole sequence, cached tokens included"):
+        model(**step, mm_token_type_ids=told[:, 2:])
+    assert model(**step, mm_token_type_ids=told).logits.shape[1] == 1
