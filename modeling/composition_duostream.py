@@ -18,6 +18,8 @@ Backbone: TypeAlias = str | os.PathLike | PreTrainedModel
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 POSITION_EMBEDDINGS = ("wpe", "embed_positions")
+# Of these whole models `AutoModel` reads the vision tower alone, if it is given that one's config
+READ_BY_TOWER = ("clip", "siglip", "chinese_clip")
 
 # Fields by which a decoder treats its input embeddings, its layers' numbers or its logits in a way of its own, which
 # its upper layers alone would repeat, miss or get wrong. Each with the values that change nothing.
@@ -180,19 +182,20 @@ def load_backbones(
     kwargs.setdefault("use_safetensors", True)
     if not isinstance(text, PreTrainedModel):
         has_head = is_causal(config_of(text).get_text_config(decoder=True))
-        text = (AutoModelForCausalLM if has_head else AutoModel).from_pretrained(text, **kwargs)
+        text_class = AutoModelForCausalLM if has_head else AutoModel
+        text, loading = text_class.from_pretrained(text, output_loading_info=True, **kwargs)
+        # A head may be missing, where none is needed
+        base = f"{text.base_model_prefix}." if has_head else ""
+        check_found(name for name in loading["missing_keys"] if name.startswith(base))
     if not isinstance(vision, PreTrainedModel):
         whole_config = config_of(vision)
-        with torch.device("meta"):
-            whole = AutoModel.from_config(copy.deepcopy(whole_config))
-        # Of those that have their tower by this name, as CLIP and SigLIP do, the library reads the tower alone
-        if not hasattr(whole_config, "vision_config") or (
-            whole.base_model_prefix != "model" and hasattr(whole, "vision_model")
-        ):
+        if not hasattr(whole_config, "vision_config") or whole_config.model_type in READ_BY_TOWER:
             kwargs["config"] = config.vision_config
         vision, loading = AutoModel.from_pretrained(vision, output_loading_info=True, **kwargs)
         check_found(loading["missing_keys"])
-    return text, vision.get_encoder("image")
+    tower_class = MODEL_MAPPING[type(config.vision_config)]
+    towers = (module for module in vision.modules() if isinstance(module, tower_class))
+    return text, next(towers, vision.get_encoder("image"))
 
 
 def check_found(missing_names: Iterable[str]) -> None:
@@ -205,7 +208,8 @@ def compose_state_dict(
     text: PreTrainedModel, vision: PreTrainedModel, config: DuoStreamConfig, is_split: bool
 ) -> dict[str, torch.Tensor]:
     """
-    The backbones' weights under their names in `DuoStreamForConditionalGeneration`; nothing is copied.
+    The backbones' weights under their names in `DuoStreamForConditionalGeneration`; nothing is copied, but for a head
+    that was tied and is not to be.
     """
     state_dict = {f"model.vision_model.{name}": weight for name, weight in vision.state_dict().items()}
     # A multimodal model has its decoder one level down
@@ -231,6 +235,8 @@ def compose_state_dict(
         state_dict[f"model.{name}"] = weight
     head = text.get_output_embeddings()
     if head is not None:
-        # Untied, they are two matrices from here on
-        state_dict["lm_head.weight"] = head.weight if config.tie_word_embeddings else head.weight.detach().clone()
+        was_tied = head.weight is text.get_input_embeddings().weight
+        # Tied ones that are untied are two matrices from here on
+        is_untied = was_tied and not config.tie_word_embeddings
+        state_dict["lm_head.weight"] = head.weight.detach().clone() if is_untied else head.weight
     return state_dict

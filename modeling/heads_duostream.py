@@ -86,7 +86,7 @@ class DuoStreamImageTextHead(nn.Module):
         self.visual_projection = nn.Linear(config.image_hidden_size, dim, bias=False)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.matching = nn.Linear(hidden_size, 2)
-        self.loss_type = config.contrastive_loss
+        self.config = config
 
     def embed_text(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         pooled = mean_pool(self.text_norm(hidden_states), attention_mask)
@@ -104,7 +104,7 @@ class DuoStreamImageTextHead(nn.Module):
     ) -> torch.Tensor:
         """See [`contrastive_loss`]."""
         scale, bias = self.logit_scale, self.logit_bias
-        return contrastive_loss(text_embeds, image_embeds, scale, bias, self.loss_type, num_pairs)
+        return contrastive_loss(text_embeds, image_embeds, scale, bias, self.config.contrastive_loss, num_pairs)
 
 
 class DuoStreamImageTextPreTrainedModel(DuoStreamPreTrainedModel):
@@ -114,7 +114,9 @@ class DuoStreamImageTextPreTrainedModel(DuoStreamPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DuoStreamImageTextHead):
             # Temperature and bias as in SigLIP (Zhai et al. 2023, 3.2) and CLIP (Radford et al. 2021, 2.5)
-            scale, bias = (math.log(10), -10.0) if module.loss_type == "sigmoid" else (math.log(1 / 0.07), 0.0)
+            scale, bias = (
+                (math.log(10), -10.0) if self.config.contrastive_loss == "sigmoid" else (math.log(1 / 0.07), 0.0)
+            )
             init.constant_(module.logit_scale, scale)
             init.constant_(module.logit_bias, bias)
 

@@ -579,6 +579,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if num_untold > 0 and is_image.shape[1] != seq_len and is_virtual:
                 # PEFT's tokens in front of all others, of which it doesn't tell here either
                 is_image = nn.functional.pad(is_image, (num_untold, 0))
+                if has_new_images:
+                    is_same = (is_image[:, -seq_len:] == self.image_placeholders(input_ids, inputs_embeds)).all()
+                    check(is_same, "`mm_token_type_ids` are not of the last tokens, of which they have as many")
             if is_static:
                 check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
             if is_static or is_image.shape[1] == past_len + seq_len:
@@ -1239,7 +1242,10 @@ def take_num_items(kwargs: dict[str, Any]) -> torch.Tensor | int | None:
 
 def count_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
     """What a sum over labels is divided by."""
-    return (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if num_items_in_batch is None:
+        return (labels != -100).sum().clamp(min=1)
+    # Layers may be spread over devices
+    return num_items_in_batch.to(labels.device) if isinstance(num_items_in_batch, torch.Tensor) else num_items_in_batch
 
 
 def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,10 +39,11 @@ from . import metrics
 from .arguments import DataArguments, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
-from .data import Rows, load_rows, picture_key, rows_of_batch
+from .data import Rows, load_rows, picture_key
 from .generate import answer
 from .places import check_place
 from .report import write_evaluation
+from .scenes import rows_of_batch
 from .tasks import WRITER, task_of
 
 
@@ -97,7 +98,7 @@ def generate_answers(
                 )
             *prompt, last = messages
             pictures = load_pictures(row.get("images") or [], name)
-            num_markers = sum(part["type"] == "image" for message in prompt for part in parts_of(message))
+            num_markers = sum(part["type"] == "image" for message in messages for part in parts_of(message))
             if num_markers != len(pictures):
                 raise ValueError(f"{name} has {num_markers} picture markers but {len(pictures)} pictures")
             conversations.append(with_pictures(prompt, pictures))

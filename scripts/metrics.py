@@ -3,12 +3,12 @@
 import math
 import re
 import statistics
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import regex
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
@@ -20,6 +20,12 @@ NGRAMS = 4
 LENGTH_SIGMA = 6.0  # words
 # Chinese, and Japanese's other letters, which are written without spaces between words
 CHINESE, KANA = "\u3400-\u9fff\uf900-\ufaff", "\u3040-\u30ff"
+# Of latin letters those without accents, as in rouge-score
+WORDS = regex.compile(
+    rf"(?V1)[{KANA}{CHINESE}]|[a-z0-9]+|[\p{{L}}\p{{Nd}}--\p{{Latin}}--\p{{Common}}--[{KANA}{CHINESE}]]"
+    rf"[\p{{L}}\p{{M}}\p{{Nd}}--\p{{Latin}}--[a-z0-9{KANA}{CHINESE}]]*"
+)
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBERS)}}
 
@@ -48,10 +54,11 @@ def bleu_and_chrf(predictions: Sequence[str], references: References, lowercase:
     different numbers of references.
     """
     check_references(predictions, references)
-    written = "".join(text for texts in references for text in texts)
+    letters = [letter for texts in references for text in texts for letter in text if letter.isalpha()]
+    unspaced = re.findall(f"[{KANA}{CHINESE}]", "".join(letters))
     tokenize = None
-    if re.search(f"[{KANA}{CHINESE}]", written):
-        tokenize = "char" if re.search(f"[{KANA}]", written) else "zh"
+    if len(unspaced) > len(letters) / 2:
+        tokenize = "char" if re.search(f"[{KANA}]", "".join(unspaced)) else "zh"
     width = max(map(len, references))
     # sacrebleu takes one list for each number of reference; None stands for "no more"
     columns: Any = [[texts[i] if i < len(texts) else None for texts in references] for i in range(width)]
@@ -63,16 +70,17 @@ def bleu_and_chrf(predictions: Sequence[str], references: References, lowercase:
 
 
 class AnyScriptTokenizer(Tokenizer):
-    """rouge-score's stemmed words, which have nothing but a to z and 0 to 9; of texts in other scripts all words."""
+    """
+    rouge-score's stemmed words, which have nothing but a to z and 0 to 9, and the words of scripts other than Latin;
+    of Chinese and Japanese each letter is one. (Thai, Lao and Khmer are not parted.)
+    """
 
     def __init__(self) -> None:
         self.of_latin = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
-        if all(unicodedata.name(letter, "LATIN").startswith("LATIN") for letter in text if letter.isalpha()):
-            return self.of_latin.tokenize(text)
-        # Each of the letters that are written without spaces is a word
-        return re.findall(rf"[{KANA}{CHINESE}]|[^\W{KANA}{CHINESE}]+", text.lower())
+        words = regex.findall(WORDS, text.lower())
+        return [part for word in words for part in (self.of_latin.tokenize(word) if word.isascii() else [word])]
 
 
 def rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
@@ -140,12 +148,15 @@ def cider_d(predictions: Sequence[str], references: References) -> dict[str, flo
 
 def normalize_answer(text: str) -> str:
     """
-    An answer as VQA's evaluation compares it: in lower case, with digits for numbers up to ten, without articles and
-    punctuation but in decimals, and for spelling contractions in one way, without apostrophes.
+    An answer much as VQA's evaluation compares it: in lower case, with digits for numbers up to ten, without articles
+    and punctuation but in decimals. That spells contractions in one way, by a list; here they have no apostrophes.
     """
     text = text.lower().strip()
-    plain = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)|['’]", "", text)
-    words = [DIGITS.get(word, word) for word in re.sub(r"[;/\[\]\"{}()=+\\_<>@`,?!-]", " ", plain).split()]
+    plain = text
+    for mark in PUNCTUATION:
+        is_left_out = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
+        plain = plain.replace(mark, "" if is_left_out else " ")
+    words = [DIGITS.get(word, word) for word in re.sub(r"\.(?!\d)|['’]", "", plain).split()]
     # "A" may be all there is: a letter of several to choose from
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words) or text
 

@@ -348,6 +348,35 @@ def test_the_language_model_of_a_whole_model_is_taken_with_its_weights(
     assert difference(logits(model, ids), logits(whole, ids)) < CLOSE
 
 
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "on disk"])
+@pytest.mark.parametrize("name", ["a classifier", "SAM"])
+def test_a_vision_model_is_found_by_its_type(
+    name: str, is_loaded: bool, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    if name == "SAM":
+        config = transformers.SamVisionConfig(**size, output_channels=8, window_size=2, global_attn_indexes=[1])
+        vision = AutoModel.from_config(config)
+    else:
+        config = transformers.ViTConfig(**size, intermediate_size=48)
+        vision = transformers.AutoModelForImageClassification.from_config(config)
+    if not is_loaded:
+        vision.save_pretrained(tmp_path)
+    text = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    given = vision if is_loaded else tmp_path
+    model = DuoStreamForConditionalGeneration.from_backbones(text, given, num_fusion_layers=2)
+    for parameter, weight in model.model.vision_model.named_parameters():
+        if "pool" not in parameter:
+            assert torch.equal(vision.base_model.get_parameter(parameter), weight), parameter
+
+
+def test_an_untied_head_is_shared_as_all_weights_are(folder: Callable[[str], Path]) -> None:
+    text = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    model = DuoStreamForConditionalGeneration.from_backbones(text, folder("siglip"), num_fusion_layers=2)
+    assert model.lm_head.weight.data_ptr() == text.lm_head.weight.data_ptr()
+
+
 def test_a_duostream_is_no_language_model_to_compose_from(folder: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="name the one it was composed from"):
         DuoStreamForConditionalGeneration.from_backbones(

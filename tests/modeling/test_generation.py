@@ -744,3 +744,18 @@ def test_types_that_leave_out_the_first_tokens_of_a_cache_with_pictures_are_refu
     with pytest.raises(ValueError, match="the length of the whole sequence, cached tokens included"):
         model(**step, mm_token_type_ids=told[:, 2:])
     assert model(**step, mm_token_type_ids=told).logits.shape[1] == 1
+
+
+def test_types_that_put_a_picture_elsewhere_are_refused(model: Any) -> None:
+    row = Row(model, 2, PICTURE, 3)
+    types = (row.ids == model.config.image_token_id).long()[None]
+    with torch.no_grad():
+        text = model(input_ids=torch.arange(5, 9)[None], use_cache=True).past_key_values
+        told = torch.nn.functional.pad(types, (4, 0))
+        for num_missing in (1, 2):
+            with pytest.raises(ValueError, match="not of the last tokens"):
+                model(**row.inputs, mm_token_type_ids=told[:, num_missing:-1], past_key_values=text)
+    # Tokens behind those that are told of
+    embeds = model.get_input_embeddings()(torch.cat([row.ids, torch.tensor([5, 6])]))[None]
+    with pytest.raises(ValueError, match="not of the last tokens"):
+        model(inputs_embeds=embeds, pixel_values=row.pictures, mm_token_type_ids=types)

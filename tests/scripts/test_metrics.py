@@ -143,6 +143,8 @@ def test_an_empty_prediction_scores_nothing(score):
         ("1,000", "1000", True),
         ("e.g.", "eg", True),
         ("Red, blue!", "red blue", True),
+        ("well-known - yes", "wellknown yes", True),
+        ("red/blue", "red blue", True),
         ("3.5", "3 5", False),
         ("C++", "C#", False),
         ("$5", "5", False),
@@ -155,7 +157,9 @@ def test_answers_are_compared_as_by_vqa_s_evaluation(prediction, reference, is_r
     assert metrics.vqa_accuracy([prediction], [[reference]])["vqa_accuracy"] == is_right
 
 
-@pytest.mark.parametrize("text", ["привет большой мир", "日本語の文章です", "你好世界", "мой iPhone упал"])
+@pytest.mark.parametrize(
+    "text", ["привет большой мир", "日本語の文章です", "你好世界", "мой iPhone упал", "हिन्दी में लिखा"]
+)
 def test_texts_of_any_script_are_compared_by_their_words(text):
     assert metrics.rouge([text], [[text]]) == {"rouge1": 100, "rouge2": 100, "rougeL": 100}
     assert 0 < metrics.rouge([text[: len(text) // 2]], [[text]])["rouge1"] < 100
@@ -163,10 +167,17 @@ def test_texts_of_any_script_are_compared_by_their_words(text):
 
 
 def test_rouge_of_latin_letters_is_that_of_rouge_score():
-    texts = ["Les élèves étaient arrivés", "Running dogs, 2 of them"]
+    texts = ["Les élèves étaient arrivés", "Running dogs, 2 of them", "A 5 µm layer", "le\u0301ger, straße"]
     scorer = RougeScorer(["rouge1"], use_stemmer=True)
-    for text, other in zip(texts, ["les eleves", "a running dog"], strict=True):
+    for text, other in zip(texts, ["les eleves", "a running dog", "a 5 um layer", "ger stra e"], strict=True):
         assert metrics.rouge([other], [[text]])["rouge1"] == 100 * scorer.score(text, other)["rouge1"].fmeasure
+
+
+def test_a_foreign_word_changes_little_for_the_words_around_it():
+    text = "the running dogs played happily in beijing"
+    assert metrics.rouge([text], [[f"{text} (北京)"]])["rouge1"] == pytest.approx(100 * 14 / 16)
+    assert metrics.rouge(["कि"], [["का"]])["rouge1"] == 0
+    assert "tok:13a" in metrics.bleu_and_chrf([text], [[f"{text} ツ"]])["bleu_signature"]
 
 
 def test_bleu_against_chinese_counts_characters_and_says_so():
