@@ -154,13 +154,27 @@ def _same_columns(rows: Rows, chars_per_picture: int) -> Rows:
     columns = set(rows.column_names or next(iter(rows.take(1))))
     if not {"prompt", "completion"} <= columns:
         raise ValueError("A mixture takes rows with `prompt` and `completion`, or with an answer column")
-    if "images" not in columns:
-        rows = rows.map(lambda row: {"images": []}, features=Features({**rows.features, "images": List(UNDECODED)}))
-    if "length" not in columns:
-        rows = rows.map(lambda row: {"length": _num_chars(row, chars_per_picture)})
-    rows = rows.select_columns(["images", "prompt", "completion", "length"])
+    if "images" in columns:
+        rows = rows.cast_column("images", List(UNDECODED))
+
+    def make_alike(row: dict[str, Any]) -> dict[str, Any]:
+        # From JSON, a message may be a plain text, and a part lack what others have
+        turns = {
+            name: [
+                {
+                    **message,
+                    "content": [{"type": part["type"], "text": part.get("text")} for part in parts_of(message)],
+                }
+                for message in row[name]
+            ]
+            for name in ("prompt", "completion")
+        }
+        length = row["length"] if "length" in row else _num_chars(row, chars_per_picture)
+        return {"images": row.get("images") or [], **turns, "length": length}
+
     turns = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
-    return rows.cast(Features({"images": List(UNDECODED), **turns, "length": Value("int64")}))
+    features = Features({"images": List(UNDECODED), **turns, "length": Value("int64")})
+    return rows.map(make_alike, remove_columns=rows.column_names, features=features)
 
 
 def pack_rows(
@@ -227,36 +241,46 @@ def picture_key(image: dict[str, Any]) -> str | bytes:
     return image["path"] if image["bytes"] is None else sha256(image["bytes"]).digest()
 
 
-def read_classes(args: DataArguments) -> list[str]:
+def read_classes(args: DataArguments, bad_rows: BadRows | None = None) -> list[str]:
     """
     The names of the classes in the training split, in the order of their numbers; none where labels are numbers to
-    come near to (regression). Of lists of answers, the `args.max_answers` most frequent.
+    come near to (regression). Of lists of answers, the `args.max_answers` most frequent. Rows without a label are
+    passed over, if there are `bad_rows` to write them to when they are made.
 
     Raises:
         ValueError: The column of labels is missing, or a row of it holds something else, or not what the others do.
     """
     args = with_defaults(args)
-    rows = _load(args, args.train_split)
+    rows = _load(args, args.train_split, bad_rows)
     column = args.label_column
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if column not in columns:
         raise ValueError(f"`label_column` is {column!r}, but the columns are {columns}")
-    if rows.features and isinstance(rows.features[column], ClassLabel):
-        return list(rows.features[column].names)
+    if names := _class_names(rows, column):
+        return names
     values = [row[column] for row in rows.select_columns([column])]
+    first = next((value for value in values if value is not None), None)
     for row, value in enumerate(values):
+        if value is None and bad_rows is not None:
+            continue
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if not isinstance(value, str | list | float) and not (is_number and value >= 0):
             raise ValueError(
                 f"Row {row}: `{column}` is {value!r}; expected a class's name, its number from 0, a number with a "
                 "point, or a list of answers"
             )
-        if type(value) is not type(values[0]):
-            raise ValueError(f"Row {row}: `{column}` is {value!r}, but {values[0]!r} in row 0: expected one kind")
-    if isinstance(values[0], list):
+        if type(value) is not type(first):
+            raise ValueError(f"Row {row}: `{column}` is {value!r}, but {first!r} before it: expected one kind")
+        if isinstance(value, list) and not all(isinstance(answer, str) for answer in value):
+            raise ValueError(
+                f"Row {row}: `{column}` is {value!r}; expected a list of answers, each a text. The model takes a "
+                "score for every class as `labels`, but no column here does"
+            )
+    values = [value for value in values if value is not None]
+    if isinstance(first, list):
         counts = Counter(answer for answers in values for answer in answers)
         return [answer for answer, _ in counts.most_common(args.max_answers)]
-    if isinstance(values[0], str):
+    if isinstance(first, str):
         return sorted(set(values))
     return [] if isinstance(values[0], float) else [str(number) for number in range(max(values) + 1)]
 
@@ -435,9 +459,10 @@ def _make_rows(
     if kind == "classification":
         stored = None if rows.features is None else rows.features[args.label_column]
         is_soft = isinstance(stored, List)
-        if isinstance(stored, ClassLabel) and set(stored.names) & set(classes or ()):
+        names = _class_names(rows, args.label_column)
+        if set(names) & set(classes or ()):
             # Numbers are those of these rows, and another split, or the checkpoint, may count its classes otherwise
-            label_names = stored.names
+            label_names = names
         features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
 
     def make(row: dict[str, Any], num_images: int, index: int) -> list[dict[str, Any]]:
@@ -450,8 +475,8 @@ def _make_rows(
     def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
         for row, index in zip(rows_of_batch(batch), indices, strict=True):
-            if label_names is not None and row[args.label_column] in range(len(label_names)):
-                row[args.label_column] = label_names[row[args.label_column]]
+            if label_names is not None:
+                row[args.label_column] = _named(row[args.label_column], label_names)
             images = row[args.image_column] if has_images else []
             images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
             try:
@@ -564,6 +589,20 @@ def _turns(row: dict, args: DataArguments, num_images: int, index: int, is_evalu
         }
         for answer in (answers[:1] if is_evaluation else answers)
     ]
+
+
+def _class_names(rows: Rows, column: str) -> list[str]:
+    """The names of the classes that a column's numbers, or lists of them, stand for; none, if it tells none."""
+    feature = None if rows.features is None else rows.features[column]
+    feature = feature.feature if isinstance(feature, List) else feature
+    return list(feature.names) if isinstance(feature, ClassLabel) else []
+
+
+def _named(label: Any, names: Sequence[str]) -> Any:
+    """A class's name for its number, or for each of a list; anything else as it is."""
+    if isinstance(label, list):
+        return [_named(each, names) for each in label]
+    return names[label] if label in range(len(names)) else label
 
 
 def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str] | None) -> dict[str, Any]:

@@ -343,6 +343,7 @@ def main(args: list[str] | None = None) -> None:
     if task.auto_class is WRITER:
         rows_of_answers = load_rows(data_args, split, max_rows)
         figures["loss"] = evaluation_loss(model, processor, rows_of_answers, batch_size, data_args.max_length)
+    has_row_results = data_args.task not in ("retrieval", "masked")
     record = {
         "command": sys.argv[1:] if args is None else args,
         "task": data_args.task,
@@ -353,7 +354,8 @@ def main(args: list[str] | None = None) -> None:
         "data_fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,
         "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "datasets")},
         **figures,
-        "num_rows": len(rows) if isinstance(rows, Dataset) else len(results),
+        # Of a stream it isn't known where results are not one for each row
+        "num_rows": len(rows) if isinstance(rows, Dataset) else len(results) if has_row_results else None,
         "seconds": time.time() - started,
     }
     output_dir = Path(evaluate_args.output_dir)

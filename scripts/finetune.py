@@ -81,8 +81,8 @@ def main(args: list[str] | None = None) -> None:
     if training_args.packing and task_of(data_args.task).auto_class is not WRITER:
         raise ValueError(f"`packing` is for tasks that write, not for {data_args.task!r}")
     is_classification = data_args.task == "classification"
-    classes = read_classes(data_args) if is_classification else []
     bad_rows = bad_rows_of(data_args, training_args)
+    classes = read_classes(data_args, bad_rows) if is_classification else []
     rows = load_mixture(data_args, classes, training_args.seed, bad_rows)
     if training_args.packing and "conversations" in (rows.column_names or []):
         raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")

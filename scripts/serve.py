@@ -32,7 +32,12 @@ def refusal(body: Any, model: str) -> str | None:
         return f"`model` is {body['model']!r}; this server has {model!r}"
     if "chat_template_kwargs" in body:
         return "`chat_template_kwargs` is not taken: it could name files to open"
+    if "stop" in body:
+        # The library looks for a tokenizer's vocabulary on the processor
+        return "`stop` is not taken"
     messages = body.get("messages") or []
+    if "messages" in body and not messages:
+        return "`messages` is empty"
     for number, message in enumerate(messages if isinstance(messages, list) else [messages]):
         content = message.get("content") if isinstance(message, dict) else message
         for part in content if isinstance(content, list) else []:

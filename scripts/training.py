@@ -87,10 +87,14 @@ class DuoStreamTrainer(LongRunTrainer):
         # FSDP looks for each of these layers, and RegNet names one that not all of its kinds have
         kinds = {type(module).__name__ for module in self.model.modules()}
         self.model._no_split_modules = set(self.model._no_split_modules or ()) & kinds
-        if self.args.label_smoothing_factor and not isinstance(self.model, SMOOTHED):
+        # None: of classes that the model has yet to see
+        knows_classes = self.model.config.problem_type in (None, "single_label_classification")
+        if self.args.label_smoothing_factor and not (isinstance(self.model, SMOOTHED) and knows_classes):
             # The library would take the labels away, and with them these losses
             names = " and ".join(each.__name__ for each in SMOOTHED)
-            raise ValueError(f"`label_smoothing_factor` is for {names}: the losses of others know no smoothing")
+            raise ValueError(
+                f"`label_smoothing_factor` is for {names}, with one class a row: other losses know no smoothing"
+            )
         self.has_objectives = isinstance(self.model, DuoStreamForPreTraining)
         if self.has_objectives:
             # Batches without masked tokens have labels, too

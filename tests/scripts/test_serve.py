@@ -151,3 +151,14 @@ def test_the_library_s_chat_talks_to_it(server: str, checkpoint: Path, tmp_path:
 def test_the_server_names_its_one_model(server: str, checkpoint: Path) -> None:
     client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == [str(checkpoint)]
+
+
+@pytest.mark.parametrize(("name", "value"), [("stop", ["."]), ("messages", [])])
+def test_what_the_server_does_not_take_is_the_client_s_mistake(
+    server: str, checkpoint: Path, name: str, value: Any
+) -> None:
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    asked: Any = {"messages": [{"role": "user", "content": "Hello"}], name: value}
+    with pytest.raises(BadRequestError) as error:
+        client.chat.completions.create(model=str(checkpoint), max_tokens=8, **asked)
+    assert error.value.response.json()["detail"].startswith(f"`{name}` is")

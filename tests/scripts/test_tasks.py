@@ -1,6 +1,7 @@
 """Each task makes its rows from plain columns, trains from one pretrained checkpoint, and is measured."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 from command_lines import arguments
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
 from PIL import Image
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,6 +21,7 @@ from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
 from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts import data, evaluate, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
+from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import blank, load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
 from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
@@ -197,6 +199,36 @@ def test_an_unknown_class_names_its_row(workplace, value, message):
         load(path, task="classification", classes=known)
 
 
+def test_scores_are_no_answers(workplace):
+    for name, scores in (("hot", [1, 0]), ("soft", [0.25, 0.75])):
+        path = write(workplace / f"{name}.jsonl", [{"text": "x", "label": scores}])
+        with pytest.raises(
+            ValueError, match=rf"Row 0: `label` is {re.escape(str(scores))}; expected a list of answers"
+        ):
+            read_classes(DataArguments(dataset=str(path), task="classification"))
+
+
+def test_lists_of_numbers_that_stand_for_names_are_those_names(workplace):
+    feature = List(ClassLabel(names=["film", "good", "bad"]))
+    rows = Dataset.from_dict({"text": ["x", "y"], "label": [[2, 0], [1]]})
+    path = workplace / "named.parquet"
+    rows.cast_column("label", feature).to_parquet(path)
+    args = DataArguments(dataset=str(path), task="classification")
+    assert read_classes(args) == ["film", "good", "bad"]
+    assert load_rows(args, "train", classes=["bad", "film", "good"])["label"] == [[1, 1, 0], [0, 0, 1]]
+
+
+def test_a_row_without_a_label_is_left_out_and_written_down(workplace):
+    path = write(workplace / "gaps.jsonl", [{"text": "x", "label": value} for value in ("a", None, "b")])
+    args = DataArguments(dataset=str(path), task="classification")
+    bad_rows = BadRows(workplace / "bad_rows.jsonl")
+    assert read_classes(args, bad_rows) == ["a", "b"]
+    assert load_rows(args, "train", classes=["a", "b"], bad_rows=bad_rows)["label"] == [0, 1]
+    assert bad_rows.report() == 1
+    with pytest.raises(ValueError, match="Row 1: `label` is None"):
+        read_classes(args)
+
+
 @pytest.mark.parametrize("wrong", [-1, None])
 def test_a_label_that_is_none_of_the_kinds_names_its_row(workplace, wrong):
     path = write(workplace / f"odd_{wrong}.jsonl", [{"text": "x", "label": value} for value in (1, wrong, 0)])
@@ -232,6 +264,22 @@ def test_a_mixture_of_what_does_not_mix_is_an_error(photographs, texts, workplac
         load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=[str(recipe)]))
 
 
+def test_a_mixture_takes_conversations_as_they_stand_in_files(photographs, texts, workplace):
+    recipe = workplace / "beside.yaml"
+    recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts)}))
+    picture = str(photographs / "train" / "0.jpg")
+    question, answer = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    for name, images, asked in (("parts", [picture], {**question, "content": parts}), ("plain", [], question)):
+        path = write(workplace / f"{name}.jsonl", [{"images": images, "prompt": [asked], "completion": [answer]}] * 2)
+        rows = load_mixture(DataArguments(task="chat", dataset=str(path), mixture=[str(recipe)]))
+        found = [row for row in rows if row["completion"][0]["content"] == [{"type": "text", "text": "That."}]]
+        assert found and len(found) < len(rows)
+        words = [{"type": "text", "text": "What?"}]
+        told = [{"type": "image", "text": None}, *words] if images else words
+        assert all(row["prompt"][0]["content"] == told and len(row["images"]) == len(images) for row in found)
+
+
 def test_a_mixture_can_hide_its_pictures(photographs, texts, workplace):
     recipe = workplace / "text.yaml"
     recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts)}))
@@ -260,10 +308,12 @@ def test_pretraining_without_masks_measures_a_loss(photographs, tmp_path):
 @pytest.mark.slow
 def test_smoothed_labels_are_for_tokens_and_classes_only(pretrained, photographs, texts, tmp_path):
     options = {"checkpoint": pretrained, "output_dir": tmp_path, "label_smoothing_factor": 0.1, **SHORT}
-    with pytest.raises(ValueError, match="the losses of others know no smoothing"):
+    with pytest.raises(ValueError, match="other losses know no smoothing"):
         finetune.main(arguments(task="retrieval", dataset=photographs, **options))
     finetune.main(arguments(task="caption", dataset=photographs, **options))
     finetune.main(arguments(task="classification", dataset=texts, **options))
+    with pytest.raises(ValueError, match="with one class a row"):
+        finetune.main(arguments(task="classification", dataset=texts, label_column="answers", **options))
 
 
 @pytest.mark.slow
