@@ -46,24 +46,30 @@ def broken_lines(place: Path) -> Iterator[tuple[Path, int, ValueError]]:
 
 class BadRows:
     """
-    Leaves bad rows out, and writes them to a file: a JSON object a line, with `row` (of the source, from 0) and
-    `reason`. Rows of a stream are numbered by each process that reads a part of it, from 0; so there is `content`,
-    too, by which the same row is known again.
+    Leaves bad rows out, and writes them to a file: a JSON object a line, with `row` (of the source, from 0), `reason`,
+    and in a mixture the `dataset`. Rows of a stream are numbered by each process that reads a part of it, from 0; so
+    there is `content`, too, by which the same row is known again.
 
     Args:
         path (`Path`): The file. What an earlier run wrote is replaced.
+
+    Attributes:
+        dataset (`str`, *optional*): Of a mixture, the data set whose rows are being read.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self.dataset: str | None = None
         state = PartialState()
         if state.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
         state.wait_for_everyone()
 
-    def add(self, row: int, error: Exception, content: Any = None) -> None:
+    def add(self, row: int, error: Exception, content: Any = None, dataset: str | None = None) -> None:
         told = {"row": row, "reason": str(error) or type(error).__name__}
+        if (dataset := dataset or self.dataset) is not None:
+            told["dataset"] = dataset
         if content is not None:
             told["content"] = sha256(repr(content).encode("utf-8", "backslashreplace")).hexdigest()[:16]
         line = json.dumps(told, ensure_ascii=False)
@@ -123,7 +129,7 @@ class BadRows:
                     # Of a row of the source each caption is a row here
                     same = {"images": row["images"], "source": source} if row.get("images") else row
                     content = {name: value for name, value in same.items() if name != "row"}
-                    self.add(source, error, content if is_stream else None)
+                    self.add(source, error, content if is_stream else None, row.get("dataset"))
                 return False
             return True
 
@@ -140,6 +146,6 @@ class BadRows:
         # A stream meets its rows in every epoch again, and so do several ranks
         with open(self.path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
-        count = len({line.get("content", line["row"]) for line in lines})
+        count = len({line.get("content", (line.get("dataset"), line["row"])) for line in lines})
         logger.warning(f"{count} bad rows were left out; {self.path} says which, and why")
         return count

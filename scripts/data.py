@@ -109,15 +109,19 @@ def load_mixture(
         return load_rows(args, args.train_split, args.max_train_rows, classes=classes, bad_rows=bad_rows)
     loaded = []
     for part in parts:
+        if args.mixture and bad_rows is not None:
+            bad_rows.dataset = part.dataset
         # What rows look like when they are read is lost in putting them together: they are blanked at the end
         unblanked = replace(part, blank_images=False)
         rows = load_rows(unblanked, part.train_split, part.max_train_rows, classes=classes, bad_rows=bad_rows)
         if args.mixture:
-            rows = _same_columns(rows, part.chars_per_picture)
+            rows = _same_columns(rows, part)
         if is_packed:
             rows = pack_rows(rows, part.conversations_per_row, part.chars_per_picture)
         loaded.append(rows)
     rows = loaded[0]
+    if bad_rows is not None:
+        bad_rows.dataset = None  # From here on rows tell it themselves
     if args.mixture:
         total = sum(part.weight for part in parts)
         weights = [part.weight / total for part in parts]
@@ -149,15 +153,18 @@ def _check_parts(parts: Sequence[DataArguments]) -> None:
             raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")
 
 
-def _same_columns(rows: Rows, chars_per_picture: int) -> Rows:
-    """Rows as those of other data sets: `images`, which may be empty, `prompt`, `completion` and `length`."""
+def _same_columns(rows: Rows, args: DataArguments) -> Rows:
+    """
+    Rows as those of other data sets: `images`, which may be empty, `prompt`, `completion`, `length`, and where they
+    come from: `dataset`, and `source`, the number in it.
+    """
     columns = set(rows.column_names or next(iter(rows.take(1))))
     if not {"prompt", "completion"} <= columns:
         raise ValueError("A mixture takes rows with `prompt` and `completion`, or with an answer column")
     if "images" in columns:
         rows = rows.cast_column("images", List(UNDECODED))
 
-    def make_alike(row: dict[str, Any]) -> dict[str, Any]:
+    def make_alike(row: dict[str, Any], index: int) -> dict[str, Any]:
         # From JSON, a message may be a plain text, and a part lack what others have
         turns = {
             name: [
@@ -169,12 +176,14 @@ def _same_columns(rows: Rows, chars_per_picture: int) -> Rows:
             ]
             for name in ("prompt", "completion")
         }
-        length = row["length"] if "length" in row else _num_chars(row, chars_per_picture)
-        return {"images": row.get("images") or [], **turns, "length": length}
+        length = row["length"] if "length" in row else _num_chars(row, args.chars_per_picture)
+        origin = {"dataset": args.dataset, "source": row.get("source", index)}
+        return {"images": row.get("images") or [], **turns, "length": length, **origin}
 
     turns = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
-    features = Features({"images": List(UNDECODED), **turns, "length": Value("int64")})
-    return rows.map(make_alike, remove_columns=rows.column_names, features=features)
+    numbers = {"length": Value("int64"), "source": Value("int64")}
+    features = Features({"images": List(UNDECODED), **turns, "dataset": Value("string"), **numbers})
+    return rows.map(make_alike, with_indices=True, remove_columns=rows.column_names, features=features)
 
 
 def pack_rows(
@@ -206,7 +215,7 @@ def pack_rows(
         for start in range(0, len(group), conversations_per_row)
     ]
     source = next((name for name in ("source", "row") if name in rows.features), None)
-    kept = {name: rows.features[name] for name in ("images",) if name in rows.features}
+    kept = {name: rows.features[name] for name in ("images", "dataset") if name in rows.features}
     sources = {} if source is None else {"source": List(Value("int64"))}
     conversation = {name: rows.features[name] for name in ("prompt", "completion")}
     features = Features({**kept, **sources, "conversations": List(conversation), "length": Value("int64")})

@@ -280,6 +280,23 @@ def test_a_mixture_takes_conversations_as_they_stand_in_files(photographs, texts
         assert all(row["prompt"][0]["content"] == told and len(row["images"]) == len(images) for row in found)
 
 
+@pytest.mark.parametrize("conversations_per_row", [1, 2])
+def test_a_bad_row_of_a_mixture_is_named_by_its_data_set_and_number(workplace, conversations_per_row):
+    lines = [{"image": "nowhere.png", "captions": "a dog"}, {"image": None, "captions": "a cat"}]
+    broken = write(workplace / "broken.jsonl", [*lines, lines[0]])
+    gaps = write(workplace / "gaps_in_text.jsonl", [{"source": "x", "target": text} for text in ("a", None, "b")])
+    recipe = workplace / "gaps.yaml"
+    recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(gaps)}))
+    options = {"task": "caption", "dataset": str(broken), "image_dir": str(workplace), "mixture": [str(recipe)]}
+    bad_rows = BadRows(workplace / "bad_rows_of_a_mixture.jsonl")
+    rows = load_mixture(DataArguments(**options, conversations_per_row=conversations_per_row), bad_rows=bad_rows)
+    bad_rows.leave_out(rows, lambda row: load_pictures(row["images"], "a row"))
+    told = [json.loads(line) for line in bad_rows.path.read_text().splitlines()]
+    named = {(Path(line["dataset"]).name, line["row"]) for line in told}
+    assert named == {("broken.jsonl", 0), ("broken.jsonl", 2), ("gaps_in_text.jsonl", 1)}
+    assert bad_rows.report() == 3
+
+
 def test_a_mixture_can_hide_its_pictures(photographs, texts, workplace):
     recipe = workplace / "text.yaml"
     recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts)}))
