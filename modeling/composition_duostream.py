@@ -199,7 +199,7 @@ def load_backbones(
 
 
 def check_found(missing_names: Iterable[str]) -> None:
-    """Raises `ValueError` if weights are missing, but for what pools (BERT, ViT), which is not read and may be."""
+    """Raises `ValueError` if weights are missing. What pools (BERT, ViT) may be missing, as it is not read."""
     if lost := sorted(name for name in missing_names if "pool" not in name):
         raise ValueError(f"A backbone has {len(lost)} weights fewer than its config tells, as {lost[0]!r}")
 

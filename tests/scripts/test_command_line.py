@@ -419,13 +419,9 @@ def test_conversations_from_a_file_are_trained_on_and_measured(photographs, tmp_
 
 @pytest.mark.parametrize("num_pictures", [0, 2])
 def test_a_row_with_other_than_its_pictures_is_named(checkpoint, num_pictures):
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
-    rows = [
-        {
-            "images": [Image.new("RGB", (8, 8))] * num_pictures,
-            "messages": [question, {**question, "role": "assistant"}],
-        }
-    ]
+    words = [{"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": [{"type": "image"}, *words]}, {"role": "assistant", "content": words}]
+    rows = [{"images": [Image.new("RGB", (8, 8))] * num_pictures, "messages": messages}]
     with pytest.raises(ValueError, match=f"Row 0 has 1 picture markers but {num_pictures} pictures"):
         evaluate.generate_answers(*checkpoint, Dataset.from_list(rows))
 
