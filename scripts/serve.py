@@ -32,7 +32,7 @@ def refusal(body: Any, model: str) -> str | None:
         return f"`model` is {body['model']!r}; this server has {model!r}"
     if "chat_template_kwargs" in body:
         return "`chat_template_kwargs` is not taken: it could name files to open"
-    if "stop" in body:
+    if body.get("stop") is not None:
         # The library looks for a tokenizer's vocabulary on the processor
         return "`stop` is not taken"
     messages = body.get("messages") or []

@@ -19,6 +19,8 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 from tiny_models import answered_row, save_learnt
 
+from duostream.scripts.serve import refusal
+
 pytestmark = pytest.mark.slow
 
 COLORS = ("red", "blue")
@@ -162,3 +164,9 @@ def test_what_the_server_does_not_take_is_the_client_s_mistake(
     with pytest.raises(BadRequestError) as error:
         client.chat.completions.create(model=str(checkpoint), max_tokens=8, **asked)
     assert error.value.response.json()["detail"].startswith(f"`{name}` is")
+
+
+def test_an_option_that_is_null_is_none() -> None:
+    asked = {"messages": [{"role": "user", "content": "Hello"}]}
+    assert refusal({**asked, "stop": None}, "a model") is None
+    assert refusal({**asked, "stop": "."}, "a model") == "`stop` is not taken"
