@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn, no_grad
@@ -44,6 +45,7 @@ from .composition_duostream import (
     load_backbones,
     stack_of,
 )
+from .image_locations_duostream import locate_images, note_pictures, pictures_read
 from .kept_states_duostream import (
     KNOWN_TYPES,
     CacheOfKeptStates,
@@ -59,7 +61,6 @@ from .stream_layout_duostream import (
     check_segments,
     count_text,
     first_where,
-    kept_columns,
     lay_out,
     prefix_length_of,
     restart_positions,
@@ -72,33 +73,6 @@ from .stream_layout_duostream import (
 logger = logging.get_logger(__name__)
 
 STREAMS = {"text": "text_model", "vision": "vision_model", "projector": "projector", "fusion": "fusion_model"}
-
-NEEDS_TYPES = (
-    "Continuing from a cache that holds pictures needs `mm_token_type_ids` (1 = image token) of the whole sequence, "
-    "cached tokens included, as `attention_mask` has"
-)
-WAS_CHANGED = (
-    "The cache doesn't hold what `mm_token_type_ids` and `attention_mask` tell: text layers hold no image tokens, so "
-    "it can't be cropped back to before a picture, nor can rows be picked out of it that have pictures at other "
-    "places than those left out"
-)
-
-
-class PicturesRead(NamedTuple):
-    """
-    Noted on a cache, as its lengths don't tell.
-
-    Attributes:
-        differ (`bool` or `torch.BoolTensor`): Whether some rows have text in a column where others have pictures.
-        end (`torch.LongTensor`): A scalar: how many columns there are up to the end of the last picture.
-        kept (`torch.BoolTensor` of shape `(num_columns,)`): Which columns the text stream's cache has.
-        num_untold (`int`): How many tokens stood in front of those that `mm_token_type_ids` told of.
-    """
-
-    differ: bool | torch.Tensor
-    end: torch.Tensor
-    kept: torch.Tensor
-    num_untold: int
 
 
 @dataclass
@@ -557,109 +531,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         }
         return {"attention_mask": masks, "text_position_ids": count_text(position_ids, is_image)}
 
-    def locate_images(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        mm_token_type_ids: torch.Tensor | None,
-        past_len: int | torch.Tensor,
-        past_text_len: int | torch.Tensor,
-        has_new_images: bool,
-        pictures_read: PicturesRead | None = None,
-    ) -> torch.Tensor | None:
-        """Where the image tokens stand among the cached and the new tokens, `(batch, past_len + seq_len)`; or none."""
-        batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        is_static = isinstance(past_len, torch.Tensor)
-        if mm_token_type_ids is not None:
-            is_image = mm_token_type_ids == 1
-            num_untold = 0 if is_static else past_len + seq_len - is_image.shape[1]
-            is_virtual = past_len or inputs_embeds is not None
-            is_virtual = is_virtual and (pictures_read is None or pictures_read.num_untold == num_untold)
-            if num_untold > 0 and is_image.shape[1] != seq_len and is_virtual:
-                # PEFT's tokens in front of all others, of which it doesn't tell here either
-                is_image = nn.functional.pad(is_image, (num_untold, 0))
-                if has_new_images:
-                    is_same = (is_image[:, -seq_len:] == self.image_placeholders(input_ids, inputs_embeds)).all()
-                    check(is_same, "`mm_token_type_ids` are not of the last tokens, of which they have as many")
-            if is_static:
-                check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
-            if is_static or is_image.shape[1] == past_len + seq_len:
-                if pictures_read is not None:
-                    check(pictures_read.end <= past_len, WAS_CHANGED)
-                    num_noted = min(len(pictures_read.kept), is_image.shape[1] - seq_len)
-                    cached = is_image[:, :num_noted]  # (batch, num_noted)
-                    mask = None if attention_mask is None else attention_mask[:, :num_noted]
-                    kept = kept_columns(cached, without_padding(~cached, mask))  # (num_noted,)
-                    is_same = (kept == pictures_read.kept[:num_noted]).all()
-                    # Of a static cache that was reset the note has no end
-                    check(is_same | (pictures_read.end == 0), WAS_CHANGED)
-                return is_image
-            if is_image.shape[1] != seq_len:
-                raise ValueError(
-                    f"`mm_token_type_ids` is of length {is_image.shape[1]}; expected {past_len + seq_len}, the length "
-                    "of the whole sequence, cached tokens included"
-                )
-        elif has_new_images:
-            is_image = self.image_placeholders(input_ids, inputs_embeds)
-        else:
-            is_image = torch.zeros(batch_size, seq_len, dtype=torch.bool, device=self.device)
-
-        if pictures_read is not None:
-            # The text stream's cache may then be as long as the fusion stack's, with slots in it that are empty
-            if isinstance(pictures_read.differ, torch.Tensor):
-                check(~pictures_read.differ, NEEDS_TYPES)
-            elif pictures_read.differ:
-                raise ValueError(NEEDS_TYPES)
-            check(pictures_read.end <= past_len, WAS_CHANGED)
-        if is_static:
-            check(past_len == past_text_len, NEEDS_TYPES)
-            if not has_new_images:
-                return None
-            if attention_mask is None:
-                raise ValueError(NEEDS_TYPES)
-            num_past, num_past_images = attention_mask.shape[1] - seq_len, 0
-        else:
-            num_past, num_past_images = past_len, past_len - int(past_text_len)
-        if not num_past_images and not has_new_images:
-            return None
-        if num_past_images and (batch_size > 1 or (attention_mask is not None and not attention_mask.all())):
-            raise ValueError(NEEDS_TYPES)
-        # With one row and no padding it matters how many image tokens are cached, not where.
-        past = torch.arange(num_past, device=is_image.device) < num_past_images
-        return torch.cat([past.expand(batch_size, -1), is_image], dim=1)  # (batch, past_len + seq_len)
-
-    def pictures_read(self, past_key_values: Cache | None, past_len: int | torch.Tensor) -> PicturesRead | None:
-        """What was noted on a cache, unless that has been emptied since."""
-        read = getattr(past_key_values, "pictures_read", None)
-        if read is None:
-            return None
-        if isinstance(past_len, torch.Tensor):
-            is_filled = past_len != 0
-            read = read._replace(differ=is_filled & read.differ, end=is_filled * read.end)
-        elif past_len == 0:
-            read = None
-        past_key_values.pictures_read = read
-        return read
-
-    def note_pictures(
-        self,
-        past_key_values: Cache,
-        is_image: torch.Tensor,
-        kept: torch.Tensor,
-        num_left_out: int,
-        num_image_tokens: int,
-        num_untold: int,
-    ) -> None:
-        """Notes on a cache where its pictures are, of which `num_left_out` columns were kept from the text stream."""
-        before = getattr(past_key_values, "pictures_read", None)
-        differ: bool | torch.Tensor = num_image_tokens != is_image.shape[0] * num_left_out
-        if before is not None:
-            differ = before.differ | differ
-        ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
-        read = PicturesRead(differ, ends.max(), kept, num_untold)
-        past_key_values.pictures_read = read
-
     def lay_out(
         self,
         is_image: torch.Tensor | None,
@@ -802,15 +673,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 has_placeholder = (input_ids == self.config.image_token_id).any()
                 check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
             has_new_images = num_image_tokens > 0
-            is_image = self.locate_images(
-                input_ids,
-                inputs_embeds,
+            is_image = locate_images(
+                input_ids if input_ids is not None else inputs_embeds,
+                partial(self.image_placeholders, input_ids, inputs_embeds),
                 attention_mask,
                 mm_token_type_ids,
                 past_len,
                 past_text_len,
                 has_new_images,
-                pictures_read=self.pictures_read(past_key_values, past_len),
+                noted=pictures_read(past_key_values, past_len),
             )
             if is_image is not None and has_new_images and self.config.num_image_reading_layers:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
@@ -839,7 +710,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if text_cache is not None and is_image is not None and layout.text_index is not None:
                 num_left_out = seq_len - layout.text_index.shape[1]
                 num_untold = 0 if mm_token_type_ids is None else is_image.shape[1] - mm_token_type_ids.shape[1]
-                self.note_pictures(
+                note_pictures(
                     past_key_values, is_image, layout.kept_columns, num_left_out, num_image_tokens, num_untold
                 )
             # Flash kernels take no masks, so their layers make all states
