@@ -74,7 +74,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
-        self.drops_uploads = False
+        self.refuses_uploads = False
         self.address = ""
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -175,13 +175,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"commitUrl": f"{self.hub.address}/{found[1]}/commit/{number}", "commitOid": number})
 
     def do_PUT(self) -> None:
-        if self.hub.drops_uploads:
-            self.rfile.read(1)
-            self.close_connection = True
-            return
         data = self.body()
+        if self.hub.refuses_uploads:
+            # Not dropped, which the client would try again and again, and wait longer each time
+            return self.answer({}, 403)
         self.hub.objects[hashlib.sha256(data).hexdigest()] = data
-        self.answer({})
+        return self.answer({})
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)

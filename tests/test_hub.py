@@ -244,10 +244,11 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     (tmp_path / "it.png").write_bytes(b"a picture that the card shows")
     options = ["--checkpoint", checkpoint, "--repo_id", "me/shards", "--max_shard_size", "50KB"]
     options += ["--card", tmp_path / "card.md", "--revision", "first"]
-    hub.drops_uploads = True
-    assert run("duostream.scripts.push", *options).returncode != 0
+    hub.refuses_uploads = True
+    refused = run("duostream.scripts.push", *options)
+    assert refused.returncode != 0 and "403 Forbidden" in refused.stderr
     assert set(hub.files("me/shards")) == {".gitattributes"} == set(hub.files("me/shards", "first"))
-    hub.drops_uploads = False
+    hub.refuses_uploads = False
     pushed = run("duostream.scripts.push", *options)
     assert pushed.returncode == 0, pushed.stderr[-3000:]
     assert pushed.stdout.strip().splitlines()[-1].startswith(f"{hub.address}/me/shards/commit/")
