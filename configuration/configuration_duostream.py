@@ -436,7 +436,8 @@ def is_causal(config: PreTrainedConfig) -> bool:
         return False
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         return False
-    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
+    is_like_bert = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
+    return not is_like_bert or bool(getattr(config, "is_decoder", False))
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:

@@ -48,6 +48,21 @@ def config_of(backbone: Backbone) -> PreTrainedConfig:
     return backbone.config if isinstance(backbone, PreTrainedModel) else AutoConfig.from_pretrained(backbone)
 
 
+def check_layers(config: PreTrainedConfig, field: str) -> None:
+    """Raises `ValueError` if a decoder has layers whose states run through slots that hold no token of a row."""
+    if unknown := set(layer_types(config)) - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"`{field}` of type {config.model_type!r} has layers of kinds {sorted(unknown)}; expected attention layers"
+        )
+
+
+def check_inputs(config: PreTrainedConfig, field: str, *names: str) -> None:
+    """Raises `ValueError` if the model that `AutoModel` builds from `config` doesn't take inputs of these names."""
+    known = inspect.signature(MODEL_MAPPING[type(config)].forward).parameters
+    if missing := [f"`{name}`" for name in names if name not in known]:
+        raise ValueError(f"`{field}` of type {config.model_type!r} takes no {', '.join(missing)}")
+
+
 def check_decoder(config: PreTrainedConfig, field: str, is_split: bool) -> None:
     """
     Raises `ValueError` if `config` is not a decoder that can start or stop between any two of its layers, or, where it
@@ -55,22 +70,18 @@ def check_decoder(config: PreTrainedConfig, field: str, is_split: bool) -> None:
     """
     kind = f"`{field}` of type {config.model_type!r}"
     if not is_causal(config):
-        raise ValueError(f"{kind} is no decoder, so it can't be split: give a `fusion_config` instead")
-    unknown_layers = set(layer_types(config)) - {"full_attention", "sliding_attention"}
-    if unknown_layers:
-        raise ValueError(f"{kind} has layers of kinds {sorted(unknown_layers)}; only attention layers can be split")
+        advice = (
+            "so it can't be split: give a `fusion_config` instead" if is_split else "which the fusion stack must be"
+        )
+        raise ValueError(f"{kind} is no decoder, {advice}")
+    check_layers(config, field)
     for name, harmless in INDIVISIBLE_FIELDS.items():
         value = getattr(config, name, None)
         if value is not None and value not in harmless:
             raise ValueError(f"{kind} has `{name}={value}`, which its layers apart from each other can't keep to")
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         raise ValueError(f"{kind} has a `word_embed_proj_dim` other than its `hidden_size`")
-    model_class = MODEL_MAPPING[type(config)]
-    missing = {"inputs_embeds", "position_ids", "past_key_values"} - set(
-        inspect.signature(model_class.forward).parameters
-    )
-    if missing:
-        raise ValueError(f"{kind} takes no {', '.join(f'`{name}`' for name in sorted(missing))}")
+    check_inputs(config, field, "inputs_embeds", "position_ids", "past_key_values")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     if is_split and getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -166,13 +177,17 @@ def compose_config(
                 "the text it is to write"
             )
         text_config.is_decoder = True
-    if isinstance(fusion_config, PreTrainedConfig) and num_fusion_layers is None:
-        check_decoder(fusion_config, "fusion_config", is_split=False)
+    if num_fusion_layers is None and is_causal(text_config):
+        check_layers(text_config, "text")
+        check_inputs(text_config, "text", "inputs_embeds", "past_key_values")
     kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", True)))
     kwargs.setdefault("image_token_id", text_config.vocab_size)
-    return DuoStreamConfig(
+    config = DuoStreamConfig(
         text_config=text_config, vision_config=vision_config, fusion_stack_config=fusion_config, **kwargs
     )
+    if num_fusion_layers is None:
+        check_decoder(config.fusion_stack_config, "fusion_config", is_split=False)
+    return config
 
 
 def load_backbones(

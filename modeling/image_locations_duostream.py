@@ -104,12 +104,13 @@ def locate_images(
         is_static = isinstance(past_len, torch.Tensor)
         num_untold = 0 if is_static else past_len + seq_len - is_image.shape[1]
         is_virtual = (past_len or new_tokens.ndim == 3) and (noted is None or noted.num_untold == num_untold)
-        if num_untold > 0 and is_image.shape[1] != seq_len and is_virtual:
+        is_padded = num_untold > 0 and is_image.shape[1] != seq_len and is_virtual
+        if is_padded:
             # PEFT's tokens in front of all others, of which it doesn't tell here either
             is_image = nn.functional.pad(is_image, (num_untold, 0))
-            if has_new_images:
-                is_same = (is_image[:, -seq_len:] == find_placeholders()).all()
-                check(is_same, "`mm_token_type_ids` are not of the last tokens, of which they have as many")
+        if has_new_images and is_image.shape[1] >= seq_len and (new_tokens.ndim == 2 or is_padded):
+            is_same = (is_image[:, -seq_len:] == find_placeholders()).all()
+            check(is_same, "`mm_token_type_ids` tell of pictures at other places than their placeholders are")
         if is_static:
             check(past_len + seq_len == is_image.shape[1], NEEDS_TYPES)
         if is_static or is_image.shape[1] == past_len + seq_len:

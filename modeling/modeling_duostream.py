@@ -461,8 +461,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     @property
     def _text_window(self) -> int | None:
-        has_window = "sliding_attention" in layer_types(self.config.text_config)
-        return self.config.text_config.sliding_window if has_window else None
+        config = self.config.text_config
+        if "sliding_attention" in layer_types(config):
+            return config.sliding_window
+        # GPT-Neo has names of its own
+        return config.window_size if "local" in getattr(config, "attention_layers", ()) else None
 
     def split_cache(self, past_key_values: Cache) -> tuple[Cache, Cache | None]:
         """Views of one cache: the fusion stack's layers, and the text stream's behind them (`None` for an encoder)."""
@@ -690,6 +693,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if segment_ids is not None and position_ids is None:
                 is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask
                 position_ids = segment_positions(segment_ids, is_valid)
+            elif segment_ids is None and position_ids is not None and has_new_images and attention_mask is None:
+                goes_on = (position_ids.diff(dim=1) >= 0).all()
+                check(goes_on, "`position_ids` start anew, for several sequences in a row: give `segment_ids`")
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:
@@ -758,6 +764,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             states = torch.cat([hidden_states.flatten(0, 1), image_states.flatten(0, -2)])  # (all tokens, hidden)
             hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
         has_own_mask = block_ids is not None or segment_ids is not None
+        if self.config.restart_positions and attention_mask is None and fusion_cache is None:
+            # The library takes positions that start anew for another row packed into this one
+            fusion_attention_mask = attention_mask = torch.ones_like(position_ids)
         if has_own_mask:
             fusion_attention_mask = self._fusion_mask(
                 hidden_states, attention_mask, fusion_cache, block_ids, segment_ids

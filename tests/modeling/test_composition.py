@@ -208,6 +208,17 @@ def test_a_window_and_pictures_at_different_places_are_refused_with_a_cache(
         model.generate(**inputs, max_new_tokens=NEW)
 
 
+def test_gpt_neos_local_layers_have_windows_too(folder: Callable[[str], Path]) -> None:
+    neo = AutoModelForCausalLM.from_config(OTHERS["gpt_neo"][1]())
+    model = DuoStreamForConditionalGeneration.from_backbones(neo, folder("siglip"), num_fusion_layers=2).eval()
+    rows = [Row(model, PICTURE, 12), Row(model, 8, PICTURE, 4)]
+    with pytest.raises(ValueError, match="sliding window of 8 tokens"):
+        model.generate(**batch(rows), max_new_tokens=NEW)
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "use_cache": False}
+    for tokens, row in zip(model.generate(**batch(rows), **settings), rows, strict=True):
+        assert torch.equal(tokens[-NEW:], model.generate(**row.inputs, **settings)[0, -NEW:])
+
+
 def test_a_window_that_the_text_outgrows_while_it_is_written_is_refused_then(folder: Callable[[str], Path]) -> None:
     model = compose(folder, "mistral")
     rows = [Row(model, PICTURE, 3), Row(model, 2, PICTURE, 1)]
@@ -248,6 +259,16 @@ def test_a_model_without_a_head_keeps_the_encoder_an_encoder(folder: Callable[[s
     ids = torch.randint(3, VOCAB_SIZE, (2, 9))
     with torch.no_grad():
         assert torch.equal(model.text_model(ids).last_hidden_state, bert(ids).last_hidden_state)
+
+
+def test_a_type_that_reads_both_ways_by_default_is_made_a_decoder_to_write(folder: Callable[[str], Path]) -> None:
+    text = AutoModel.from_config(transformers.BertGenerationConfig(**COMMON))
+    model = DuoStreamForConditionalGeneration.from_backbones(text, folder("siglip"), fusion_config=LLAMA).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (1, 9))
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 5) % VOCAB_SIZE
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[:, :-1], model(other).logits[:, :-1])
 
 
 @pytest.mark.parametrize("text", ["llama", "gpt2", "opt"])
@@ -470,6 +491,17 @@ def bloom() -> PreTrainedConfig:
             r"granite.*embedding_multiplier=2.0",
         ),
         (bloom, {"num_fusion_layers": 2}, r"bloom.*`position_ids`"),
+        (lambda: transformers.OpenAIGPTConfig(**GPT2), {"fusion_config": LLAMA}, r"openai-gpt.*`past_key_values`"),
+        (
+            lambda: transformers.Qwen3NextConfig(**GROUPED, layer_types=["linear_attention", "full_attention"] * 2),
+            {"fusion_config": LLAMA},
+            r"`text` of type 'qwen3_next'.*linear_attention",
+        ),
+        (
+            TEXTS["llama"],
+            {"fusion_config": {**LLAMA, "model_type": "bert"}},
+            r"`fusion_config` of type 'bert'.*decoder",
+        ),
         (
             lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16),
             {"num_fusion_layers": 2},

@@ -924,6 +924,31 @@ def test_arguments_that_contradict_each_other_are_refused(llama: Any) -> None:
         llama(**inputs, pixel_values=row.pictures)
     with pytest.raises(ValueError, match="mm_token_type_ids"):
         llama(**inputs, mm_token_type_ids=torch.zeros(1, 3, dtype=torch.long))
+    types = (row.ids == llama.config.image_token_id).long()[None]
+    with pytest.raises(ValueError, match="at other places than their placeholders"):
+        llama(**inputs, mm_token_type_ids=types.roll(1, dims=1))
+
+
+def test_sequences_that_positions_alone_tell_apart_are_refused_with_pictures(llama: Any) -> None:
+    rows = [Row(llama, PICTURE, 3), Row(llama, 4)]
+    inputs = {"input_ids": torch.cat([row.ids for row in rows])[None], "pixel_values": rows[0].pictures}
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    with pytest.raises(ValueError, match=r"`position_ids` start anew.* give `segment_ids`"):
+        llama(**inputs, position_ids=positions, use_cache=False)
+    segments = torch.cat([torch.full_like(row.ids, number) for number, row in enumerate(rows, start=1)])[None]
+    with torch.no_grad():
+        packed = llama(**inputs, position_ids=positions, segment_ids=segments).logits[0, len(rows[0]) :]
+    assert difference(packed, alone(llama, rows[1])) < CLOSE
+
+
+@torch.no_grad()
+def test_positions_that_restart_behind_a_prefix_need_no_attention_mask(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    model.config.restart_positions = True
+    row = Row(model, 8)
+    inputs = {"input_ids": row.ids[None], "prefix_length": torch.tensor([5]), "use_cache": False}
+    mask = torch.ones(1, len(row), dtype=torch.long)
+    assert difference(model(**inputs).logits, model(**inputs, attention_mask=mask).logits) < CLOSE
 
 
 def test_a_cache_of_other_layers_is_refused(llama: Any) -> None:
