@@ -25,7 +25,9 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
@@ -44,6 +46,14 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 # Files are opened by the collator, which names the row of one that can't be read
 UNDECODED = Image(decode=False)
+
+# By the types of files that each reads; beside Parquet and Arrow there may be JSON that tells of them
+BUILDERS = {
+    "parquet": {".parquet"},
+    "arrow": {".arrow"},
+    "json": {".jsonl", ".json"},
+    "webdataset": {".tar"},
+}
 
 BLANK_GRAY = (128, 128, 128)
 
@@ -86,6 +96,10 @@ def load_rows(
             would do nothing for them.
     """
     named = [name for name in MAKING_ROWS if getattr(args, name) != getattr(DataArguments, name)]
+    for name in ("prompt", "max_column_chars"):
+        if name in named and (args.prompt_column or args.task in ("masked", "retrieval")):
+            other = f"`prompt_column` {args.prompt_column!r}" if args.prompt_column else f"`task` {args.task!r}"
+            raise ValueError(f"`{name}` would do nothing beside {other}")
     rows = _rows_of_task(with_defaults(args), split, max_rows, is_evaluation, classes, bad_rows, named)
     rows = number_rows(rows)
     return blank(rows) if args.blank_images else rows
@@ -164,16 +178,17 @@ def _same_columns(rows: Rows, args: DataArguments) -> Rows:
     if "images" in columns:
         rows = rows.cast_column("images", List(UNDECODED))
 
+    def with_parts(message: dict[str, Any], index: int) -> dict[str, Any]:
+        """From JSON, a message may be a plain text, and a part lack what others have."""
+        if message.get("tool_calls"):
+            raise ValueError(f"Row {index} of {args.dataset!r}: a mixture takes no `tool_calls`")
+        parts = [{"type": part.get("type"), "text": part.get("text")} for part in parts_of(message)]
+        # What says nothing stays so, for the collator to refuse it by its row
+        return {"role": message.get("role"), "content": parts or [{"type": "text", "text": None}]}
+
     def make_alike(row: dict[str, Any], index: int) -> dict[str, Any]:
-        # From JSON, a message may be a plain text, and a part lack what others have
         turns = {
-            name: [
-                {
-                    **message,
-                    "content": [{"type": part["type"], "text": part.get("text")} for part in parts_of(message)],
-                }
-                for message in row[name]
-            ]
+            name: None if row[name] is None else [with_parts(message, index) for message in row[name]]
             for name in ("prompt", "completion")
         }
         length = row["length"] if "length" in row else _num_chars(row, args.chars_per_picture)
@@ -322,6 +337,11 @@ def _rows_of_task(
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
         if named:
             raise ValueError(ready)
+        if args.image_column in columns and "images" not in columns:
+            raise ValueError(
+                f"The rows of {args.dataset!r} are conversations, but their pictures are in {args.image_column!r}: "
+                'expected a list of them in `images`, and `{"type": "image"}` in the messages where each stands'
+            )
         # Names that are given to rows here: what else they hold under these is not read
         rows = rows.remove_columns([name for name in ("source", "row") if name in columns])
         # Files, or bytes and paths, are pictures whatever type they were stored as
@@ -403,19 +423,28 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
 
 
 def _load_files(path: Path, options: dict[str, Any]) -> Rows:
-    suffixes = {file.suffix.lower() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
-    pictures = suffixes & {".jpg", ".jpeg", ".png", ".webp"}
-    if path.is_dir() and pictures:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    suffixes = {file.suffix.lower() for file in files}
+    has_metadata = any(file.stem == "metadata" for file in files)
+    # Pictures lie beside the tables that name them
+    has_table = any(file.suffix.lower() in (".jsonl", ".parquet") for file in files)
+    if path.is_dir() and suffixes & set(ImageFolder.EXTENSIONS) and (has_metadata or not has_table):
         return load_dataset("imagefolder", data_dir=str(path), **options)
-    for builder, known in (("json", {".jsonl", ".json"}), ("parquet", {".parquet"}), ("webdataset", {".tar"})):
-        if suffixes & known:
-            if path.is_file():
-                # A file is one split, whatever its name
-                return load_dataset(builder, data_files={options["split"].split("[")[0]: str(path)}, **options)
-            return load_dataset(builder, data_dir=str(path), **options)
+    for builder, known in BUILDERS.items():
+        if not suffixes & known:
+            continue
+        names = {part.split("[")[0] for part in options["split"].split("+")}
+        if path.is_file():
+            # A file is one split, whatever its name
+            return load_dataset(builder, data_files={names.pop(): str(path)}, **options)
+        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+        found = found.filter(extensions=sorted(known))
+        # Of the wanted splits alone: others may have other columns and classes, or lines that are broken
+        found = {name: found[name] for name in names} if names <= set(found) else found
+        return load_dataset(builder, data_files=found, **options)
     raise ValueError(
         f"`dataset` {str(path)!r} has files of types {sorted(suffixes)}; expected pictures with a "
-        "metadata file, JSONL, Parquet, or WebDataset's tar files"
+        "metadata file, JSONL, Parquet, Arrow, or WebDataset's tar files"
     )
 
 
@@ -444,12 +473,19 @@ def _make_rows(
     for option, column in wanted.items():
         if column is not None and column not in columns:
             raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
-    for _, name, _, _ in Formatter().parse(args.prompt or "") if not args.prompt_column else ():
-        if name is not None and name not in columns:
+    for name in columns_in(args.prompt or "") if not args.prompt_column else ():
+        if name not in columns:
             raise ValueError(f"`prompt` {args.prompt!r} names {name!r}, but the columns are {columns}")
     has_images = args.image_column in columns
     if not has_images and args.image_column not in (DataArguments.image_column, ""):
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
+    if not has_images and args.image_dir is not None:
+        raise ValueError(f"`image_dir` is for the paths in `image_column`, but the columns are {columns}")
+    if not has_images and args.image_column and (args.task == "caption" or _has_pictures(rows)):
+        raise ValueError(
+            f"`image_column` is {args.image_column!r}, but the columns are {columns}: name the one with pictures, or "
+            '"" to read text alone'
+        )
     if has_images and args.image_dir is not None:
         options = {"column": args.image_column, "image_dir": args.image_dir}
         rows = rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
@@ -509,6 +545,12 @@ def _make_rows(
     )
 
 
+def _has_pictures(rows: Rows) -> bool:
+    """Whether a column holds pictures, or lists of them; of a stream that may be unknown."""
+    features = (rows.features or {}).values()
+    return any(isinstance(each.feature if isinstance(each, List) else each, Image) for each in features)
+
+
 def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars_per_picture) -> int:
     """
     Length of a row in characters, by which `--train_sampling_strategy group_by_length` saves padding: of its texts,
@@ -550,6 +592,19 @@ def _join_path(name: Any, image_dir: str) -> Any:
     return str(Path(image_dir) / name) if isinstance(name, str) else name
 
 
+def columns_in(prompt: str) -> list[str]:
+    """
+    The columns that a prompt names as `{name}`.
+
+    Raises:
+        ValueError: Its braces don't match.
+    """
+    try:
+        return [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"`prompt` is {prompt!r}: {error}. A brace that is text is written twice") from error
+
+
 def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
     """The row's prompt: a column, or the template with the row's columns in it."""
     if args.prompt_column:
@@ -558,8 +613,8 @@ def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
             raise ValueError(f"Row {index}: expected text in `prompt_column` {args.prompt_column!r}, not {prompt!r}")
         return prompt
     template = args.prompt or ""
-    for _, name, _, _ in Formatter().parse(template):
-        if name is not None and not isinstance(row[name], str | int | float):
+    for name in columns_in(template):
+        if not isinstance(row[name], str | int | float):
             raise ValueError(f"Row {index}: expected text in column {name!r} of `prompt`, not {row[name]!r}")
     if args.max_column_chars is None:
         return template.format_map(row)
@@ -624,7 +679,10 @@ def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str]
         if label not in known:
             raise ValueError(f"Row {index}: `{args.label_column}` {label!r} is none of the classes {known}")
         label = known.index(label)
-    elif not isinstance(label, int | float) or (known and not 0 <= label < len(known)):
+    elif type(label) is int and str(label) in known:
+        # The classes may have numbers for names, not all, or not in their order
+        label = known.index(str(label))
+    elif not isinstance(label, int | float) or (known and (label != int(label) or not 0 <= label < len(known))):
         raise ValueError(
             f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
         )

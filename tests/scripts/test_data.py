@@ -17,6 +17,7 @@ from duostream.scripts.data import (
     load_mixture,
     load_rows,
     number_rows,
+    read_classes,
     texts_of,
     with_lengths,
 )
@@ -333,6 +334,114 @@ def test_a_missing_image_column_is_named_where_it_was_asked_for(photographs):
     # Otherwise the model would be trained without a picture, and nobody told
     with pytest.raises(ValueError, match=r"`image_column` is 'photo', but the columns are \[.*'image'"):
         load(photographs, answer_column="captions", image_column="photo")
+
+
+def test_pictures_are_never_left_out_because_their_column_has_another_name(tmp_path):
+    rows = [{"img": str(tmp_path / "a.png"), "captions": "A dog ."}]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"`image_column` is 'image', but the columns are \['img'.*read text alone"):
+        load(path, task="caption")
+    with pytest.raises(ValueError, match=r"`image_dir` is for the paths in `image_column`.*\['img'"):
+        load(path, answer_column="captions", image_dir=str(tmp_path), image_column="")
+    assert said(load(path, task="caption", image_column="")[0]) == (0, "Describe the picture.", "A dog .")
+    features = Features({"jpg": datasets.Image(), "txt": Value("string")})
+    Dataset.from_list([{"jpg": picture(0), "txt": "A dog ."}], features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"`image_column` is 'image', but the columns are \['jpg', 'txt'\]"):
+        load(tmp_path / "a.parquet", answer_column="txt")
+
+
+def test_a_picture_beside_a_conversation_is_not_left_out_in_silence(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "messages": conversation("?", "A dog .")}])
+    with pytest.raises(ValueError, match=r"their pictures are in 'image': expected a list of them in `images`"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tiff", ".gif"])
+def test_a_folder_of_pictures_may_be_of_any_type_that_datasets_knows(tmp_path, suffix):
+    folder = write_image_folder(tmp_path / "train", [{"captions": "A dog ."}], suffix=suffix)
+    assert pictures(load(folder.parent, task="caption")[0])[0].size == picture(0).size
+
+
+def test_a_table_among_pictures_is_read_and_not_the_names_of_their_folders(tmp_path):
+    for kind in ("cats", "dogs"):
+        (tmp_path / kind).mkdir()
+        picture(0).save(tmp_path / kind / "a.png")
+    rows = [{"image": str(tmp_path / "cats" / "a.png"), "text": "", "label": "good"}]
+    write_lines(tmp_path / "train.jsonl", rows)
+    args = DataArguments(dataset=str(tmp_path), task="classification")
+    assert read_classes(args) == ["good"]
+    assert len(pictures(load_rows(args, "train", classes=["good"])[0])) == 1
+
+
+def test_parquet_is_read_where_json_tells_of_it_and_so_is_what_a_dataset_saves(tmp_path):
+    rows = Dataset.from_list([{"source": "one", "target": "eins"}])
+    (tmp_path / "cloned").mkdir()
+    rows.to_parquet(tmp_path / "cloned" / "train-00000-of-00001.parquet")
+    (tmp_path / "cloned" / "dataset_infos.json").write_text("{}")
+    rows.save_to_disk(tmp_path / "saved")
+    for place in ("cloned", "saved"):
+        assert said(load(tmp_path / place, task="translation", image_column="")[0])[2] == "eins"
+
+
+def test_a_split_is_read_by_itself_whatever_the_others_hold(tmp_path):
+    # Classes in another order, and a broken line
+    for split, names in (("train", ["eel", "dog"]), ("validation", ["dog", "eel"])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = [{"text": name, "label": i} for i, name in enumerate(names)]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "classes" / f"{split}.parquet")
+    args = DataArguments(dataset=str(tmp_path / "classes"), task="classification")
+    rows = load_rows(args, "validation", classes=["eel", "dog"])
+    assert [(row["text"], row["label"]) for row in rows] == [("dog", 1), ("eel", 0)]
+    write_lines(tmp_path / "lines" / "validation.jsonl", [{"source": "one", "target": "eins"}])
+    (tmp_path / "lines" / "train.jsonl").write_text("{broken")
+    assert len(load(tmp_path / "lines", "validation", task="translation")) == 1
+    with pytest.raises(ValueError, match=r"Row 0 of .*train.jsonl"):
+        load(tmp_path / "lines", task="translation")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_column": "target", "prompt": "Say {source}"}, "`prompt` would do nothing beside `prompt_column`"),
+        ({"prompt_column": "target", "max_column_chars": 3}, "`max_column_chars` would do nothing beside"),
+        ({"task": "masked", "answer_column": "target", "prompt": "Hi"}, "`prompt` would do nothing beside `task`"),
+        ({"prompt": "Say {source"}, r"`prompt` is 'Say {source': .*written twice"),
+    ],
+)
+def test_a_prompt_that_cannot_be_said_is_refused(tmp_path, options, message):
+    path = write_lines(tmp_path / "rows.jsonl", [{"source": "one", "target": "eins"}])
+    with pytest.raises(ValueError, match=message):
+        load(path, **{"task": "translation", **options})
+
+
+def test_a_number_is_the_class_that_has_it_for_a_name(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": 3}, {"text": "b", "label": 1}])
+    args = DataArguments(dataset=str(path), task="classification")
+    assert load_rows(args, "train", classes=["1", "2", "3"])["label"][:] == [2, 0]
+    assert load_rows(args, "train", classes=["none", "few", "some", "many"])["label"][:] == [3, 1]
+    path = write_lines(tmp_path / "scores.jsonl", [{"text": "a", "label": 0.5}])
+    with pytest.raises(ValueError, match=r"Row 0: `label` is 0.5; expected a class from 0 to 1"):
+        load_rows(replace(args, dataset=str(path)), "train", classes=["1", "2"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": conversation("?", "a")[:1], "completion": [{"role": "assistant", "content": None}]},
+        {"prompt": None, "completion": conversation("?", "a")[1:]},
+    ],
+    ids=["an answer", "a prompt"],
+)
+def test_what_is_missing_in_a_row_of_a_mixture_is_never_learnt_as_empty(tmp_path, photographs, collator, row):
+    ready = {"prompt": conversation("?", "a")[:1], "completion": [{"role": "assistant", "content": "a", "name": "x"}]}
+    path = write_lines(tmp_path / "pairs.jsonl", [ready, row])
+    (tmp_path / "other.yaml").write_text(f"task: chat\ndataset: {path}\n")
+    mixture = [str(tmp_path / "other.yaml")]
+    rows = load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=mixture))
+    wrong = [each for each in rows if each["dataset"] == str(path) and each["source"] == 1]
+    assert wrong
+    with pytest.raises(ValueError, match=r"Row .*(expected text from the assistant, not None|there are no messages)"):
+        collator(wrong[:1])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
