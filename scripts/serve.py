@@ -7,15 +7,19 @@ Example:
     duostream serve runs/finetuned --port 8000
 """
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from inspect import getsource
 from typing import Any
 
+import torch
 import typer
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
+from ..processing.data_collator_duostream import load_pictures
+from ..processing.processing_duostream import check_messages, check_text
 from .places import check_place
 
 # What of the library's server is open: its other routes open files and addresses that a request names
@@ -23,33 +27,131 @@ ROUTES = ("/health", "/load_model", "/v1/models", "/v1/chat/completions")
 # What OpenAI's clients expect to be told of a model
 MADE = {"created": 0, "owned_by": "duostream"}
 
+# What the library's server leaves out without a word, or fails at; each with the value that asks for nothing, which
+# some clients always send
+NOT_TAKEN: dict[str, Any] = {
+    "n": 1,
+    "stop": [],
+    "logprobs": False,
+    "top_logprobs": 0,
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+}
+# The library adds `frequency_penalty` to 1 and divides scores by the sum
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 2),
+    "top_p": (float, 0, 1),
+    "frequency_penalty": (float, -0.9, 2),
+    "max_tokens": (int, 1, 2**31 - 1),
+    "max_completion_tokens": (int, 1, 2**31 - 1),
+    "seed": (int, -(2**63), 2**63 - 1),
+}
+# Below, scores that are divided by it overflow, and the answer is the greedy one
+LOWEST_TEMPERATURE = 1e-5
+
 
 def refusal(body: Any, model: str) -> str | None:
-    """Why a request isn't answered: it asks for another model, or names a file or an address to be opened."""
+    """Why a request isn't answered: it asks for what the server can't do, or for a file or an address to be opened."""
     if not isinstance(body, dict):
         return "expected a JSON object"
     if body.get("model") not in (None, model):
         return f"`model` is {body['model']!r}; this server has {model!r}"
     if "chat_template_kwargs" in body:
         return "`chat_template_kwargs` is not taken: it could name files to open"
-    if body.get("stop") is not None:
-        # The library looks for a tokenizer's vocabulary on the processor
-        return "`stop` is not taken"
-    messages = body.get("messages") or []
-    if "messages" in body and not messages:
-        return "`messages` is empty"
-    for number, message in enumerate(messages if isinstance(messages, list) else [messages]):
-        content = message.get("content") if isinstance(message, dict) else message
-        for part in content if isinstance(content, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image_url", "input_image"):
-                url = part.get("image_url")
-                url = url.get("url") if isinstance(url, dict) else url
-                if not (isinstance(url, str) and url.startswith("data:image/")):
-                    return f"Message {number}: expected the picture itself, as a `data:image/...` URL, not its address"
-            elif kind not in ("text", "input_text", "output_text"):
-                return f"Message {number}: expected text and pictures, not {kind!r}"
+    for name, idle in NOT_TAKEN.items():
+        if body.get(name) not in (None, idle):
+            return f"`{name}` is not taken, unless it is {json.dumps(idle)}"
+    for name, (kind, low, high) in NUMBERS.items():
+        value = body.get(name)
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if value is not None and not (is_number and low <= value <= high):
+            expected = "an integer" if kind is int else "a number"
+            return f"`{name}` is {value!r:.100}; expected {expected} from {low} to {high}"
+    tools = body.get("tools") or []
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return f"`tools` is {tools!r:.100}; expected a list of objects"
     return None
+
+
+def messages_refusal(messages: Any) -> str | None:
+    """Why messages aren't answered: they are none, or have something else than text and pictures of their own."""
+    if not isinstance(messages, list) or not messages:
+        return f"`messages` is {messages!r:.100}; expected a list of messages"
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        try:
+            if isinstance(content, list):
+                message = {**message, "content": [checked_part(part) for part in content]}
+            elif isinstance(content, str):
+                check_text(content, "`content`")
+            check_messages([message])
+            check_text(message["role"], "`role`")
+        except ValueError as error:
+            return f"Message {number}: {error}"
+    return None
+
+
+def checked_part(part: Any) -> dict[str, Any]:
+    """A part of a message as the processor's messages have it, without its picture."""
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind in ("image_url", "input_image"):
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not (isinstance(url, str) and url.startswith("data:image/")):
+            raise ValueError("expected the picture itself, as a `data:image/...` URL, not its address")
+        return {"type": "image"}
+    if kind in ("text", "input_text", "output_text"):
+        check_text(part.get("text"), "`text`")
+        return {"type": "text", "text": part["text"]}
+    raise ValueError(f"expected text and pictures, not {kind!r:.100}")
+
+
+def answering(base: Any) -> Any:
+    """The library's handler of chats; it reads pictures as the processor does, and draws answers if asked to."""
+    from fastapi import HTTPException
+
+    class Handler(base):
+        @staticmethod
+        def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
+            # Where there are tool calls the library leaves the content out, and takes null and [] for some
+            given = [{name: each for name, each in message.items() if each not in (None, [])} for message in messages]
+            try:
+                inputs = base.get_processor_inputs_from_messages(given, modality)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                # All else in the messages has been looked at
+                raise HTTPException(400, f"`tool_calls` can't be read: {error!r}") from error
+            for number, message in enumerate(inputs):
+                parts = [part for part in message["content"] if part["type"] == "image"]
+                try:
+                    pictures = load_pictures([part.pop("url") for part in parts], f"Message {number}")
+                except ValueError as error:
+                    raise HTTPException(400, str(error)) from error
+                for part, picture in zip(parts, pictures, strict=True):
+                    part["image"] = picture
+            return inputs
+
+        def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # The library seeds at once, which would disturb the answer that is being written
+            rest = {name: value for name, value in body.items() if name not in ("seed", *NOT_TAKEN)}
+            temperature = body.get("temperature")
+            try:
+                config = super()._build_generation_config(rest, *args, **kwargs)
+                if temperature is not None:
+                    # The library sets it and goes on writing greedily
+                    config.do_sample = temperature >= LOWEST_TEMPERATURE
+                config.validate()
+            except (TypeError, ValueError) as error:
+                raise HTTPException(400, f"`generation_config` can't be read: {error}") from error
+            if temperature is None and body.get("top_p") not in (None, 1) and not config.do_sample:
+                raise HTTPException(400, "`top_p` is not taken without a `temperature`: the answer is greedy")
+            if body.get("seed") is not None:
+                # By the thread that writes the answer, right before it does
+                model = self.model_manager.process_model_name(body["model"])
+                self.generation_state.get_manager(model).submit(torch.manual_seed, body["seed"])
+            return config
+
+    return Handler
 
 
 def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,9 +174,12 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
                 return JSONResponse({"object": "list", "data": [{"id": model, "object": "model", **MADE}]})
             if request.method == "POST":
                 try:
-                    problem = refusal(await request.json(), model)
+                    body = await request.json()
                 except ValueError:
-                    problem = "the request is no JSON"
+                    return JSONResponse({"detail": "the request is no JSON"}, 400)
+                problem = refusal(body, model)
+                if problem is None and request.url.path == "/v1/chat/completions":
+                    problem = messages_refusal(body.get("messages"))
                 if problem is not None:
                     return JSONResponse({"detail": problem}, 400)
             return await call_next(request)
@@ -98,11 +203,12 @@ def main(args: list[str] | None = None) -> None:
             "`duostream serve` needs more packages: pip install 'duostream[serving]' (in a clone: '.[serving]')"
         )
     # Overridden where `Serve` looks it up: the library's own server opens what whoever sends a request names
-    from transformers.cli.serving import server
+    from transformers.cli.serving import chat_completion, server
 
     if "from .serving.server import build_server" not in getsource(Serve.__init__):
         raise RuntimeError("This version of transformers builds its server elsewhere: nothing would guard it")
     server.build_server = guarded(server.build_server)
+    chat_completion.ChatCompletionHandler = answering(chat_completion.ChatCompletionHandler)
     # The package's own import has registered DuoStream in this process, which the library's command could not know
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(help=__doc__)(serve)

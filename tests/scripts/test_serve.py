@@ -1,5 +1,6 @@
 """A server of the real thing, asked over HTTP by the clients that people have."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +21,7 @@ from openai import BadRequestError, OpenAI
 from PIL import Image
 from tiny_models import answered_row, save_learnt
 
-from duostream.scripts.serve import refusal
+from duostream.scripts.serve import NOT_TAKEN
 
 pytestmark = pytest.mark.slow
 
@@ -74,10 +76,14 @@ def ask(server: str, checkpoint: Path) -> Any:
     return ask
 
 
-def data_url(color: str) -> str:
+def picture(color: str, size: tuple[int, int] = (40, 30)) -> bytes:
     file = BytesIO()
-    Image.new("RGB", (40, 30), color).save(file, "PNG")
-    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+    Image.new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(color: str) -> str:
+    return f"data:image/png;base64,{b64encode(picture(color)).decode()}"
 
 
 @pytest.mark.parametrize("color", COLORS)
@@ -119,10 +125,12 @@ def test_no_file_or_address_that_a_request_names_is_opened(
                 ask(data_url("blue"), extra_body={"chat_template_kwargs": options})
             assert "`chat_template_kwargs` is not taken" in refused.value.response.json()["detail"]
         video = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": picture}}]}]
-        for body in ({"messages": video}, {"model": picture}, {"model": "somebody/else"}):
+        answer = httpx.post(f"{server}/v1/chat/completions", json={"messages": video})
+        assert answer.status_code == 400 and "expected text and pictures" in answer.json()["detail"]
+        for model in (picture, "somebody/else"):
             for route in ("/v1/chat/completions", "/load_model"):
-                answer = httpx.post(f"{server}{route}", json={"model": str(checkpoint), **body})
-                assert answer.status_code == 400, (body, route)
+                answer = httpx.post(f"{server}{route}", json={"model": model})
+                assert answer.status_code == 400 and answer.json()["detail"].startswith("`model` is"), (model, route)
     for route in ("/v1/systemone", "/v1/responses", "/v1/completions", "/v1/audio/transcriptions"):
         assert httpx.post(f"{server}{route}", json={}).status_code == 404
     assert httpx.post(f"{server}/v1/chat/completions", content=b"no JSON").status_code == 400
@@ -155,18 +163,120 @@ def test_the_server_names_its_one_model(server: str, checkpoint: Path) -> None:
     assert [model.id for model in client.models.list()] == [str(checkpoint)]
 
 
-@pytest.mark.parametrize(("name", "value"), [("stop", ["."]), ("messages", [])])
-def test_what_the_server_does_not_take_is_the_client_s_mistake(
-    server: str, checkpoint: Path, name: str, value: Any
-) -> None:
+def words(server: str, **options: Any) -> str:
+    """An answer to a greeting, streamed or not."""
     client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-    asked: Any = {"messages": [{"role": "user", "content": "Hello"}], name: value}
-    with pytest.raises(BadRequestError) as error:
-        client.chat.completions.create(model=str(checkpoint), max_tokens=8, **asked)
-    assert error.value.response.json()["detail"].startswith(f"`{name}` is")
+    model = client.models.list().data[0].id
+    asked: Any = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, **options}
+    answer = client.chat.completions.create(model=model, **asked)
+    if options.get("stream"):
+        return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    return answer.choices[0].message.content
 
 
-def test_an_option_that_is_null_is_none() -> None:
-    asked = {"messages": [{"role": "user", "content": "Hello"}]}
-    assert refusal({**asked, "stop": None}, "a model") is None
-    assert refusal({**asked, "stop": "."}, "a model") == "`stop` is not taken"
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_drawn_if_a_temperature_is_given_and_the_same_with_the_same_seed(
+    server: str, stream: bool
+) -> None:
+    greedy = [{}, {"temperature": 0, "top_p": 0.5}, {"temperature": 1e-40}, {"temperature": 2, "top_p": 0}]
+    assert {words(server, stream=stream, **options) for options in greedy} == {"nice to meet you"}
+    drawn = [words(server, stream=stream, temperature=2, seed=seed) for seed in (0, 1, 2, 0, 1, 2)]
+    assert len(set(drawn)) > 1 and drawn[:3] == drawn[3:]
+
+
+def test_answers_that_are_asked_for_at_the_same_time_are_those_of_their_seeds(server: str) -> None:
+    def draw(seed: int) -> str:
+        return words(server, temperature=2, seed=seed, stream=seed % 2 == 0)
+
+    seeds = range(6)
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(draw, seeds)) == [draw(seed) for seed in seeds]
+
+
+def test_what_clients_send_though_they_ask_for_nothing_by_it_is_taken(server: str) -> None:
+    idle = {name: None for name in ("seed", "stop", "logprobs", "n", "temperature", "top_p", "max_tokens")}
+    assert words(server, **idle) == "nice to meet you"
+    assert words(server, **NOT_TAKEN, top_p=1, frequency_penalty=0, user="me") == "nice to meet you"
+    said = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "nice to meet you", "tool_calls": None},
+        {"role": "user", "content": "Hello"},
+    ]
+    spelt: Any = [*said[:1], {**said[1], "tool_calls": []}, *said[2:]]
+    assert words(server, messages=said) == words(server, messages=spelt)
+
+
+def saying(content: Any, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}]}
+
+
+def showing(picture: bytes, kind: str = "png", role: str = "user") -> dict[str, Any]:
+    url = f"data:image/{kind};base64,{b64encode(picture).decode()}"
+    return saying([{"type": "image_url", "image_url": {"url": url}}], role)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        *(
+            ({name: value}, f"`{name}` is not taken, unless it is ")
+            for name, value in {
+                "n": 3,
+                "stop": ["."],
+                "logprobs": True,
+                "top_logprobs": 2,
+                "logit_bias": {"5": 100},
+                "presence_penalty": 0.5,
+                "response_format": {"type": "json_object"},
+            }.items()
+        ),
+        *(
+            ({name: value}, f"`{name}` is {value!r}; expected ")
+            for name, values in {
+                "max_tokens": (0, -1, "a", True, 1.5),
+                "max_completion_tokens": (0,),
+                "temperature": (-0.1, "hot", 1e9),
+                "top_p": (1.1, []),
+                "seed": ("a", 0.5, 2**64),
+                "frequency_penalty": (-1,),
+                "messages": ("Hello", None, []),
+                "tools": ("f", ["f"]),
+            }.items()
+            for value in values
+        ),
+        ({"top_p": 0.9}, "`top_p` is not taken without a `temperature`"),
+        ({"generation_config": "{"}, "`generation_config` can't be read: "),
+        ({"generation_config": '{"max_new_tokens": 0}'}, "`generation_config` can't be read: "),
+        ({"messages": ["Hello"]}, "Message 0: expected a message with its `role`"),
+        ({"messages": [{"content": "Hello"}]}, "Message 0: expected a message with its `role`"),
+        (saying(5), "Message 0: expected text from the user, not 5"),
+        (saying(None), "Message 0: expected text from the user, not None"),
+        (saying("\ud800"), "Message 0: `content`: "),
+        (saying("Hello", "\ud800"), "Message 0: `role`: "),
+        (saying([{"type": "text", "text": 5}]), "Message 0: `text`: expected text, not 5"),
+        (saying([{"type": "text", "text": "\ud800"}]), "Message 0: `text`: "),
+        (saying(["Hello"]), "Message 0: expected text and pictures, not 'Hello'"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "`tool_calls` can't be read: ",
+        ),
+        (showing(picture("red"), role="assistant"), "Message 0: expected text, or pictures of a user, from the assis"),
+        (showing(b"no picture"), "Message 0: a picture can't be read: "),
+        (showing(picture("red")[:60]), "Message 0: a picture can't be read: "),
+        (showing(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "svg+xml"), "Message 0: a picture can't be read: "),
+        (showing(picture("red", (2000, 5))), "Message 0: a picture can't be read: 2000 x 5 pixels"),
+    ],
+)
+def test_what_a_client_gets_wrong_is_answered_400_with_what_is_wrong(
+    server: str, asked: dict[str, Any], wrong: str, stream: bool
+) -> None:
+    body = json.dumps({**saying("Hello"), "max_tokens": 8, "stream": stream, **asked})
+    answer = httpx.post(f"{server}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["detail"].startswith(wrong)
+
+
+def test_a_request_without_messages_is_refused(server: str) -> None:
+    answer = httpx.post(f"{server}/v1/chat/completions", json={})
+    assert answer.status_code == 400 and answer.json()["detail"].startswith("`messages` is None")
