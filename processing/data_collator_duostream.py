@@ -1,5 +1,6 @@
 """From conversations with pictures to a batch for `Trainer`."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
-from .processing_duostream import DuoStreamProcessor, check_messages, check_text, read_picture
+from .processing_duostream import DuoStreamProcessor, check_text, read_picture
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +21,7 @@ IGNORE_INDEX = -100
 
 
 def load_picture(image: Any) -> PIL.Image.Image:
-    """A picture from a `PIL.Image.Image`, a path, or the bytes and path that `datasets` stores, as streams give it."""
+    """A picture from what [`read_picture`] takes, or the bytes and path that `datasets` stores, as streams give it."""
     return read_picture(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
 
 
@@ -29,8 +30,11 @@ def load_pictures(images: Sequence[Any], name: str) -> list[PIL.Image.Image]:
     The pictures of a row.
 
     Raises:
-        ValueError: One can't be read. The message names the row.
+        ValueError: They are no list, or one can't be read. The message names the row.
     """
+    is_list = isinstance(images, Sequence) and not isinstance(images, str)
+    if not is_list and getattr(images, "ndim", None) not in (1, 4):
+        raise ValueError(f"{name}: expected a list of pictures in `images`, not {images!r:.100}")
     try:
         return [load_picture(image) for image in images]
     except Exception as error:
@@ -60,6 +64,18 @@ def conversations_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(conversations, list) or not all(isinstance(each, dict) for each in conversations):
         raise ValueError(f"expected a list of `conversations`, not {conversations!r:.100}")
     return conversations
+
+
+def tools_of(row: dict[str, Any]) -> list[Any] | None:
+    """What a row's `tools` hold, as TRL has them: a list of JSON schemas, or such a list written as JSON."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`tools` is {tools!r:.100}, which is no JSON: {error}") from error
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"`tools` is {tools!r:.100}; expected a list of JSON schemas")
+    return tools or None
 
 
 def first_fit_decreasing(lengths: Sequence[int]) -> list[list[int]]:
@@ -116,6 +132,8 @@ class DuoStreamDataCollator:
     left in the labels. Or of rows with `images` and `conversations`, a list of any of these that begin alike, such as
     all captions of a picture: their beginning is read once, and the loss is that of a row for each.
 
+    A row's `tools` (a list of JSON schemas, or one written as JSON) are given to the chat template.
+
     Instead of `images` a row may have `image_features`: for each picture the frozen vision stream's states, of shape
     `(image_seq_length, image_hidden_size)`. Its pictures are then not opened.
 
@@ -167,7 +185,7 @@ class DuoStreamDataCollator:
             if is_plain_text(conversation):
                 continue
             try:
-                pieces += [(n, text, is_answer) for text, is_answer in self.render(conversation)]
+                pieces += [(n, text, is_answer) for text, is_answer in self.render({**rows[i], **conversation})]
             except Exception as error:
                 raise ValueError(f"{names[i]}: {error}") from error
 
@@ -256,16 +274,22 @@ class DuoStreamDataCollator:
         if "messages" in row:
             messages, num_given = row["messages"], 0
         elif "prompt" in row and "completion" in row:
+            for name in ("prompt", "completion"):
+                if not isinstance(row[name], list | tuple):
+                    raise ValueError(f"there are no messages in `{name}`, which is {row[name]!r:.100}")
             messages, num_given = [*row["prompt"], *row["completion"]], len(row["prompt"])
         else:
             raise ValueError(
                 f"expected `messages`, or `prompt` and `completion`, or `text`; its columns are {sorted(row)}"
             )
-        check_messages(messages)
+        if not isinstance(messages, list | tuple):
+            raise ValueError(f"there are no messages in {messages!r:.100}")
+        # As `apply_chat_template` reads them, which takes a list for a batch
+        (messages,), _ = self.processor._normalize_conversations([messages])
         # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
         tokenizer, template = self.processor.tokenizer, self.processor.chat_template
-        marked, *_ = tokenizer._mark_chat_inputs(template, [messages], None, None, {}, True, False)
-        text, answers = self.render_marked(marked[0])
+        marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools_of(row), None, {}, True, False)
+        text, answers = self.render_marked(marked[0], tools)
         check_text(text, "the conversation")
         num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])
         pieces, end = [], 0
@@ -281,12 +305,18 @@ class DuoStreamDataCollator:
         check_text(text, name)
         return self.processor.tokenizer(text, split_special_tokens=True, return_attention_mask=False)["input_ids"]
 
-    def render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as one text, and where in it each answer starts and stops (in characters)."""
 
         def render(messages: list, **kwargs: Any) -> tuple[list[str], list]:
             return render_jinja_template(
-                [messages], chat_template=template, **kwargs, **self.processor.tokenizer.special_tokens_map
+                [messages],
+                tools=tools,
+                chat_template=template,
+                **kwargs,
+                **self.processor.tokenizer.special_tokens_map,
             )
 
         template = self.processor.chat_template
@@ -329,6 +359,11 @@ class DuoStreamDataCollator:
         """The row's pictures, or their states from the vision stream, if it has `image_features`."""
         images, features = row.get("images"), row.get("image_features")
         if features is None:
+            if images is None and row.get("image") is not None:
+                raise ValueError(
+                    f"{name} has a picture in `image`: expected a list of pictures in `images`, and for each "
+                    '`{"type": "image"}` in the messages'
+                )
             return load_pictures([] if images is None else images, name)
         length = self.processor.image_seq_length
         try:

@@ -98,6 +98,11 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
+        for row, name in zip(rows, names, strict=True):
+            if row.get("image_features") is not None:
+                raise ValueError(
+                    f"{name}: expected a picture in `images`, which `image_features` can't stand for here"
+                )
         images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
         for pictures, name in zip(images, names, strict=True):
             if len(pictures) != 1:
@@ -169,10 +174,8 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
         else:
             # A plain `Trainer` evaluates where all labels are there that the model takes
             batch["masked_labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-        features = [row.get("image_features") for row in rows]
-        numbers = [
-            len((row.get("images") or []) if own is None else own) for row, own in zip(rows, features, strict=True)
-        ]
+        read = [row.get("images") if row.get("image_features") is None else row["image_features"] for row in rows]
+        numbers = [0 if each is None else len(each) for each in read]
         paired = [i for i, number in enumerate(numbers) if number == 1]
         if self.pairs and paired:
             names = self.names(rows)
@@ -202,12 +205,21 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
-        labels = [self.check_label(row.get("label"), name) for row, name in zip(rows, self.names(rows), strict=True)]
+        names = self.names(rows)
+        labels = [self.check_label(row.get("label"), name) for row, name in zip(rows, names, strict=True)]
+        for label, name in zip(labels, names, strict=True):
+            if isinstance(label, list) != isinstance(labels[0], list):
+                raise ValueError(
+                    f"{name}: its `label` is {label!r:.100}, and that of {names[0]} {labels[0]!r:.100}: expected the "
+                    "number of a class in all rows of a batch, or scores in all"
+                )
         batch["labels"] = torch.tensor(labels)
         del batch["targets_per_row"]  # of tokens, which are not predicted
         return batch
 
     def check_label(self, label: Any, name: str) -> Any:
+        # Arrays and numbers of NumPy and torch
+        label = label.tolist() if hasattr(label, "tolist") else label
         if isinstance(label, list | tuple):
             if self.num_labels == 1 or len(label) != self.num_labels:
                 raise ValueError(f"{name}: expected {self.num_labels} scores in `label`, not {len(label)}")
@@ -218,4 +230,4 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
             return float(label)
         if not isinstance(label, int) or not 0 <= label < self.num_labels:
             raise ValueError(f"{name}: expected a `label` from 0 to {self.num_labels - 1}, not {label!r}")
-        return label
+        return int(label)  # a tensor of truth values would be read as scores

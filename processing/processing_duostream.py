@@ -10,9 +10,10 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
+import torch
 from huggingface_hub.utils import httpx
 from transformers import BatchFeature
-from transformers.image_transforms import convert_to_rgb
+from transformers.image_transforms import convert_to_rgb, to_pil_image
 from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
@@ -25,21 +26,27 @@ from .chat_template_duostream import IMAGE_TOKEN, multimodal_chat_template
 MAX_ASPECT_RATIO = 200
 
 
-def read_picture(image: str | PIL.Image.Image) -> PIL.Image.Image:
+def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Image:
     """
     A picture as it is seen, in RGB: its first frame, upright as its EXIF says, on white where it is transparent. Of 16
     bits a channel the upper 8 are taken.
 
     Args:
-        image (`str` or `PIL.Image.Image`): An address, a path and base64 are opened as the library's `load_image`
-            opens them. What it then makes of 16 bits is white, and of transparency the colours that it hides.
+        image (`str`, `os.PathLike`, `PIL.Image.Image`, or an array of `uint8`): An address, a path and base64 are
+            opened as the library's `load_image` opens them. What it then makes of 16 bits is white, and of
+            transparency the colours that it hides. An array of two dimensions is grayscale.
 
     Raises:
         TypeError, ValueError: It is no picture, its pixels are no known brightness, or one side is more than
             `MAX_ASPECT_RATIO` times the other.
         Exception: It can't be read; which one depends on the kind of file.
     """
-    picture = open_picture(image) if isinstance(image, str) else image
+    picture = open_picture(os.fspath(image)) if isinstance(image, str | os.PathLike) else image
+    if is_array(picture):
+        pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8:
+            raise ValueError(f"an array of {pixels.dtype}; expected a picture's pixels in `uint8`")
+        picture = PIL.Image.fromarray(pixels) if pixels.ndim == 2 else to_pil_image(pixels)
     if not isinstance(picture, PIL.Image.Image):
         raise TypeError(f"expected a picture, or where to find one, not {picture!r:.100}")
     width, height = picture.size
@@ -57,6 +64,10 @@ def read_picture(image: str | PIL.Image.Image) -> PIL.Image.Image:
     if "A" in picture.getbands() or "transparency" in picture.info:
         return PIL.Image.fromarray(convert_to_rgb(picture, return_numpy=True))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def is_array(image: Any) -> bool:
+    return is_valid_image(image) and not isinstance(image, PIL.Image.Image)
 
 
 def open_picture(source: str) -> PIL.Image.Image:
@@ -226,6 +237,9 @@ class DuoStreamProcessor(ProcessorMixin):
             token_type_ids = [self.prefix_types(list(map(int, row)), marker) for row in rows]
             outputs["token_type_ids"] = token_type_ids
             outputs.convert_to_tensors(text_kwargs.get("return_tensors"), skip_tensor_conversion=["pixel_values"])
+        for name, value in outputs.items():
+            if isinstance(value, torch.Tensor) and not value.numel():
+                outputs[name] = value.long()  # the library makes fractions of texts without any token
         return outputs
 
     def _call_truncated(self, images: Any, text: Any, text_kwargs: dict, kwargs: dict) -> BatchFeature:
@@ -267,11 +281,21 @@ class DuoStreamProcessor(ProcessorMixin):
             max_length=max_length if padding == "max_length" else None,
             pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
             padding_side=text_kwargs.get("padding_side"),
+            return_attention_mask=text_kwargs.get("return_attention_mask"),
         )
         outputs.update(padded)
+        if "offset_mapping" in outputs:
+            is_left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
+            for ids, offsets in zip(outputs["input_ids"], outputs["offset_mapping"], strict=True):
+                filler = [(0, 0)] * (len(ids) - len(offsets))
+                offsets[:] = filler + offsets if is_left else offsets + filler
         if "mm_token_type_ids" in outputs:
             outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
-        return BatchFeature(dict(outputs), tensor_type=text_kwargs.get("return_tensors"))
+        return BatchFeature(
+            dict(outputs),
+            tensor_type=text_kwargs.get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
 
     def truncated_positions(
         self, input_ids: list[int], max_length: int, name: str, special_tokens_mask: list[int] | None = None
@@ -355,17 +379,24 @@ class DuoStreamProcessor(ProcessorMixin):
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> Any:
         try:
+            if kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):
+                for i, image in enumerate(make_flat_list_of_images(images)):
+                    if is_array(image) and "float" in str(image.dtype) and 0 < image.max() <= 1:
+                        raise ValueError(
+                            f"picture {i} is of fractions up to {image.max():g}, which would be divided by 255 again: "
+                            "give `do_rescale=False`, or pixels from 0 to 255"
+                        )
             return super()._process_images(images, **kwargs)
         except Exception as error:
             # What arrays an image processor can't take, each says in its own way
             raise ValueError(f"`images` has what the image processor can't take: {error}") from error
 
     def _read(self, images: Any) -> Any:
-        """Paths, addresses and pictures read by [`read_picture`]; arrays as they are."""
+        """Paths, addresses, pictures and grayscale arrays read by [`read_picture`]; other arrays as they are."""
         if isinstance(images, list | tuple):
             return [self._read(each) for each in images]
-        if is_valid_image(images) and not isinstance(images, PIL.Image.Image):
-            if 0 in getattr(images, "shape", ()):
+        if is_array(images) and images.ndim != 2:
+            if 0 in images.shape:
                 raise ValueError(f"`images` has an array without numbers, of shape {tuple(images.shape)}")
             return images
         try:

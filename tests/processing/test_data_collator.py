@@ -1,6 +1,8 @@
 import copy
+import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -312,8 +314,24 @@ def test_pictures_may_be_paths(processor, tmp_path):
     row = dialogue("What?", "That.")
     row["images"][0].save(tmp_path / "a.png")
     expected = DuoStreamDataCollator(processor)([row])["pixel_values"]
-    row["images"] = [str(tmp_path / "a.png")]
-    assert torch.equal(DuoStreamDataCollator(processor)([row])["pixel_values"], expected)
+    for path in (str(tmp_path / "a.png"), tmp_path / "a.png"):
+        row["images"] = [path]
+        assert torch.equal(DuoStreamDataCollator(processor)([row])["pixel_values"], expected)
+
+
+def test_pictures_may_be_arrays(processor):
+    row = dialogue("What?", "That.")
+    pixels = np.asarray(row["images"][0])
+    expected = DuoStreamDataCollator(processor)([row])["pixel_values"]
+    channels_first = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    for images in ([pixels], [channels_first], pixels[None]):
+        batch = DuoStreamDataCollator(processor)([{**row, "images": images}])
+        assert torch.equal(batch["pixel_values"], expected)
+    gray = {**row, "images": [Image.fromarray(pixels[..., 0])]}
+    assert torch.equal(
+        DuoStreamDataCollator(processor)([{**row, "images": [pixels[..., 0]]}])["pixel_values"],
+        DuoStreamDataCollator(processor)([gray])["pixel_values"],
+    )
 
 
 def test_pictures_of_any_mode_and_size_fit_together(processor):
@@ -446,6 +464,52 @@ def test_any_prompt_in_training_is_the_prompt_in_use(processor, first, reply, se
     assert ids == [*prompt, *processor.tokenizer.encode("It is red."), END]
 
 
+TOOLS = [{"type": "function", "function": {"name": "color_of", "description": "The color <|image|> of a thing."}}]
+WRITES_TOOLS = "{% if tools %}Tools: {{ tools | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("kind", ["own", "chatml without generation"])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [], "[]", "", None], ids=str)
+def test_tools_of_a_row_are_given_to_the_template_as_in_use(kind, tools):
+    processor = make_processor(kind)
+    processor.chat_template = WRITES_TOOLS + processor.chat_template
+    row = dialogue("What color is it?", "It is red.", num_images=0)
+    given = DuoStreamDataCollator(processor)([{**row, "tools": tools}])
+    prompt = processor.apply_chat_template(
+        row["messages"][:1],
+        tools=TOOLS if "color_of" in str(tools) else None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"][0]
+    assert given["input_ids"][0, : len(prompt)].tolist() == prompt
+    assert ("color_of" in read(processor, given)) == ("color_of" in str(tools))
+    assert learnt(processor, given).startswith("It is red.<|")
+    turns = {"images": [], "tools": tools, "conversations": [{"messages": row["messages"]}]}
+    assert torch.equal(DuoStreamDataCollator(processor)([turns])["input_ids"], given["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["own", "chatml"])
+def test_calls_and_pictures_in_openais_form_are_read_as_in_use(kind):
+    processor = make_processor(kind)
+    call = {"type": "function", "function": {"name": "color_of", "arguments": {"thing": "square"}}}
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, part("What color is it?")],
+            "tool_calls": None,
+        },
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "red", "tool_calls": None},
+        {"role": "assistant", "content": "It is red.", "tool_calls": None},
+    ]
+    before = copy.deepcopy(messages)
+    batch = DuoStreamDataCollator(processor)([{"images": [picture()], "messages": messages}])
+    assert messages == before
+    assert read(processor, batch) == processor.apply_chat_template(messages)
+    assert "It is red." in learnt(processor, batch) and "color" not in learnt(processor, batch)
+
+
 def broken(**columns):
     """A good row with other columns."""
     return {**dialogue("What?", "That."), **columns}
@@ -473,6 +537,17 @@ class NotAPicture:
         (broken(images=[picture(), picture()]), "1 picture markers but 2 pictures"),
         (broken(images=None), "1 picture markers but 0 pictures"),
         (broken(images=["/nowhere/a.png"]), "a picture can't be read"),
+        (broken(images=picture()), "expected a list of pictures in `images`, not <PIL"),
+        (broken(images="/nowhere/a.png"), "expected a list of pictures in `images`, not '/nowhere"),
+        (broken(images=np.zeros((9, 9, 3), np.uint8)), "expected a list of pictures in `images`, not array"),
+        (broken(images=[np.zeros((9, 9, 3))]), "a picture can't be read: an array of float64; expected .* `uint8`"),
+        (
+            {"image": picture(), "messages": dialogue("What?", "That.", num_images=0)["messages"]},
+            "a picture in `image`: expected a list of pictures in `images`",
+        ),
+        (broken(tools='[{"type"'), "`tools` is .* no JSON"),
+        (broken(tools={"type": "function"}), "`tools` is .* expected a list of JSON schemas"),
+        (broken(tools=["weather"]), "Tools should either be a JSON schema"),
         (broken(images=[NotAPicture()]), "a picture can't be read"),
         (broken(messages=None), ""),
         (broken(messages="What?"), ""),

@@ -1,5 +1,6 @@
 """Batches for masked tokens, classes and pairs hold what the rows said, and nothing to stumble over."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -152,6 +153,12 @@ def test_retrieval_pairs_each_picture_with_its_text(processor):
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
 
 
+def test_retrieval_names_the_row_whose_picture_is_not_there_to_read(processor):
+    row = {**caption_row(1), "image_features": [torch.zeros(NUM_TOKENS, 24)]}
+    with pytest.raises(ValueError, match="Row 1: expected a picture in `images`"):
+        DuoStreamRetrievalCollator(processor)([caption_row(0), row])
+
+
 @pytest.mark.parametrize("num_images", [0, 2])
 def test_retrieval_names_the_row_that_has_not_one_picture(processor, num_images):
     with pytest.raises(ValueError, match=f"Row 1: expected one picture .* not {num_images}"):
@@ -207,6 +214,8 @@ def test_a_marker_in_a_text_to_classify_is_no_picture(processor):
         ("cat", 3, "not 'cat'"),
         ([1.0, 0.0], 3, "expected 3 scores"),
         (True, 1, "not True"),
+        (np.int64(3), 3, "not 3"),
+        (torch.tensor(1.0), 3, "not 1.0"),
     ],
 )
 def test_a_wrong_label_names_its_row(processor, label, num_labels, message):
@@ -220,6 +229,28 @@ def test_scores_and_numbers_are_labels_too(processor):
     assert soft["labels"].tolist() == [[0.5, 1.0]]
     number = DuoStreamClassificationCollator(processor, num_labels=1)([{"text": "a", "label": 4.5}])
     assert number["labels"].tolist() == [4.5]
+
+
+@pytest.mark.parametrize(
+    "labels", [[True, False], [True, 0], [np.int64(1), np.bool_(False)], [torch.tensor(1), torch.tensor(0)]], ids=str
+)
+def test_the_number_of_a_class_may_be_a_truth_value_or_of_numpy_or_torch(processor, labels):
+    collator = DuoStreamClassificationCollator(processor, num_labels=2)
+    batch = collator([{"text": "a", "label": label} for label in labels])
+    assert batch["labels"].dtype == torch.long and batch["labels"].tolist() == [1, 0]
+
+
+def test_scores_may_be_an_array(processor):
+    rows = [{"text": "a", "label": np.array([0.5, 1])}, {"text": "a", "label": torch.tensor([1, 0])}]
+    batch = DuoStreamClassificationCollator(processor, num_labels=2)(rows)
+    assert batch["labels"].tolist() == [[0.5, 1.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("labels", [[1, [0.1, 0.9]], [[0.1, 0.9], 1]])
+def test_a_class_in_one_row_and_scores_in_another_name_the_row(processor, labels):
+    rows = [{"text": "a", "label": label, "row": 6 + i} for i, label in enumerate(labels)]
+    with pytest.raises(ValueError, match=r"Row 7: its `label` is .*, and that of Row 6 .* in all rows of a batch"):
+        DuoStreamClassificationCollator(processor, num_labels=2)(rows)
 
 
 def test_a_text_beside_a_conversation_is_not_read(processor):

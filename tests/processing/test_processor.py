@@ -385,6 +385,82 @@ def test_the_assistants_tokens_can_be_told(processor):
     assert processor.decode(said) == "It is red.<|end|>"
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("return_tensors", [None, "pt"])
+@pytest.mark.parametrize("padding", [True, "max_length"])
+def test_the_assistants_tokens_can_be_told_where_rows_are_cut_and_filled_up(
+    processor, padding_side, return_tensors, padding
+):
+    outputs = processor.apply_chat_template(
+        [
+            [user(image(), text("Color?")), assistant("Red.")],
+            [user(text("What color is the square?")), assistant("It is red.")],
+        ],
+        tokenize=True,
+        return_dict=True,
+        return_tensors=return_tensors,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"truncation": True, "max_length": 64, "padding": padding, "padding_side": padding_side},
+    )
+    said = [
+        processor.decode([int(i) for i, is_said in zip(ids, mask, strict=True) if is_said])
+        for ids, mask in zip(outputs["input_ids"], outputs["assistant_masks"], strict=True)
+    ]
+    assert said == ["Red.<|end|>", "It is red.<|end|>"]
+
+
+@pytest.mark.parametrize("truncation", [False, True])
+def test_a_mask_that_is_not_wanted_is_not_returned(processor, truncation):
+    outputs = processor(text=["a", "bc"], return_attention_mask=False, truncation=truncation, max_length=9)
+    assert set(outputs) == {"input_ids", "mm_token_type_ids"}
+
+
+@pytest.mark.parametrize("truncation", [False, True])
+@pytest.mark.parametrize("texts", ["", ["", ""]])
+def test_texts_without_any_token_are_tensors_of_whole_numbers_too(prefix_processor, texts, truncation):
+    outputs = prefix_processor(text=texts, truncation=truncation, max_length=9, return_tensors="pt")
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        assert outputs[name].dtype == torch.long and outputs[name].shape[1] == 0
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("as_given", [lambda a: a, torch.from_numpy], ids=["numpy", "torch"])
+def test_fractions_are_not_divided_by_255_again(processor, as_given):
+    fractions = as_given((PIXELS / 255).astype(np.float32))
+    with pytest.raises(ValueError, match=r"`images` has .*: picture 1 is of fractions .* give `do_rescale=False`"):
+        processor(text="<|image|><|image|>", images=[picture(), fractions])
+    expected = processor(images=[Image.fromarray(PIXELS)], return_tensors="pt")["pixel_values"]
+    whole = processor(images=[as_given(PIXELS.astype(np.float32))], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(whole, expected)
+    for told in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+        given = processor(images=[fractions], return_tensors="pt", **told)["pixel_values"]
+        torch.testing.assert_close(given, expected, atol=0.01, rtol=0)
+    own = SiglipImageProcessorPil(size={"height": 16, "width": 16}, do_rescale=False)
+    as_configured = DuoStreamProcessor(own, processor.tokenizer, image_seq_length=NUM_TOKENS)
+    as_configured(images=[fractions])
+    with pytest.raises(ValueError, match="picture 0 is of fractions"):
+        as_configured(images=[fractions], do_rescale=True)
+
+
+def test_a_picture_may_be_a_path_or_an_array_of_grays(processor, tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    gray = PIXELS[..., 0]
+    for source, same in (
+        (tmp_path / "a.png", Image.fromarray(PIXELS)),
+        (gray, Image.fromarray(gray)),
+        (gray[:3], Image.fromarray(gray[:3])),
+        (torch.from_numpy(gray), Image.fromarray(gray)),
+    ):
+        expected = processor(text="<|image|>", images=same, return_tensors="pt")["pixel_values"]
+        for images in (source, [source], [[source]]):
+            outputs = processor(text="<|image|>", images=images, return_tensors="pt")
+            assert torch.equal(outputs["pixel_values"], expected)
+    with pytest.raises(ValueError, match="an array of float64; expected a picture's pixels in `uint8`"):
+        processor(images=[gray / 255])
+
+
 @pytest.mark.parametrize("make", [chatml_tokenizer, bert_tokenizer])
 def test_a_tokenizer_without_the_image_token_gets_it_behind_its_vocabulary(make):
     tokenizer = make()
