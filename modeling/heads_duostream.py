@@ -329,12 +329,8 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
             length; `last_hidden_state` is what the vision stream gave.
         """
         outputs = self.model.get_image_features(pixel_values, **{**kwargs, "return_dict": True})
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.image_text_head.embed_images(outputs.last_hidden_state),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        outputs.pooler_output = self.image_text_head.embed_images(outputs.last_hidden_state)
+        return outputs
 
     def match(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None

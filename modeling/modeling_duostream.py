@@ -1243,11 +1243,10 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         states_to_keep: int | torch.Tensor = 0
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep
-        if self.training and labels is not None:
-            if shifted is None:
-                shifted = shift_labels(labels)
-            if targets_per_row is not None:
-                states_to_keep, shifted = find_labelled(shifted, targets_per_row)
+        if labels is not None and shifted is None:
+            shifted = shift_labels(labels)
+        if self.training and labels is not None and targets_per_row is not None:
+            states_to_keep, shifted = find_labelled(shifted, targets_per_row)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
