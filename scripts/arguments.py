@@ -24,6 +24,32 @@ RARE = (
     *("cache_vision", "packing", "images_last", "chars_per_picture"),
 )
 MAX_WIDTH = 119  # columns of help
+# Of all that is measured; of other names the library takes the lowest for the worst, but for losses
+LOWER_IS_BETTER = ("mse", "median_rank")
+
+
+def check_at_least_one(args: Any, *names: str) -> None:
+    """Raises `ValueError` if one of the numbers is given and below 1."""
+    for name in names:
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"`{name}` is {number}; expected at least 1")
+
+
+def json_mapping(args: Any, name: str) -> dict[str, Any]:
+    """
+    What an option holds as JSON.
+
+    Raises:
+        ValueError: It is no JSON, or no mapping.
+    """
+    text = getattr(args, name)
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` is {text!r}; expected a mapping in JSON: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"`{name}` is {text!r}; expected a mapping in JSON")
+    return mapping
 
 
 @dataclass
@@ -127,6 +153,9 @@ class DataArguments:
         default=False, metadata={"help": "Replace every picture by a gray one: what a model says without seeing."}
     )
 
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_length", "max_column_chars", "max_train_rows", "max_eval_rows")
+
 
 @dataclass
 class DuoStreamTrainingArguments(TrainingArguments):
@@ -181,9 +210,11 @@ class DuoStreamTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+            self.greater_is_better: bool | None = False
         super().__post_init__()
         self.freeze = [name for name in self.freeze if name]
-        for name, rate in json.loads(self.learning_rates).items():
+        for name, rate in json_mapping(self, "learning_rates").items():
             if name not in STREAMS or not isinstance(rate, int | float) or rate < 0:
                 raise ValueError(
                     f"`learning_rates` has {name!r}: {rate!r}; expected rates of {', '.join(map(repr, STREAMS))}"
@@ -192,12 +223,22 @@ class DuoStreamTrainingArguments(TrainingArguments):
             raise ValueError("`cache_vision` keeps what a frozen vision stream gives: it goes with `--freeze vision`")
         if self.on_nan_loss not in ("stop", "skip"):
             raise ValueError(f"`on_nan_loss` is {self.on_nan_loss!r}; there are 'stop' and 'skip'")
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                "`resume_from_checkpoint` is not read: `--resume true` continues from the newest checkpoint in "
+                "`output_dir`"
+            )
         if self.resume and self.save_only_model:
             raise ValueError("`resume` needs the optimizer's state, which `save_only_model` leaves out")
         if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
             raise ValueError(
                 f"`hub_strategy` {self.hub_strategy.value!r} uploads the optimizer's state, which is a pickle: "
                 "take 'every_save' or 'end'"
+            )
+        if self.push_to_hub and (self.bf16_full_eval or self.fp16_full_eval):
+            raise ValueError(
+                "`bf16_full_eval` and `fp16_full_eval` leave the model in half precision, and so `push_to_hub` would "
+                "upload it"
             )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator needs `images` and `messages`")

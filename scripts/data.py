@@ -128,6 +128,8 @@ def load_mixture(
         # What rows look like when they are read is lost in putting them together: they are blanked at the end
         unblanked = replace(part, blank_images=False)
         rows = load_rows(unblanked, part.train_split, part.max_train_rows, classes=classes, bad_rows=bad_rows)
+        if "tools" in (rows.column_names or ()):
+            raise ValueError(f"{part.dataset!r} has `tools`, which `mixture` and `conversations_per_row` don't take")
         if args.mixture:
             rows = _same_columns(rows, part)
         if is_packed:

@@ -33,10 +33,10 @@ from ..processing import (
     DuoStreamProcessor,
     DuoStreamRetrievalCollator,
 )
-from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures
+from ..processing.data_collator_duostream import IGNORE_INDEX, is_plain_text, load_pictures
 from ..processing.processing_duostream import parts_of
 from . import metrics
-from .arguments import DataArguments, parse
+from .arguments import DataArguments, check_at_least_one, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
 from .data import Rows, load_rows, picture_key
@@ -67,6 +67,9 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     seed: int = field(default=0, metadata={"help": "Of which tokens are masked."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "batch_size", "max_new_tokens", "num_beams")
 
 
 def generate_answers(
@@ -150,7 +153,9 @@ def references_of(result: dict[str, Any]) -> list[str]:
 
 
 def check_rows(rows: Rows, task: str) -> None:
-    """Raises `ValueError` if there are too few rows for a task's figures, before the model has answered them."""
+    """Raises `ValueError` if rows are too few for a task's figures, or not what is asked, before any is answered."""
+    if task_of(task).auto_class is WRITER and "tools" in (rows.column_names or ()):
+        raise ValueError("The rows have `tools`, which the model isn't given when it is asked to answer")
     if metrics.cider_d in task_of(task).scorers and isinstance(rows, Dataset):
         metrics.check_number_of_rows(len(rows))
 
@@ -239,6 +244,9 @@ def retrieve(
         image_embeds.append(embed(model.get_image_features(pixel_values=pixel_values))[new])
         names = collator.names(listed)
         own = [row.get("references") or [collator.answer_text(row, n)] for row, n in zip(listed, names, strict=True)]
+        for name, each in zip(names, own, strict=True):
+            if not all(text and text.strip() for text in each):
+                raise ValueError(f"{name}: expected texts that belong to the picture, found an empty one in {each}")
         flat = [text for each in own for text in each]
         inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
         text_embeds.append(embed(model.get_text_features(**inputs)))
@@ -288,12 +296,20 @@ def evaluation_loss(
     batch_size: int = 64,
     max_length: int | None = None,
 ) -> float:
-    """The mean loss of the answers' tokens, given the tokens before them."""
+    """
+    The mean loss of the answers' tokens, given the tokens before them.
+
+    Raises:
+        ValueError: All of them are cut off.
+    """
     total, num_tokens = 0.0, 0
     for batch in batches_of(rows, DuoStreamDataCollator(processor, max_length), batch_size, model.device):
         # Each token counts the same, however many others are in its batch
         num_learnt = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        total, num_tokens = total + float(model(**batch).loss) * num_learnt, num_tokens + num_learnt
+        if num_learnt:  # else it is not a number
+            total, num_tokens = total + float(model(**batch).loss) * num_learnt, num_tokens + num_learnt
+    if not num_tokens:
+        raise ValueError(f"`max_length` is {max_length}, which cuts off all answers: expected more")
     return total / num_tokens
 
 
@@ -324,6 +340,10 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
+    output_dir = Path(evaluate_args.output_dir)
+    there = next(each for each in (output_dir, *output_dir.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"`output_dir` is {str(output_dir)!r}, but {str(there)!r} is a file; expected a folder")
     check_place(evaluate_args.checkpoint)
     started = time.time()
     set_seed(evaluate_args.seed)
@@ -335,14 +355,15 @@ def main(args: list[str] | None = None) -> None:
     rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
     check_rows(rows, data_args.task)
     options: dict[str, Any] = {"max_length": data_args.max_length}
+    losses: dict[str, float] = {}
     if task.auto_class is WRITER:
+        # First, as what it refuses would else be told when all is answered
+        rows_of_answers = load_rows(data_args, split, max_rows)
+        losses["loss"] = evaluation_loss(model, processor, rows_of_answers, batch_size, data_args.max_length)
         options = {name: getattr(evaluate_args, name) for name in ("max_new_tokens", "num_beams")}
     figures, results = evaluate(model, processor, rows, data_args.task, batch_size, **options)
-    if data_args.task == "classification" and isinstance(rows, Dataset):
+    if data_args.task == "classification" and isinstance(rows, Dataset) and is_plain_text(rows.features):
         results = [{**result, "prompt": text} for result, text in zip(results, rows["text"], strict=True)]
-    if task.auto_class is WRITER:
-        rows_of_answers = load_rows(data_args, split, max_rows)
-        figures["loss"] = evaluation_loss(model, processor, rows_of_answers, batch_size, data_args.max_length)
     has_row_results = data_args.task not in ("retrieval", "masked")
     record = {
         "command": sys.argv[1:] if args is None else args,
@@ -354,16 +375,18 @@ def main(args: list[str] | None = None) -> None:
         "data_fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,
         "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "datasets")},
         **figures,
+        **losses,
         # Of a stream it isn't known where results are not one for each row
         "num_rows": len(rows) if isinstance(rows, Dataset) else len(results) if has_row_results else None,
         "seconds": time.time() - started,
     }
-    output_dir = Path(evaluate_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
     (output_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     save_samples(output_dir, rows, results)
+    # An earlier one has other figures
+    (output_dir / "report.html").unlink(missing_ok=True)
     if evaluate_args.report:
         write_evaluation(output_dir / "report.html", data_args.task, record, rows, results)
     print(json.dumps(record, indent=2))

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_pictures
-from .arguments import parse
+from .arguments import check_at_least_one, parse
 from .checkpoints import load_model
 from .places import check_place
 
@@ -33,6 +33,9 @@ class GenerateArguments:
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest."})
     json: bool = field(default=False, metadata={"help": "Print the answer as JSON, with what it answers."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_new_tokens", "num_beams")
 
 
 def answer(
@@ -62,14 +65,17 @@ OPTIONS = (GenerateArguments,)
 def main(args: list[str] | None = None) -> None:
     (generate_args,) = parse(*OPTIONS, args=args, doc=__doc__)
     check_place(generate_args.checkpoint)
+    paths = generate_args.image
+    pictures = [
+        {"type": "image", "image": each} for path in paths for each in load_pictures([path], f"`image` {path!r}")
+    ]
     model = load_model(AutoModelForImageTextToText, generate_args.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(generate_args.checkpoint)
-    pictures = [{"type": "image", "image": each} for each in load_pictures(generate_args.image, "`image`")]
     prompt = [{"type": "text", "text": generate_args.prompt}]
     content = prompt + pictures if generate_args.images_last else pictures + prompt
     options = {name: getattr(generate_args, name) for name in ("max_new_tokens", "num_beams", "do_sample")}
     (text,) = answer(model, processor, [[{"role": "user", "content": content}]], **options)
-    record = {"prompt": generate_args.prompt, "images": generate_args.image, "answer": text}
+    record = {"prompt": generate_args.prompt, "images": paths, "answer": text}
     print(json.dumps(record, ensure_ascii=False) if generate_args.json else text)
 
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from transformers import AutoConfig, AutoProcessor
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PROCESSOR_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PROCESSOR_NAME, logging
 
 import duostream
 
@@ -28,10 +28,14 @@ from .checkpoints import check_files, load_model
 from .demo import space_files
 from .places import MERGE, check_place, is_adapter
 
+logger = logging.get_logger(__name__)
+
 # What pushing again replaces
 PROCESSOR = ("processor_config.json", "tokenizer*.json", "special_tokens_map.json", "*.jinja", "*_duostream.py")
 OURS = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", *PROCESSOR)
 ADAPTER = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
+# How the card begins that PEFT writes for somebody to fill
+BLANK_HEADING = "# Model Card for Model ID"
 
 
 @dataclass
@@ -180,6 +184,11 @@ def push_adapter(args: PushArguments) -> tuple[str, str]:
         else:
             copy_card(card, folder)
             told = f"The card is {card}"
+            if BLANK_HEADING in card.read_text(encoding="utf-8").splitlines():
+                logger.warning(
+                    f"{card} has the heading of PEFT's blank template, {BLANK_HEADING!r}: fill it in on the Hub, in "
+                    f"{repo_id!r}, where pushing again leaves it as it is"
+                )
             if args.card is None:
                 # PEFT's says where the base model was when the adapter was saved
                 filled = ModelCard.load(folder / CARD)

@@ -308,6 +308,7 @@ def test_an_adapter_is_pushed_with_its_processor_and_card_and_loads_onto_its_bas
     pushed = run(ADAPT, tmp_path / "adapter")
     assert pushed.returncode == 0, pushed.stderr[-3000:]
     assert f"The card is {tmp_path / 'adapter' / 'README.md'}" in pushed.stdout
+    assert "README.md has the heading of PEFT's blank template" in pushed.stderr
     files = hub.files("me/adapter")
     whole = {"config.json", "generation_config.json"}
     processor = {"processor_config.json", "tokenizer.json", "chat_template.jinja", "processing_duostream.py"}

@@ -157,3 +157,11 @@ def test_columns_are_kept_by_default_and_must_be(tmp_path):
     assert DuoStreamTrainingArguments(output_dir=str(tmp_path)).remove_unused_columns is False
     with pytest.raises(ValueError, match="`remove_unused_columns` must be False"):
         parse(DuoStreamTrainingArguments, args=["--output_dir", str(tmp_path), "--remove_unused_columns", "true"])
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_column_chars", "max_train_rows", "max_eval_rows"])
+def test_numbers_of_rows_and_characters_below_one_are_refused(name):
+    assert getattr(DataArguments(**{name: 1}), name) == 1
+    for number in (0, -3):
+        with pytest.raises(ValueError, match=f"`{name}` is {number}; expected at least 1"):
+            parse(DataArguments, args=[f"--{name}={number}"])

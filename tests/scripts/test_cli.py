@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-from duostream.scripts import cli, generate
+from duostream.scripts import cli, evaluate, generate
 
 
 def run(*args):
@@ -75,6 +76,33 @@ def test_a_checkpoint_that_is_not_there_is_told_with_what_was_expected(
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert f"duostream {command[0]}: `checkpoint` is {told}" in said and "Repo id" not in said
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((evaluate, name) for name in ("batch_size", "max_eval_rows", "max_new_tokens", "num_beams")),
+        *((generate, name) for name in ("max_new_tokens", "num_beams")),
+    ],
+)
+def test_a_number_below_1_is_refused_before_the_model_is_looked_for(command, option, value):
+    with pytest.raises(ValueError, match=f"`{option}` is {value}; expected at least 1"):
+        command.main(["--checkpoint", "no/such/folder", f"--{option}={value}"])
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/folder"])
+def test_evaluation_into_a_file_is_refused_before_the_model_is_looked_for(name, tmp_path):
+    (tmp_path / "a file").touch()
+    with pytest.raises(ValueError, match=f"`output_dir` is '.*{name}', but '.*a file' is a file; expected a folder"):
+        evaluate.main(["--checkpoint", "no/such/folder", "--output_dir", str(tmp_path / name)])
+
+
+def test_a_picture_that_is_not_there_is_named_before_the_model_is_read(tmp_path):
+    (tmp_path / "config.json").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
+    with pytest.raises(ValueError, match=r"`image` 'nowhere.jpg': a picture can't be read"):
+        generate.main(["--checkpoint", str(tmp_path), "--image", str(tmp_path / "there.png"), "nowhere.jpg"])
 
 
 def test_a_defect_of_ours_shows_where_it_is(monkeypatch):

@@ -21,6 +21,7 @@ from duostream.scripts.data import (
     texts_of,
     with_lengths,
 )
+from duostream.scripts.evaluate import check_rows
 
 CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
 FLAT = [(i, caption) for i, captions in enumerate(CAPTIONS) for caption in captions]
@@ -440,8 +441,19 @@ def test_what_is_missing_in_a_row_of_a_mixture_is_never_learnt_as_empty(tmp_path
     rows = load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=mixture))
     wrong = [each for each in rows if each["dataset"] == str(path) and each["source"] == 1]
     assert wrong
-    with pytest.raises(ValueError, match=r"Row .*(expected text from the assistant, not None|there are no messages)"):
+    with pytest.raises(
+        ValueError, match=r"Row .*(expected text from the assistant, not None|there are no messages in `prompt`)"
+    ):
         collator(wrong[:1])
+
+
+def test_tools_are_not_lost_where_rows_are_put_together_or_answered(tmp_path):
+    row = {"prompt": conversation("?", "a")[:1], "completion": conversation("?", "a")[1:], "tools": "[]"}
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match="has `tools`, which `mixture` and `conversations_per_row` don't take"):
+        load_mixture(DataArguments(task="chat", dataset=str(path), conversations_per_row=2))
+    with pytest.raises(ValueError, match="The rows have `tools`, which the model isn't given"):
+        check_rows(load(path), "chat")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

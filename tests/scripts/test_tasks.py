@@ -12,6 +12,7 @@ from command_lines import arguments
 from datasets import ClassLabel, Dataset, List
 from PIL import Image
 from transformers import (
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -357,6 +358,33 @@ def test_the_report_of_captions_shows_pictures(pretrained, photographs, tmp_path
         evaluate.main(arguments(**options, output_dir=tmp_path, report=True, streaming=True))
 
 
+def test_an_earlier_report_does_not_stay_beside_new_figures(pretrained, texts, tmp_path):
+    (tmp_path / "report.html").touch()
+    options = {"checkpoint": pretrained, "task": "translation", "dataset": texts, "max_new_tokens": 2}
+    evaluate.main(arguments(**options, max_eval_rows=1, output_dir=tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "predictions.jsonl"}
+
+
+def test_answers_that_are_all_cut_off_are_told_before_any_is_generated(pretrained, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "answer", None)
+    options = {"checkpoint": pretrained, "task": "translation", "dataset": texts, "max_length": 2}
+    with pytest.raises(ValueError, match="`max_length` is 2, which cuts off all answers"):
+        evaluate.main(arguments(**options, output_dir=tmp_path / "out"))
+
+
+def test_an_answer_that_is_cut_off_does_not_change_the_loss_of_the_others(pretrained):
+    model, processor = (each.from_pretrained(pretrained) for each in (AutoModelForImageTextToText, AutoProcessor))
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes"}]}
+        for question in ("What?", "What? " * 50)
+    ]
+    losses = [
+        evaluate.evaluation_loss(model, processor, Dataset.from_list(some), batch_size, max_length=60)
+        for some, batch_size in ((rows[:1], 1), (rows, 1), (rows, 2))
+    ]
+    assert losses == [pytest.approx(losses[0], rel=1e-4)] * 3
+
+
 def test_pretraining_logs_each_objective(pretrained):
     state = json.loads((pretrained / "trainer_state.json").read_text())
     logged = [entry for entry in state["log_history"] if "loss" in entry]
@@ -404,6 +432,28 @@ def test_pictures_are_classified_by_name(pretrained, photographs, tmp_path):
     assert [json.loads(line)["label"] for line in lines] == [["dark"], ["dark"], ["light"], ["light"]]
 
 
+def test_conversations_are_classified(pretrained, workplace, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "So."}], "label": i % 2}
+        for i, text in enumerate(SENTENCES)
+    ]
+    for split in ("train", "validation"):
+        write(workplace / "conversations" / f"{split}.jsonl", rows)
+    options = {"task": "classification", "dataset": workplace / "conversations"}
+    finetune.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "model", **SHORT))
+    evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [["0"], ["1"]] * 2
+
+
+def test_an_empty_text_of_a_picture_is_refused_and_its_row_named(pretrained, photographs, workplace, tmp_path):
+    rows = [{"image": f"{i}.jpg", "captions": ["a dog", text]} for i, text in enumerate(("a cat", " "))]
+    path = write(workplace / "empty_captions.jsonl", rows)
+    options = {"checkpoint": pretrained, "task": "retrieval", "dataset": path, "image_dir": photographs / "train"}
+    with pytest.raises(ValueError, match="Row 1: expected texts that belong to the picture, found an empty one"):
+        evaluate.main(arguments(**options, output_dir=tmp_path / "out"))
+
+
 @pytest.mark.slow
 def test_pictures_that_are_learnt_by_heart_are_found(pretrained, photographs, tmp_path):
     options = {"task": "retrieval", "dataset": photographs, "answer_column": "captions"}
@@ -442,10 +492,13 @@ def test_a_picture_that_several_rows_have_is_one_to_find(pretrained, photographs
 
 def test_a_chat_that_ends_with_the_user_has_no_answer_to_measure(pretrained, workplace, tmp_path):
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
-    for i, messages in enumerate((turns, turns[:1], turns[1:2])):
+    without_an_answer = "expected messages that end in an answer of the assistant"
+    for i, (messages, told) in enumerate(
+        ((turns, without_an_answer), (turns[:1], "no message of the assistant"), (turns[1:2], without_an_answer))
+    ):
         path = write(workplace / f"chat_{i}.jsonl", [{"messages": turns[:2]}, {"messages": messages}])
         options = {"checkpoint": pretrained, "task": "chat", "dataset": path, "output_dir": tmp_path / "out"}
-        with pytest.raises(ValueError, match="Row 1: expected messages that end in an answer of the assistant"):
+        with pytest.raises(ValueError, match=f"Row 1: {told}"):
             evaluate.main(arguments(**options, batch_size=2))
 
 
