@@ -7,7 +7,6 @@ Example:
         --output_dir runs/finetuned --num_train_epochs 3
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging
 
 from ..configuration import DuoStreamConfig
-from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, parse
 from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
 from .places import check_place
 from .tasks import WRITER, task_of
-from .training import bad_rows_of, collator_of, train
-from .vision_cache import cache_vision, check_cacheable
+from .training import bad_rows_of, check_output_dir, collator_of, train
+from .vision_cache import check_cacheable
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +56,7 @@ def changed_config(args: FinetuneArguments) -> dict[str, Any]:
     Raises:
         ValueError: They are no fields of it, or no values for them.
     """
-    overrides = json.loads(args.config_overrides)
+    overrides = json_mapping(args, "config_overrides")
     if overrides:
         fields = AutoConfig.from_pretrained(args.checkpoint).to_dict()
         if unknown := set(overrides) - set(fields):
@@ -72,6 +71,7 @@ OPTIONS = (FinetuneArguments, DataArguments, DuoStreamTrainingArguments)
 
 def main(args: list[str] | None = None) -> None:
     finetune_args, data_args, training_args = parse(*OPTIONS, args=args, doc=__doc__)
+    check_output_dir(training_args)
     set_seed(training_args.seed)
     check_place(finetune_args.checkpoint)
     if training_args.metric_rows and data_args.streaming:
@@ -111,8 +111,6 @@ def main(args: list[str] | None = None) -> None:
     model.freeze(*training_args.freeze)
     collator = collator_of(data_args, processor, model)
     collator.packing = training_args.packing
-    if training_args.cache_vision:
-        rows, eval_rows = cache_vision(rows, eval_rows, model, processor, training_args, collator, bad_rows)
     train(
         model,
         processor,

@@ -115,6 +115,16 @@ class LongRunTrainer(Trainer):
             sampler = self.epoch_sampler = EpochSampler(sampler, seed)
         return sampler
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        started = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.state.global_step > max_steps:
+            # The library would end without a step, and keep weights of a longer run for those of this one
+            raise ValueError(
+                f"The checkpoint to resume from is of step {self.state.global_step}, beyond the {max_steps} of this "
+                "run: take more (`max_steps`, `num_train_epochs`), or another `output_dir`"
+            )
+        return started
+
     def _run_epoch(self, *, epoch: int, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             # Killed after its last checkpoint: the library would take one step more

@@ -6,7 +6,6 @@ Example:
     duostream pretrain --preset tiny --dataset scenes --output_dir runs/pretrained --max_steps 300
 """
 
-import json
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,11 +23,11 @@ from .. import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, json_mapping, parse
 from .compose import load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
-from .training import bad_rows_of, train
-from .vision_cache import cache_vision, check_cacheable
+from .training import bad_rows_of, check_output_dir, train
+from .vision_cache import check_cacheable
 
 
 @dataclass
@@ -40,7 +39,7 @@ class PretrainArguments:
         default=None, metadata={"help": "Local folder or Hub id. By default one is trained on the rows' text."}
     )
     vocab_size: int = field(default=2048, metadata={"help": "Size at most of a tokenizer that is trained."})
-    tokenizer_rows: int = field(default=5000, metadata={"help": "Rows whose text a tokenizer is trained on."})
+    tokenizer_rows: int = field(default=5000, metadata={"help": "Texts, or messages, a tokenizer is trained on."})
     vision: str | None = field(
         default=None, metadata={"help": "Local folder or Hub id of a vision model to take instead of the preset's."}
     )
@@ -67,6 +66,7 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     Raises:
         ValueError: The parts don't fit together.
     """
+    check_at_least_one(args, "tokenizer_rows")
     tokenizer: PreTrainedTokenizerBase
     if args.tokenizer is None:
         tokenizer = train_tokenizer(islice(texts_of(rows), args.tokenizer_rows), args.vocab_size)
@@ -75,7 +75,7 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     fields = {
         "contrastive_loss": args.contrastive_loss,
         **objective_weights(args),
-        **json.loads(args.config_overrides),
+        **json_mapping(args, "config_overrides"),
     }
     if args.vision is not None:
         image_processor, fields["vision_config"] = load_vision(args.vision)
@@ -114,10 +114,15 @@ OPTIONS = (PretrainArguments, DataArguments, DuoStreamTrainingArguments)
 
 def main(args: list[str] | None = None) -> None:
     pretrain_args, data_args, training_args = parse(*OPTIONS, args=args, doc=__doc__)
+    check_output_dir(training_args)
     if data_args.task == "classification":
         raise ValueError("`task` 'classification' is nothing to pretrain on: fine-tune a pretrained checkpoint at it")
     if training_args.metric_rows:
         raise ValueError("`metric_rows` is for fine-tuning: pretraining is measured by its losses")
+    if training_args.eval_strategy != "no" and not data_args.eval_split:
+        raise ValueError(
+            f"`eval_strategy` {training_args.eval_strategy.value!r} evaluates on `eval_split`, which is empty"
+        )
     if training_args.cache_vision:
         check_cacheable(data_args)
     for option in ("cache_vision", "packing"):
@@ -142,8 +147,6 @@ def main(args: list[str] | None = None) -> None:
             mlm=bool(pretrain_args.mlm_weight),
             pairs=bool(pretrain_args.itc_weight or pretrain_args.itm_weight),
         )
-    if training_args.cache_vision:
-        rows, eval_rows = cache_vision(rows, eval_rows, model, processor, training_args, collator, bad_rows)
     train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows, data=data_args)
 
 

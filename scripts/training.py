@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from transformers.utils import is_liger_kernel_available, logging
 
 from ..modeling import (
@@ -39,6 +39,7 @@ from .data import Rows, with_lengths
 from .evaluate import check_rows, evaluate, generate_answers, score_answers
 from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .tasks import WRITER, task_of
+from .vision_cache import with_states
 
 logger = logging.get_logger(__name__)
 
@@ -103,14 +104,29 @@ class DuoStreamTrainer(LongRunTrainer):
             head = self.model.image_text_head
             head.requires_grad_(self.model.config.itc_weight > 0)
             head.matching.requires_grad_(self.model.config.itm_weight > 0)
+        self.task, self.metric_rows, self.data = task, metric_rows, data
         if metric_rows is not None:
             # Not after all the steps before the first evaluation
             check_rows(metric_rows, task)
-        self.task, self.metric_rows, self.data = task, metric_rows, data
+        elif self.compute_metrics is None:
+            self.check_is_measured(["loss"])
         config = self.model.config
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
         self.objective_sums = torch.zeros(len(self.objectives))
         self.steps_since_log = 0
+
+    def check_is_measured(self, figures: list[str]) -> None:
+        """Raises `ValueError` if training looks for the best model by a figure that is none of these."""
+        # Of several data sets each has figures by its own name
+        if self.args.eval_strategy == "no" or isinstance(self.eval_dataset, dict):
+            return
+        wanted = self.args.metric_for_best_model
+        if wanted is not None and wanted.removeprefix("eval_") not in figures:
+            hint = "" if self.metric_rows is not None else "; with `--metric_rows`, those of the task, too"
+            raise ValueError(
+                f"`metric_for_best_model` is {wanted!r}, which is not measured; there are "
+                f"{', '.join(map(repr, sorted(figures)))}{hint}"
+            )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # Rows to evaluate on may have no lengths, which the library would then look for in `input_ids`
@@ -207,6 +223,8 @@ class DuoStreamTrainer(LongRunTrainer):
                     if isinstance(value, int | float)
                 }
             )
+            if self.is_in_train:
+                self.check_is_measured([name.removeprefix(f"{metric_key_prefix}_") for name in output.metrics])
         return output
 
     def measure(self, rows: Dataset) -> dict[str, Any]:
@@ -247,6 +265,16 @@ def bad_rows_of(data_args: DataArguments, training_args: DuoStreamTrainingArgume
     return BadRows(Path(str(training_args.output_dir)) / "bad_rows.jsonl") if data_args.on_bad_rows == "skip" else None
 
 
+def check_output_dir(args: DuoStreamTrainingArguments) -> None:
+    """Raises `ValueError` if checkpoints of a run would lie among another's, which resuming can't tell apart."""
+    found = [Path(path).name for path in sort_checkpoints(str(args.output_dir))]
+    if found and not args.resume:
+        raise ValueError(
+            f"`output_dir` {args.output_dir} has {', '.join(found)} of an earlier run: `--resume true` continues it; "
+            "for a new one take another folder, or remove them"
+        )
+
+
 def train(
     model: PreTrainedModel,
     processor: DuoStreamProcessor,
@@ -271,13 +299,18 @@ def train(
 
     Raises:
         SystemExit: SIGTERM came, with the exit code that says so (143). A checkpoint is saved.
-        ValueError: A row is broken, or the loss is no number, or so is a file of the checkpoint to resume from.
+        ValueError: A row is broken, or the loss is no number, or so is a file of the checkpoint to resume from, or
+            there are checkpoints in `output_dir` without `resume`.
         OSError: A checkpoint can't be saved.
     """
+    check_output_dir(training_args)
     collator = DuoStreamDataCollator(processor) if collator is None else collator
     if bad_rows is not None:
         # Before training, so that batches, epochs and resuming are those of a data set without them
         train_rows = bad_rows.leave_out(train_rows, lambda row: collator([row]))
+    if training_args.cache_vision:
+        train_rows = with_states(train_rows, model, processor, training_args)
+        eval_rows = None if eval_rows is None else with_states(eval_rows, model, processor, training_args)
     if training_args.train_sampling_strategy == "group_by_length" and isinstance(train_rows, Dataset):
         data_args = kwargs.get("data")
         chars_per_picture = (DataArguments if data_args is None else data_args).chars_per_picture
@@ -314,12 +347,17 @@ def train(
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    # First, as `bf16_full_eval` makes the model one in half precision
+    trainer.save_model(_internal_call=True)
     if eval_rows is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    trainer.save_model()
-    trainer.create_model_card()
+    if training_args.push_to_hub:
+        # With the evaluation's figures in the card
+        trainer.push_to_hub(commit_message="Model save")
+    else:
+        trainer.create_model_card()
     if bad_rows is not None:
         bad_rows.report()
     if trainer.bad_losses.exists():

@@ -16,11 +16,18 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..processing import DuoStreamDataCollator, DuoStreamProcessor
+from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_pictures
 from .arguments import DataArguments, DuoStreamTrainingArguments
-from .bad_rows import BadRows
 from .data import UNDECODED, Rows
+
+# All that reads pictures and makes their states
+PARTS = ("configuration", "modeling", "processing")
+SOURCES = [
+    Path(__file__),
+    *(path for part in PARTS for path in sorted(Path(__file__).parents[1].glob(f"{part}/*.py"))),
+]
+SOURCE_DIGEST = sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
 
 def check_cacheable(args: DataArguments) -> None:
@@ -139,6 +146,7 @@ def with_states(
             image_processor.to_dict(),
             str(dtype),
             transformers.__version__,
+            SOURCE_DIGEST,
         ]
     )
     vision_model.to(args.device)
@@ -185,23 +193,6 @@ def with_states(
     columns = [name for name in rows.column_names if name != "images"]
     rows = rows.add_column("image_numbers", image_numbers)
     return rows.with_transform(StoredStates(states, shape, dtype), columns=[*columns, "image_numbers"])
-
-
-def cache_vision(
-    rows: Rows,
-    eval_rows: Rows | None,
-    model: PreTrainedModel,
-    processor: DuoStreamProcessor,
-    args: DuoStreamTrainingArguments,
-    collator: DuoStreamDataCollator,
-    bad_rows: BadRows | None = None,
-) -> tuple[Rows, Rows | None]:
-    """Rows to train on and to evaluate on with the states of their pictures: see [`with_states`]."""
-    if bad_rows is not None:
-        # A picture that can't be read would end the reading
-        rows = bad_rows.leave_out(rows, lambda row: collator([row]))
-    rows = with_states(rows, model, processor, args)
-    return rows, None if eval_rows is None else with_states(eval_rows, model, processor, args)
 
 
 def identity_of(image: dict[str, Any] | None) -> Any:

@@ -86,6 +86,10 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def message(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
 def weights(folder):
     return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
 
@@ -174,6 +178,46 @@ def test_pretraining_evaluates_when_asked_to(tmp_path):
     pretrain.main(arguments(**options, vocab_size=300, eval_strategy="steps", eval_steps=1))
     entries = read_json(tmp_path / "run" / "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in entries if "eval_loss" in entry][:2] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eval_strategy": "steps", "eval_split": ""}, "`eval_strategy` 'steps' evaluates on `eval_split`, which is"),
+        ({"tokenizer_rows": 0}, "`tokenizer_rows` is 0; expected at least 1"),
+        ({"config_overrides": "[1]"}, r"`config_overrides` is '\[1\]'; expected a mapping in JSON"),
+    ],
+)
+def test_options_that_pretraining_can_do_nothing_with_are_refused(tmp_path, wrong, message):
+    options = {"output_dir": tmp_path / "run", "max_train_rows": 2, "vocab_size": 300, **SHORT_TRAINING, **QUIET}
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(arguments(**{**options, **wrong}))
+
+
+@pytest.mark.parametrize("command", [pretrain, finetune])
+def test_a_folder_with_checkpoints_is_refused_before_anything_is_read(tmp_path, command):
+    (tmp_path / "checkpoint-8").mkdir()
+    unread = {"dataset": "nowhere", "output_dir": tmp_path, "on_bad_rows": "skip"}
+    with pytest.raises(ValueError, match=r"`output_dir` .* has checkpoint-8 of an earlier run"):
+        command.main(arguments(**unread, **({"checkpoint": "nowhere"} if command is finetune else {})))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_tokenizer_is_trained_on_so_many_texts(monkeypatch, is_stream):
+    trained_on = []
+
+    def train(texts, vocab_size):
+        trained_on.extend(texts)
+        return train_tokenizer(trained_on, vocab_size)
+
+    monkeypatch.setattr(pretrain, "train_tokenizer", train)
+    rows = Dataset.from_list(
+        [{"messages": [message("user", f"{i} ?"), message("assistant", "Yes .")]} for i in range(5)]
+    )
+    options = pretrain.PretrainArguments(tokenizer_rows=3, vocab_size=300)
+    pretrain.new_model(options, rows.to_iterable_dataset() if is_stream else rows)
+    assert trained_on == ["0 ?", "Yes .", "1 ?"]
 
 
 @pytest.mark.slow

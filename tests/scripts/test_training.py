@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import signal
 
@@ -28,7 +29,7 @@ from duostream import (
 from duostream.scripts.arguments import DuoStreamTrainingArguments
 from duostream.scripts.data import number_rows, texts_of
 from duostream.scripts.scenes import build_scenes, question_rows, to_conversations
-from duostream.scripts.training import train
+from duostream.scripts.training import DuoStreamTrainer, train
 
 NUM_ROWS = 8
 LLAMA = {
@@ -350,6 +351,8 @@ def test_a_loss_that_is_no_number_is_skipped_and_changes_nothing(new_parts, rows
         ({"on_nan_loss": "hide"}, "`on_nan_loss` is 'hide'; there are 'stop' and 'skip'"),
         ({"resume": True, "save_only_model": True}, "`resume` needs the optimizer's state"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "`hub_strategy` 'checkpoint' uploads the optimizer's"),
+        ({"push_to_hub": True, "bf16_full_eval": True}, "`bf16_full_eval` .* so `push_to_hub` would upload it"),
+        ({"resume_from_checkpoint": "a"}, "`resume_from_checkpoint` is not read: `--resume true` continues"),
     ],
 )
 def test_options_that_would_lose_or_give_away_a_state_are_refused(tmp_path, wrong, message):
@@ -363,12 +366,21 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(new_parts, rows
     assert steps.taken == [1, 2]
 
 
-def test_a_run_that_is_not_resumed_ignores_earlier_checkpoints(new_parts, rows, tmp_path):
-    for _ in range(2):
-        steps = Steps()
-        saving = options(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-        train(*new_parts(), saving, rows, callbacks=[steps])
-        assert steps.taken == [1, 2]
+def test_a_run_that_is_not_resumed_does_not_leave_its_checkpoints_among_those_of_another(new_parts, rows, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    train(*new_parts(), options(tmp_path, **saving), rows)
+    steps = Steps()
+    with pytest.raises(ValueError, match=f"`output_dir` {tmp_path} has checkpoint-1, checkpoint-2 .*`--resume true`"):
+        train(*new_parts(), options(tmp_path, **saving), rows, callbacks=[steps])
+    assert not steps.taken
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}], ids=str)
+def test_a_checkpoint_beyond_the_steps_of_the_run_that_resumes_is_refused(new_parts, rows, tmp_path, length):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    train(*new_parts(), options(tmp_path, max_steps=3, **saving), rows)
+    with pytest.raises(ValueError, match=r"is of step 3, beyond the 2 of this run: take more \(`max_steps`"):
+        train(*new_parts(), options(tmp_path, resume=True, **saving, **length), rows)
 
 
 def test_model_and_processor_are_saved_together_ready_for_use(new_parts, rows, tmp_path):
@@ -439,6 +451,48 @@ def test_too_few_rows_for_the_figures_of_the_task_are_told_before_training(new_p
     with pytest.raises(ValueError, match=r"CIDEr-D .* needs at least two rows, got 1"):
         train(*new_parts(), options(tmp_path), rows, one, callbacks=[steps], task="caption", metric_rows=one)
     assert not steps.taken
+
+
+@pytest.mark.parametrize(
+    ("watched", "has_metric_rows", "message"),
+    [
+        ("cider_d", False, "is not measured; there are 'loss'; with `--metric_rows`, those of the task, too"),
+        (
+            "eval_cidr",
+            True,
+            "'eval_cidr', which is not measured; there are 'bleu', 'chrf', 'cider_d', 'exact_match', 'l",
+        ),
+    ],
+)
+def test_a_figure_that_is_not_measured_finds_no_best_checkpoint_and_is_told(
+    new_parts, rows, tmp_path, watched, has_metric_rows, message
+):
+    held_out, steps = rows.select(range(2)), Steps()
+    every = {"eval_strategy": "steps", "eval_steps": 1, "max_new_tokens": 4}
+    args = options(tmp_path, metric_for_best_model=watched, **every)
+    more = {"task": "caption", "metric_rows": held_out if has_metric_rows else None}
+    with pytest.raises(ValueError, match=message):
+        train(*new_parts(), args, rows, held_out, callbacks=[steps], **more)
+    # What a task measures depends on its rows
+    assert steps.taken == ([1] if has_metric_rows else [])
+
+
+def test_the_model_is_saved_as_it_was_trained_where_it_is_evaluated_in_half_precision(new_parts, rows, tmp_path):
+    trainer = train(*new_parts(), options(tmp_path, max_steps=1, bf16_full_eval=True), rows, rows.select(range(2)))
+    assert next(trainer.model.parameters()).dtype == torch.bfloat16
+    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+    loss = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+    assert json.loads((tmp_path / "run.json").read_text())["log_history"][-1]["eval_loss"] == loss
+
+
+def test_what_is_uploaded_at_the_end_has_the_last_evaluation(new_parts, rows, tmp_path, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(DuoStreamTrainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(
+        DuoStreamTrainer, "push_to_hub", lambda self, **kwargs: uploaded.append(self.state.log_history[-1])
+    )
+    train(*new_parts(), options(tmp_path, max_steps=1, push_to_hub=True), rows, rows.select(range(2)))
+    assert ["eval_loss" in last for last in uploaded] == [True]
 
 
 def test_without_held_out_rows_nothing_is_evaluated(new_parts, rows, tmp_path):
@@ -520,3 +574,22 @@ def test_a_part_may_have_a_learning_rate_of_its_own(new_parts, rows, tmp_path):
 def test_learning_rates_of_unknown_parts_are_refused(tmp_path, rates):
     with pytest.raises(ValueError, match=r"`learning_rates` has .*; expected rates of 'text', 'vision'"):
         options(tmp_path, learning_rates=rates)
+
+
+@pytest.mark.parametrize("rates", ["[1]", "1e-3", "text: 1", ""])
+def test_learning_rates_that_are_no_mapping_are_refused(tmp_path, rates):
+    with pytest.raises(ValueError, match=rf"`learning_rates` is '{re.escape(rates)}'; expected a mapping in JSON"):
+        options(tmp_path, learning_rates=rates)
+
+
+@pytest.mark.parametrize("saving", [{"load_best_model_at_end": True}, {"save_strategy": "best"}], ids=str)
+@pytest.mark.parametrize(
+    ("watched", "is_better"),
+    [("mse", False), ("eval_text_to_image_median_rank", False), ("loss", False), ("pearson", True)],
+)
+def test_the_best_checkpoint_is_that_of_the_lowest_error_and_the_highest_score(tmp_path, saving, watched, is_better):
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **saving}
+    assert options(tmp_path, metric_for_best_model=watched, **every).greater_is_better is is_better
+    for given in (True, False):
+        kept = options(tmp_path, metric_for_best_model=watched, greater_is_better=given, **every)
+        assert kept.greater_is_better is given

@@ -15,8 +15,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from duostream import DuoStreamDataCollator
 from duostream.processing.data_collator_duostream import ImageStates
-from duostream.scripts import finetune, pretrain
+from duostream.scripts import finetune, pretrain, vision_cache
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
+from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import load_mixture, load_rows
 from duostream.scripts.training import train
 from duostream.scripts.vision_cache import with_states
@@ -179,8 +180,8 @@ def test_no_picture_is_opened_once_its_states_are_stored(parts, tmp_path):
         train(*parts, args, rows)
 
 
-@pytest.mark.parametrize("changed", ["weights", "buffers", "processor", "dtype", "layer", "pictures", "rows"])
-def test_what_the_states_depend_on_makes_them_anew(parts, tmp_path, changed):
+@pytest.mark.parametrize("changed", ["weights", "buffers", "processor", "dtype", "layer", "pictures", "rows", "code"])
+def test_what_the_states_depend_on_makes_them_anew(parts, tmp_path, monkeypatch, changed):
     photographs = save_photographs(tmp_path / "photographs")
     model, processor = parts
     args = training_options(tmp_path / "run")
@@ -196,6 +197,8 @@ def test_what_the_states_depend_on_makes_them_anew(parts, tmp_path, changed):
         processor.image_processor = SiglipImageProcessorPil(size=size, image_mean=[0.4, 0.5, 0.5])
     elif changed == "dtype":
         model.to(torch.bfloat16)
+    elif changed == "code":
+        monkeypatch.setattr(vision_cache, "SOURCE_DIGEST", "another")
     elif changed == "layer":
         # The same one, counted from the front
         pictures = torch.zeros(1, 3, 48, 48)
@@ -245,14 +248,18 @@ def test_rows_without_pictures_stay_as_they_are(parts, tmp_path, cache):
     train(*parts, training_options(tmp_path / "run"), with_states(none, *parts, training_options(tmp_path)))
 
 
-def test_a_picture_that_cannot_be_read_names_its_row_or_is_left_out(pretrained, tmp_path):
+def test_a_picture_that_cannot_be_read_names_its_row_or_is_left_out(pretrained, tmp_path, monkeypatch):
     photographs = save_photographs(tmp_path / "photographs")
     (photographs / "train" / "2.jpg").write_bytes(b"<html>")
     options = {"checkpoint": pretrained, "task": "caption", "dataset": photographs, "cache_vision": True}
     options |= {"output_dir": tmp_path / "run", "num_train_epochs": 1, **FROZEN}
     with pytest.raises(ValueError, match="Row 4: a picture can't be read"):
         finetune.main(arguments(**options))
+    looked = []
+    leave_out = BadRows.leave_out
+    monkeypatch.setattr(BadRows, "leave_out", lambda self, *args: looked.append(1) or leave_out(self, *args))
     finetune.main(arguments(**options, on_bad_rows="skip"))
+    assert looked == [1]
     lines = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
     assert {line["row"] for line in lines} == {2}
 
