@@ -59,7 +59,17 @@ def note_pictures(
     num_image_tokens: int,
     num_untold: int,
 ) -> None:
-    """Notes on a cache where its pictures are, of which `num_left_out` columns were kept from the text stream."""
+    """
+    Notes on a cache where its pictures are.
+
+    Args:
+        past_key_values (`Cache`): Is given an attribute `pictures_read`.
+        is_image (`torch.BoolTensor` of shape `(batch, total_len)`): Where the image tokens stand.
+        kept (`torch.BoolTensor` of shape `(total_len,)`): Which columns the text stream's cache has.
+        num_left_out (`int`): How many of the new columns it has not.
+        num_image_tokens (`int`): How many of the new tokens, of all rows, are a picture's.
+        num_untold (`int`): How many tokens stand in front of those that `mm_token_type_ids` tell of.
+    """
     before = getattr(past_key_values, "pictures_read", None)
     differ: bool | torch.Tensor = num_image_tokens != is_image.shape[0] * num_left_out
     if before is not None:

@@ -18,7 +18,13 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    CandidateGenerator,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PromptLookupCandidateGenerator,
+)
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
@@ -1392,6 +1398,17 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         if self.config.image_token_id < self.config.text_config.vocab_size:
             processors.insert(0, SuppressPlaceholder(self.config.image_token_id))
         return processors
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        number = self.config.image_token_id
+        if isinstance(generator, PromptLookupCandidateGenerator) and number >= self.config.text_config.vocab_size:
+            # It looks up scores of what it copies from the prompt, of placeholders, too, which then have none
+            generator.vocab_size = number + 1
+            generator.logits_processor = LogitsProcessorList(
+                [*generator.logits_processor, SuppressPlaceholder(number)]
+            )
+        return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         # The library's paged cache knows layers by their numbers, and both stacks count theirs from 0

@@ -25,7 +25,7 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
-from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.data_files import _get_data_files_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
@@ -47,7 +47,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 # Files are opened by the collator, which names the row of one that can't be read
 UNDECODED = Image(decode=False)
 
-# By the types of files that each reads; beside Parquet and Arrow there may be JSON that tells of them
+# By the types of files that each reads, in the order in which they are looked for: JSON may tell of Parquet and Arrow
 BUILDERS = {
     "parquet": {".parquet"},
     "arrow": {".arrow"},
@@ -337,13 +337,18 @@ def _rows_of_task(
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
+        name = DataArguments.image_column
+        has_other_images = name in columns and "images" not in columns
+        if has_other_images and args.image_column == "":
+            rows, named = rows.remove_columns(name), [each for each in named if each != "image_column"]
+        elif has_other_images:
+            raise ValueError(
+                f"The rows of {args.dataset!r} are conversations, but their pictures are in {name!r}: expected a list "
+                'of them in `images`, and `{"type": "image"}` in the messages where each stands; or `image_column` '
+                '"", to read text alone'
+            )
         if named:
             raise ValueError(ready)
-        if args.image_column in columns and "images" not in columns:
-            raise ValueError(
-                f"The rows of {args.dataset!r} are conversations, but their pictures are in {args.image_column!r}: "
-                'expected a list of them in `images`, and `{"type": "image"}` in the messages where each stands'
-            )
         # Names that are given to rows here: what else they hold under these is not read
         rows = rows.remove_columns([name for name in ("source", "row") if name in columns])
         # Files, or bytes and paths, are pictures whatever type they were stored as
@@ -425,29 +430,52 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
 
 
 def _load_files(path: Path, options: dict[str, Any]) -> Rows:
+    names = {part.split("[")[0] for part in options["split"].split("+")}
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     suffixes = {file.suffix.lower() for file in files}
-    has_metadata = any(file.stem == "metadata" for file in files)
-    # Pictures lie beside the tables that name them
-    has_table = any(file.suffix.lower() in (".jsonl", ".parquet") for file in files)
+    # Pictures lie beside the tables that name them. JSON may be such a table, but often tells of other things
+    has_table = any(suffixes & known - {".json"} for known in BUILDERS.values())
+    has_metadata = any(file.name in ImageFolder.METADATA_FILENAMES for file in files)
     if path.is_dir() and suffixes & set(ImageFolder.EXTENSIONS) and (has_metadata or not has_table):
         return load_dataset("imagefolder", data_dir=str(path), **options)
-    for builder, known in BUILDERS.items():
-        if not suffixes & known:
-            continue
-        names = {part.split("[")[0] for part in options["split"].split("+")}
-        if path.is_file():
-            # A file is one split, whatever its name
-            return load_dataset(builder, data_files={names.pop(): str(path)}, **options)
-        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
-        found = found.filter(extensions=sorted(known))
-        # Of the wanted splits alone: others may have other columns and classes, or lines that are broken
-        found = {name: found[name] for name in names} if names <= set(found) else found
-        return load_dataset(builder, data_files=found, **options)
-    raise ValueError(
-        f"`dataset` {str(path)!r} has files of types {sorted(suffixes)}; expected pictures with a "
-        "metadata file, JSONL, Parquet, Arrow, or WebDataset's tar files"
-    )
+    if path.is_file() and len(names) > 1:
+        raise ValueError(f"`dataset` {str(path)!r} is a file, which is one split, not {options['split']!r}")
+    found = {
+        # A file is one split, whatever its name
+        builder: {name: [str(path)] for name in names} if path.is_file() else _splits_of(path, known)
+        for builder, known in BUILDERS.items()
+        if suffixes & known
+    }
+    if not any(found.values()):
+        raise ValueError(
+            f"`dataset` {str(path)!r} has files of types {sorted(suffixes)}; expected pictures with a "
+            "metadata file, JSONL, Parquet, Arrow, or WebDataset's tar files"
+        )
+    # Those with all the splits that are wanted come first
+    builder, splits = max(found.items(), key=lambda each: (names <= set(each[1]), bool(each[1])))
+    if names <= set(splits):
+        # Of the wanted ones alone: others may have other columns and classes, or lines that are broken
+        splits = {name: splits[name] for name in names}
+    return load_dataset(builder, data_files=splits, **options)
+
+
+def _splits_of(folder: Path, suffixes: set[str]) -> dict[str, list[str]]:
+    """The files of these types in each split, by the names that `datasets` knows splits by."""
+
+    def find(pattern: str) -> list[str]:
+        try:
+            paths = resolve_pattern(pattern, str(folder.resolve()))
+        except FileNotFoundError:
+            return []
+        return [path for path in paths if Path(path).suffix.lower() in suffixes]
+
+    # Not the public `get_data_patterns`, for which a folder of pictures may be a split
+    try:
+        patterns = _get_data_files_patterns(find)
+    except FileNotFoundError:
+        # It passes over files that tell of others, such as `dataset_info.json`
+        return {}
+    return {name: [path for each in patterns[name] for path in find(each)] for name in patterns}
 
 
 def _make_rows(
@@ -681,10 +709,12 @@ def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str]
         if label not in known:
             raise ValueError(f"Row {index}: `{args.label_column}` {label!r} is none of the classes {known}")
         label = known.index(label)
-    elif type(label) is int and str(label) in known:
+    elif isinstance(label, int | float) and str(label).removesuffix(".0") in known:
         # The classes may have numbers for names, not all, or not in their order
-        label = known.index(str(label))
-    elif not isinstance(label, int | float) or (known and (label != int(label) or not 0 <= label < len(known))):
+        label = known.index(str(label).removesuffix(".0"))
+    elif known and all(name.isdecimal() for name in known):
+        raise ValueError(f"Row {index}: `{args.label_column}` is {label!r}; expected one of the classes {known}")
+    elif not isinstance(label, int | float) or (known and label not in range(len(known))):
         raise ValueError(
             f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
         )

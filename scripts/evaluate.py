@@ -33,7 +33,7 @@ from ..processing import (
     DuoStreamProcessor,
     DuoStreamRetrievalCollator,
 )
-from ..processing.data_collator_duostream import IGNORE_INDEX, is_plain_text, load_pictures
+from ..processing.data_collator_duostream import IGNORE_INDEX, is_plain_text, load_pictures, tools_of
 from ..processing.processing_duostream import parts_of
 from . import metrics
 from .arguments import DataArguments, check_at_least_one, parse
@@ -99,6 +99,8 @@ def generate_answers(
                     f"{name}: expected messages that end in an answer of the assistant, to a message before it; "
                     f"their roles are {[message['role'] for message in messages]}"
                 )
+            if tools_of(row):
+                raise ValueError(f"{name} has `tools`, which aren't given to a model that is measured")
             *prompt, last = messages
             pictures = load_pictures(row.get("images") or [], name)
             num_markers = sum(part["type"] == "image" for message in messages for part in parts_of(message))
@@ -153,9 +155,7 @@ def references_of(result: dict[str, Any]) -> list[str]:
 
 
 def check_rows(rows: Rows, task: str) -> None:
-    """Raises `ValueError` if rows are too few for a task's figures, or not what is asked, before any is answered."""
-    if task_of(task).auto_class is WRITER and "tools" in (rows.column_names or ()):
-        raise ValueError("The rows have `tools`, which the model isn't given when it is asked to answer")
+    """Raises `ValueError` if there are too few rows for a task's figures, before the model has answered them."""
     if metrics.cider_d in task_of(task).scorers and isinstance(rows, Dataset):
         metrics.check_number_of_rows(len(rows))
 

@@ -80,6 +80,9 @@ def messages_refusal(messages: Any) -> str | None:
         return f"`messages` is {messages!r:.100}; expected a list of messages"
     for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(message, dict) and content is None and message.get("role") in ("assistant", "tool"):
+            # As clients send back a turn in which nothing was said
+            message = {**message, "content": ""}
         try:
             if isinstance(content, list):
                 message = {**message, "content": [checked_part(part) for part in content]}
@@ -155,7 +158,7 @@ def answering(base: Any) -> Any:
 
 
 def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
-    """The library's `build_server`, whose app asks [`refusal`] first."""
+    """The library's `build_server`, whose app asks [`refusal`] and [`messages_refusal`] first."""
 
     def build(model_manager: Any, *args: Any, **kwargs: Any) -> Any:
         from fastapi.responses import JSONResponse

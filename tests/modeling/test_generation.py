@@ -327,6 +327,18 @@ def test_placeholders_beyond_the_vocabulary_write_the_same() -> None:
     assert torch.equal(got, write(within, inputs))
 
 
+@pytest.mark.parametrize("suppressed", [None, [7]])
+def test_a_picture_is_never_looked_up_for_words_to_write(suppressed: list[int] | None) -> None:
+    model = small_model("llama", image_token_id=VOCAB_SIZE)
+    row = Row(model, 4, PICTURE, 8)
+    # What stands at the prompt's end stands in front of the picture, too
+    row.ids[2:4] = row.ids[-2:] = torch.tensor([5, 6])
+    options = {"max_new_tokens": 12, "suppress_tokens": suppressed}
+    assert torch.equal(
+        write(model, row.inputs, prompt_lookup_num_tokens=4, **options), write(model, row.inputs, **options)
+    )
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["types given", "types found"])
 def test_types_of_the_tokens_may_be_given(model: Any, told: bool) -> None:
     inputs = batch(ragged_rows(model))

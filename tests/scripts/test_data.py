@@ -1,8 +1,10 @@
 import json
+import tarfile
 from dataclasses import replace
 
 import datasets
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -21,7 +23,7 @@ from duostream.scripts.data import (
     texts_of,
     with_lengths,
 )
-from duostream.scripts.evaluate import check_rows
+from duostream.scripts.evaluate import generate_answers
 
 CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
 FLAT = [(i, caption) for i, captions in enumerate(CAPTIONS) for caption in captions]
@@ -355,6 +357,8 @@ def test_a_picture_beside_a_conversation_is_not_left_out_in_silence(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "messages": conversation("?", "A dog .")}])
     with pytest.raises(ValueError, match=r"their pictures are in 'image': expected a list of them in `images`"):
         load(path)
+    assert said(load(path, image_column="")[0]) == (0, "?", "A dog .")
+    assert "image" not in load(path, image_column="").column_names
 
 
 @pytest.mark.parametrize("suffix", [".bmp", ".tiff", ".gif"])
@@ -363,12 +367,21 @@ def test_a_folder_of_pictures_may_be_of_any_type_that_datasets_knows(tmp_path, s
     assert pictures(load(folder.parent, task="caption")[0])[0].size == picture(0).size
 
 
-def test_a_table_among_pictures_is_read_and_not_the_names_of_their_folders(tmp_path):
-    for kind in ("cats", "dogs"):
-        (tmp_path / kind).mkdir()
-        picture(0).save(tmp_path / kind / "a.png")
-    rows = [{"image": str(tmp_path / "cats" / "a.png"), "text": "", "label": "good"}]
-    write_lines(tmp_path / "train.jsonl", rows)
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [
+        (("cats", "dogs"), "train.jsonl"),
+        (("pictures/train", "pictures/validation"), "train.jsonl"),
+        (("train", "validation"), "train.JSONL"),
+        (("train2017", "val2017"), "rows.jsonl"),
+    ],
+)
+def test_a_table_among_pictures_is_read_and_not_the_names_of_their_folders(tmp_path, folders, name):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        picture(0).save(tmp_path / folder / "a.png")
+    rows = [{"image": str(tmp_path / folders[0] / "a.png"), "text": "", "label": "good"}]
+    write_lines(tmp_path / name, rows)
     args = DataArguments(dataset=str(tmp_path), task="classification")
     assert read_classes(args) == ["good"]
     assert len(pictures(load_rows(args, "train", classes=["good"])[0])) == 1
@@ -382,6 +395,29 @@ def test_parquet_is_read_where_json_tells_of_it_and_so_is_what_a_dataset_saves(t
     rows.save_to_disk(tmp_path / "saved")
     for place in ("cloned", "saved"):
         assert said(load(tmp_path / place, task="translation", image_column="")[0])[2] == "eins"
+
+
+def test_a_file_is_one_split(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"source": "one", "target": "eins"}])
+    with pytest.raises(ValueError, match=r"is a file, which is one split, not 'train\+validation'"):
+        load(path, "train+validation", task="translation")
+
+
+def test_other_files_beside_a_table_do_no_harm(tmp_path):
+    picture(0).save(tmp_path / "preview.gif")
+    (tmp_path / "a.txt").write_text("A dog .")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(tmp_path / "preview.gif", "a.gif")
+        tar.add(tmp_path / "a.txt", "a.txt")
+    assert said(load(tmp_path, answer_column="txt", image_column="gif", prompt="Say it")[0]) == (
+        1,
+        "Say it",
+        "A dog .",
+    )
+    write_lines(tmp_path / "mixed" / "train.jsonl", [{"source": "one", "target": "eins"}])
+    Dataset.from_list([{"source": "two", "target": "zwei"}]).to_parquet(tmp_path / "mixed" / "validation.parquet")
+    for split, answer in (("train", "eins"), ("validation", "zwei")):
+        assert said(load(tmp_path / "mixed", split, task="translation")[0])[2] == answer
 
 
 def test_a_split_is_read_by_itself_whatever_the_others_hold(tmp_path):
@@ -420,9 +456,18 @@ def test_a_number_is_the_class_that_has_it_for_a_name(tmp_path):
     args = DataArguments(dataset=str(path), task="classification")
     assert load_rows(args, "train", classes=["1", "2", "3"])["label"][:] == [2, 0]
     assert load_rows(args, "train", classes=["none", "few", "some", "many"])["label"][:] == [3, 1]
-    path = write_lines(tmp_path / "scores.jsonl", [{"text": "a", "label": 0.5}])
-    with pytest.raises(ValueError, match=r"Row 0: `label` is 0.5; expected a class from 0 to 1"):
-        load_rows(replace(args, dataset=str(path)), "train", classes=["1", "2"])
+    for wrong, classes, message in (
+        (0.5, ["few", "many"], r"Row 0: `label` is 0.5; expected a class from 0 to 1"),
+        (float("nan"), ["few", "many"], r"Row 0: `label` is nan; expected a class from 0 to 1"),
+        (float("inf"), ["few", "many"], r"Row 0: `label` is inf; expected a class from 0 to 1"),
+        (0, ["2", "3"], r"Row 0: `label` is 0; expected one of the classes \['2', '3'\]"),
+    ):
+        path = write_lines(tmp_path / "wrong.jsonl", [{"text": "a", "label": wrong}])
+        with pytest.raises(ValueError, match=message):
+            load_rows(replace(args, dataset=str(path)), "train", classes=classes)
+    # As pandas stores whole numbers where some rows have none
+    path = write_lines(tmp_path / "floats.jsonl", [{"text": "a", "label": 3.0}])
+    assert load_rows(replace(args, dataset=str(path)), "train", classes=["1", "2", "3"])["label"][:] == [2]
 
 
 @pytest.mark.parametrize(
@@ -452,8 +497,11 @@ def test_tools_are_not_lost_where_rows_are_put_together_or_answered(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [row])
     with pytest.raises(ValueError, match="has `tools`, which `mixture` and `conversations_per_row` don't take"):
         load_mixture(DataArguments(task="chat", dataset=str(path), conversations_per_row=2))
-    with pytest.raises(ValueError, match="The rows have `tools`, which the model isn't given"):
-        check_rows(load(path), "chat")
+    row["tools"] = json.dumps([{"type": "function", "function": {"name": "look"}}])
+    path = write_lines(tmp_path / "with_tools.jsonl", [row])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="Row 0 has `tools`, which aren't given to a model that is measured"):
+            generate_answers(torch.nn.Module(), None, load(path, streaming=streaming))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -204,6 +204,9 @@ def test_what_clients_send_though_they_ask_for_nothing_by_it_is_taken(server: st
     ]
     spelt: Any = [*said[:1], {**said[1], "tool_calls": []}, *said[2:]]
     assert words(server, messages=said) == words(server, messages=spelt)
+    # A turn of the assistant in which nothing was said, as clients send it back
+    silent, empty = ([said[0], {"role": "assistant", "content": content}, said[2]] for content in (None, ""))
+    assert words(server, messages=silent) == words(server, messages=empty)
 
 
 def saying(content: Any, role: str = "user") -> dict[str, Any]:
