@@ -19,7 +19,6 @@ from importlib import import_module
 from importlib.metadata import requires
 from mimetypes import guess_type
 from pathlib import Path
-from string import Formatter
 from threading import Event
 from typing import Any
 
@@ -32,6 +31,7 @@ from ..processing import DuoStreamProcessor, DuoStreamRetrievalCollator
 from ..processing.data_collator_duostream import load_picture
 from .arguments import parse
 from .checkpoints import load_model
+from .data import columns_in
 from .evaluate import evaluation_loss, to_device
 from .places import check_place
 from .report import prompt_inputs, show_attention
@@ -97,7 +97,7 @@ def read_picture(path: str | Path) -> PIL.Image.Image:
 
 def place_in(task: str) -> str:
     """What stands for the text in a task's prompt, in braces, if anything does."""
-    names = [name for _, name, _, _ in Formatter().parse(TASKS[task].prompt) if name]
+    names = columns_in(TASKS[task].prompt)
     return f"{{{names[0]}}}" if names else ""
 
 
