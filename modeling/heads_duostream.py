@@ -484,7 +484,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             states_to_keep: int | torch.Tensor = 0
             shifted = None
             if labels is not None:
-                shifted = shift_labels(self.without_placeholders(labels))
+                shifted = shift_labels(self.without_placeholders(labels), attention_mask)
                 if self.training and targets_per_row is not None:
                     states_to_keep, shifted = find_labelled(shifted, targets_per_row)
             states = self.model(

@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import (
     CandidateGenerator,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -400,13 +401,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             `BaseModelOutputWithPooling`: `pooler_output` is of shape `(num_images, image_seq_length, hidden_size)`,
             the tokens that enter the fusion stack; `last_hidden_state` is what the vision stream gave, as are
             `hidden_states` and `attentions`, where they are asked for.
+
+        Raises:
+            ValueError: `pixel_values` are not of the shape or size that the vision model is for.
         """
+        self._check_pixels(pixel_values)
         layer = self.config.vision_feature_layer
         dtype = next(self.vision_model.parameters()).dtype
         pixel_values = pixel_values.to(dtype)
-        if pixel_values.ndim == 4:
-            # Convolutions are up to twice as fast on pixels whose channels lie side by side
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # Convolutions are up to twice as fast on pixels whose channels lie side by side
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         if layer != -1:
             kwargs["output_hidden_states"] = True
         with without_graph(self.vision_model, pixel_values):
@@ -428,6 +432,20 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             attentions=getattr(outputs, "attentions", None),
         )
 
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        """Raises `ValueError` where a vision model might take pixels for those of another picture, or cut some off."""
+        vision = self.config.vision_config
+        given = f"`pixel_values` of shape {tuple(pixel_values.shape)}"
+        if pixel_values.ndim != 4:
+            raise ValueError(f"{given} can't be read; expected (num_images, channels, height, width)")
+        # Models without patches read any size, and the number of their tokens tells whether it fits
+        if patch_grid(vision) is not None and tuple(pixel_values.shape[-2:]) != image_size_of(vision):
+            expected = " x ".join(map(str, image_size_of(vision)))
+            raise ValueError(
+                f"{given} are of another size than the vision model's pictures: expected {expected} pixels "
+                "(`vision_config.image_size`)"
+            )
+
     def read_images(
         self,
         pixel_values: torch.Tensor | None,
@@ -440,7 +458,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         Raises:
             ValueError: Both are given.
         """
-        if pixel_values is not None:
+        if pixel_values is not None and len(pixel_values) > 0:
             if mm_encoder_outputs:
                 raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
             return self.get_image_features(pixel_values, return_dict=True)
@@ -644,6 +662,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given")
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 2:
+            raise ValueError(
+                f"`attention_mask` is of shape {tuple(attention_mask.shape)}; expected (batch, past_len + seq_len): "
+                "the two streams need different masks, and make them"
+            )
         if use_cache is None:
             # The library's models fill a cache in training, too. Without one the text is packed closer, and rows of
             # which `images_per_row` was told, as the collator does, may have their pictures at different places.
@@ -699,9 +722,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if segment_ids is not None and position_ids is None:
                 is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask
                 position_ids = segment_positions(segment_ids, is_valid)
-            elif segment_ids is None and position_ids is not None and has_new_images and attention_mask is None:
-                goes_on = (position_ids.diff(dim=1) >= 0).all()
-                check(goes_on, "`position_ids` start anew, for several sequences in a row: give `segment_ids`")
+            elif segment_ids is None and position_ids is not None and has_new_images:
+                goes_on = position_ids.diff(dim=1) >= 0  # (batch, seq_len - 1)
+                if attention_mask is not None:
+                    is_valid = attention_mask[:, -seq_len:].to(torch.bool)
+                    goes_on = goes_on | ~(is_valid[:, 1:] & is_valid[:, :-1])
+                check(goes_on.all(), "`position_ids` start anew, for several sequences in a row: give `segment_ids`")
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:
@@ -1114,9 +1140,16 @@ def check_can_write(config: DuoStreamConfig) -> None:
             )
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Labels in the place of the state that predicts them, of shape `(batch, seq_len)`: the last predicts none."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+def shift_labels(labels: torch.Tensor, attention_mask: torch.Tensor | dict[str, Any] | None) -> torch.Tensor:
+    """
+    Labels in the place of the state that predicts them, of shape `(batch, seq_len)`: the last predicts none, and
+    neither does padding, whose states are anything, that of the very label among them.
+    """
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, seq_len)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        is_padding = attention_mask[:, -shifted.shape[1] :].to(shifted.device) == 0
+        shifted = shifted.masked_fill(is_padding, -100)
+    return shifted
 
 
 def take_num_items(kwargs: dict[str, Any]) -> torch.Tensor | int | None:
@@ -1213,8 +1246,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Tokens to predict, in their own positions: the loss shifts them. -100 is ignored, and so are
                 placeholders, which are never written: TRL has them in its labels, and `Trainer` counts them there, so
-                that the loss it reports is smaller by their share. The token after a picture is
-                predicted from an image token; the collator leaves it out.
+                that the loss it reports is smaller by their share; so are those that padding would predict, on the
+                left of a row. The token after a picture is predicted from an image token; the collator leaves it out.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
             targets_per_row (`int`, *optional*):
@@ -1250,7 +1283,7 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep
         if labels is not None and shifted is None:
-            shifted = shift_labels(labels)
+            shifted = shift_labels(labels, attention_mask)
         if self.training and labels is not None and targets_per_row is not None:
             states_to_keep, shifted = find_labelled(shifted, targets_per_row)
         outputs = self.model(
@@ -1399,8 +1432,22 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             processors.insert(0, SuppressPlaceholder(self.config.image_token_id))
         return processors
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        generator = super()._get_candidate_generator(*args, **kwargs)
+    def _maybe_initialize_input_ids_for_generation(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        # The library counts the rows of whichever tensor was named first, which may be the pictures
+        inputs_embeds = model_kwargs.get("inputs_embeds")
+        if inputs is None and inputs_embeds is not None:
+            return torch.ones(len(inputs_embeds), 0, dtype=torch.long, device=inputs_embeds.device)
+        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+
+    def _get_candidate_generator(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> CandidateGenerator:
+        if generation_config.assistant_early_exit is not None:
+            # The library cuts the layers of one stack; here the lower ones know no pictures
+            raise ValueError("`assistant_early_exit` doesn't go with DuoStream's two stacks: use an `assistant_model`")
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
         number = self.config.image_token_id
         if isinstance(generator, PromptLookupCandidateGenerator) and number >= self.config.text_config.vocab_size:
             # It looks up scores of what it copies from the prompt, of placeholders, too, which then have none

@@ -162,7 +162,7 @@ def lay_out(
     check(
         (image.sum() == num_image_tokens) & (image.sum(dim=1) % image_seq_length == 0).all(),
         f"The placeholders in `input_ids` don't match the pictures: expected {num_image_tokens} in all, "
-        f"{image_seq_length} for each picture of a row",
+        f"{image_seq_length} for each picture of a row, and each whole (also where a prompt is read in chunks)",
     )
     if images_per_row is not None:
         text_len = seq_len - images_per_row * image_seq_length

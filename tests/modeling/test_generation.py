@@ -295,9 +295,9 @@ def test_embeddings_are_continued_like_tokens(model: Any, side: str) -> None:
     rows = ragged_rows(model)
     for inputs in [batch(rows)] if side == "batch" else [row.inputs for row in rows]:
         expected = write(model, inputs)
-        # A mask in front of the pictures: the library takes the batch size from the first tensor it meets
-        mask = torch.ones_like(inputs["input_ids"])
-        embeds = {"attention_mask": mask, **{name: value for name, value in inputs.items() if name != "input_ids"}}
+        # Pictures in front: the library takes the batch size from the first tensor it meets
+        in_front = [name for name in ("pixel_values", "attention_mask") if name in inputs]
+        embeds = {name: inputs[name] for name in in_front}
         with torch.no_grad():
             embeds["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
         assert torch.equal(write(model, embeds), expected)
@@ -738,6 +738,11 @@ def test_the_prompt_s_tokens_may_be_favoured_though_placeholders_have_no_score()
     # So much that nothing else is written
     written = model.generate(**inputs, **settings, encoder_repetition_penalty=1e6)[0, -NEW:]
     assert set(written.tolist()) <= set(inputs["input_ids"][0].tolist())
+
+
+def test_leaving_early_by_the_layers_of_one_stack_is_refused(gpt2: Any) -> None:
+    with pytest.raises(ValueError, match="use an `assistant_model`"):
+        write(gpt2, Row(gpt2, PICTURE, 5).inputs, assistant_early_exit=1)
 
 
 def test_batching_that_the_two_stacks_do_not_know_is_refused(gpt2: Any) -> None:

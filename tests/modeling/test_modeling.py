@@ -553,6 +553,18 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(model: Any) -> None:
     assert outputs.past_key_values is None
 
 
+def test_a_label_on_a_row_s_first_token_is_predicted_by_no_padding_in_front_of_it(model: Any) -> None:
+    rows = ragged_rows(model)
+    losses = []
+    for side in ("left", "right"):
+        inputs = batch(rows, side)
+        is_masked = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == model.config.image_token_id)
+        labels = inputs["input_ids"].masked_fill(is_masked, -100)
+        with torch.no_grad():
+            losses.append(model(**inputs, labels=labels).loss)
+    assert abs(losses[0] - losses[1]) < 1e-4
+
+
 def test_merged_tokens_are_read_in_a_batch_as_alone_and_are_trained() -> None:
     model = small_model(vision_config={**SIGLIP, "image_size": 32}, spatial_merge_size=2)
     assert model.config.image_seq_length == 4
@@ -933,12 +945,33 @@ def test_sequences_that_positions_alone_tell_apart_are_refused_with_pictures(lla
     rows = [Row(llama, PICTURE, 3), Row(llama, 4)]
     inputs = {"input_ids": torch.cat([row.ids for row in rows])[None], "pixel_values": rows[0].pictures}
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    with pytest.raises(ValueError, match=r"`position_ids` start anew.* give `segment_ids`"):
-        llama(**inputs, position_ids=positions, use_cache=False)
+    for mask in (None, torch.ones_like(positions)):
+        with pytest.raises(ValueError, match=r"`position_ids` start anew.* give `segment_ids`"):
+            llama(**inputs, position_ids=positions, attention_mask=mask, use_cache=False)
     segments = torch.cat([torch.full_like(row.ids, number) for number, row in enumerate(rows, start=1)])[None]
     with torch.no_grad():
         packed = llama(**inputs, position_ids=positions, segment_ids=segments).logits[0, len(rows[0]) :]
     assert difference(packed, alone(llama, rows[1])) < CLOSE
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 32, 8), (2, 3, 20, 16), (3, 16, 16), (1, 2, 3, 16, 16)])
+def test_pixels_of_another_shape_than_the_vision_model_s_pictures_are_refused(
+    llama: Any, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"`pixel_values` .*expected"):
+        llama.get_image_features(torch.randn(shape))
+
+
+def test_no_pictures_at_all_are_none(model: Any) -> None:
+    row = Row(model, 7)
+    assert torch.equal(logits(model, {**row.inputs, "pixel_values": row.pictures[:0]}), logits(model, row.inputs))
+
+
+def test_a_mask_for_one_stack_of_layers_is_refused(llama: Any) -> None:
+    row = Row(llama, PICTURE, 5)
+    mask = torch.ones(1, 1, len(row), len(row), dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"`attention_mask` is of shape .*expected \(batch, past_len \+ seq_len\)"):
+        llama(**row.inputs, attention_mask=mask)
 
 
 @torch.no_grad()
