@@ -131,13 +131,20 @@ def _image_token_shape(
 ) -> tuple[int, int]:
     vision_config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
     height, width = image_size_of(vision_config)
+    if model_type == "vit_mae":
+        raise ValueError("`vision_config` of type 'vit_mae' hides three quarters of a picture at random: use 'vit'")
     try:
         with torch.device("meta"), torch.no_grad():
             model = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
-            pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), height, width)
+            pixel_values = torch.empty(2, getattr(vision_config, "num_channels", 3), height, width)
             outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1)
             grid = patch_grid(vision_config)
+            shape = outputs.last_hidden_state.shape
+            if len(shape) == 4 and height == width and shape[2] != shape[3]:
+                raise ValueError(f"its map of shape {tuple(shape)} is not (num_images, channels, rows, columns)")
             tokens = image_tokens(outputs, vision_feature_layer, spatial_merge_size, grid)
+            if len(tokens) != len(pixel_values):
+                raise ValueError(f"of {len(pixel_values)} pictures it makes {len(tokens)} sequences")
         _, image_seq_length, image_hidden_size = tokens.shape
     except Exception as error:
         raise ValueError(

@@ -33,9 +33,13 @@ INDIVISIBLE_FIELDS: dict[str, tuple] = {
     "hidden_size_per_layer_input": (0,),
     "num_kv_shared_layers": (0,),
     "first_k_dense_replace": (0,),
+    "num_dense_layers": (0,),
+    "moe_layer_start_index": (0,),
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
 }
+# Decoders that take no `position_ids` but count by the mask, as the text stream needs it: its cache has empty slots
+COUNTS_BY_MASK = ("bloom",)
 
 
 def stack_of(model: nn.Module) -> nn.Module:
@@ -58,6 +62,8 @@ def check_layers(config: PreTrainedConfig, field: str) -> None:
 
 def check_inputs(config: PreTrainedConfig, field: str, *names: str) -> None:
     """Raises `ValueError` if the model that `AutoModel` builds from `config` doesn't take inputs of these names."""
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"`{field}` of type {config.model_type!r} is no type that `AutoModel` builds")
     known = inspect.signature(MODEL_MAPPING[type(config)].forward).parameters
     if missing := [f"`{name}`" for name in names if name not in known]:
         raise ValueError(f"`{field}` of type {config.model_type!r} takes no {', '.join(missing)}")
@@ -116,9 +122,25 @@ def split_config(config: PreTrainedConfig, num_fusion_layers: int) -> tuple[PreT
             setattr(text_config, name, value[:num_text_layers])
             setattr(fusion_config, name, value[num_text_layers:])
     text_config.num_hidden_layers, fusion_config.num_hidden_layers = num_text_layers, num_fusion_layers
+    for half, first in ((text_config, 0), (fusion_config, num_text_layers)):
+        if getattr(config, "is_heterogeneous", False):
+            each = {int(number) - first: fields for number, fields in config.to_dict()["per_layer_config"].items()}
+            own = range(half.num_hidden_layers)
+            half.per_layer_config = {number: fields for number, fields in each.items() if number in own}
+        check_is_stored(half, num_fusion_layers)
     if hasattr(fusion_config, "embd_pdrop"):
         fusion_config.embd_pdrop = 0.0  # GPT-2's dropout of embeddings, which are the text stream's
     return text_config, fusion_config
+
+
+def check_is_stored(half: PreTrainedConfig, num_fusion_layers: int) -> None:
+    """Raises `ValueError` if a part of a decoder would be read again with other layers: Gemma 4's last sees all."""
+    again = type(half).from_dict(half.to_dict())
+    if layer_types(again) != layer_types(half):
+        raise ValueError(
+            f"`text` of type {half.model_type!r} can't be split where `num_fusion_layers={num_fusion_layers}` does: "
+            f"its layers {layer_types(half)} would be read again as {layer_types(again)}"
+        )
 
 
 def compose_config(
@@ -178,8 +200,11 @@ def compose_config(
             )
         text_config.is_decoder = True
     if num_fusion_layers is None and is_causal(text_config):
+        if text_config.model_type == "git":
+            raise ValueError("`text` of type 'git' writes other words from padded rows with a cache than without one")
         check_layers(text_config, "text")
-        check_inputs(text_config, "text", "inputs_embeds", "past_key_values")
+        counts = () if text_config.model_type in COUNTS_BY_MASK else ("position_ids",)
+        check_inputs(text_config, "text", "inputs_embeds", *counts, "past_key_values")
     kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", True)))
     kwargs.setdefault("image_token_id", text_config.vocab_size)
     config = DuoStreamConfig(
@@ -232,11 +257,14 @@ def compose_state_dict(
     layers_name, num_text_layers = "", config.text_config.num_hidden_layers
     if is_split:
         num_layers = num_text_layers + config.fusion_stack_config.num_hidden_layers
-        layers_name = next(
+        names = (
             name
             for name, module in base.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == num_layers
         )
+        layers_name = next(names, "")
+        if not layers_name:
+            raise ValueError(f"`text` of type {base.config.model_type!r} has no list of {num_layers} layers to split")
     for name, weight in base.state_dict().items():
         layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.(.+)", name) if is_split else None
         if layer and int(layer[1]) >= num_text_layers:
@@ -255,3 +283,32 @@ def compose_state_dict(
         is_untied = was_tied and not config.tie_word_embeddings
         state_dict["lm_head.weight"] = head.weight.detach().clone() if is_untied else head.weight
     return state_dict
+
+
+@torch.no_grad()
+def check_is_unchanged(model: PreTrainedModel, text: PreTrainedModel) -> None:
+    """
+    Raises `ValueError` if a decoder that was split says other things on text alone than in one piece: its code may
+    depend on where a layer stands in ways that no field of its config tells.
+    """
+    weights = [*model.parameters(), *text.parameters()]
+    if any(weight.is_meta for weight in weights) or len({weight.device for weight in weights}) > 1:
+        return  # such a model can't be run as it is
+    if model.dtype != text.dtype:
+        return  # one of them is rounded
+    has_heads = all(each.get_output_embeddings() is not None for each in (model, text))
+    words = set(range(min(9, model.config.text_config.vocab_size))) - {model.config.image_token_id}
+    input_ids = torch.tensor([sorted(words)], device=text.device)  # (1, seq_len)
+    modes = [(module, module.training) for module in text.modules()]
+    text.eval()
+    if has_heads:
+        got, expected = (each(input_ids=input_ids).logits for each in (model, text))
+    else:
+        got, expected = (each.base_model(input_ids=input_ids).last_hidden_state for each in (model, text))
+    for module, mode in modes:
+        module.training = mode
+    if (got - expected).abs().max() > 0.01 * expected.abs().max():
+        raise ValueError(
+            f"`text` of type {text.config.model_type!r} says other things on text alone once it is split: its layers "
+            "depend on where they stand. Give a `fusion_config` instead of `num_fusion_layers`"
+        )

@@ -46,6 +46,7 @@ from .composition_duostream import (
     POSITION_EMBEDDINGS,
     Backbone,
     check_found,
+    check_is_unchanged,
     compose_config,
     compose_state_dict,
     config_of,
@@ -247,6 +248,19 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         # initialise by the library's `initialization`, which needs no such care.
         return False
 
+    def enable_input_require_grads(self) -> None:
+        # The library's hook takes what embeddings give for a tensor, but Swin's and its kin's give a tuple
+        def require_grads(module: nn.Module, args: Any, output: Any) -> None:
+            (output[0] if isinstance(output, tuple) else output).requires_grad_(True)
+
+        hooks = []
+        for stream in (self.base_model.text_model, self.base_model.vision_model):
+            try:
+                hooks.append(stream.get_input_embeddings().register_forward_hook(require_grads))
+            except NotImplementedError:
+                continue  # a convolutional stream has none
+        self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DuoStreamProjector) and module.position_embeddings is not None:
@@ -327,6 +341,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         )
         old = "text_model|vision_model" if num_fusion_layers is None else "text_model|vision_model|fusion_model"
         check_found(name for name in loading["missing_keys"] if re.match(rf"(model\.)?({old})\.", name))
+        if num_fusion_layers is not None:
+            check_is_unchanged(model, text)
         if writes and getattr(text, "generation_config", None) is not None:
             # What ends a turn may stand there alone. How to sample is left to whoever writes
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

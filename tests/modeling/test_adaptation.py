@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import FULL, VISIONS
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -28,7 +29,14 @@ from tiny_models import (
 )
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from duostream import DuoStreamForConditionalGeneration
 
@@ -132,6 +140,17 @@ def test_lora_adapts_one_stream_and_is_saved_loaded_and_merged(kind: str, stream
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(again, inputs), logits(merged, inputs))
     assert torch.equal(again.generate(**inputs, max_new_tokens=3), merged.generate(**inputs, max_new_tokens=3))
+
+
+def test_embeddings_that_give_more_than_a_tensor_go_with_checkpointing() -> None:
+    torch.manual_seed(0)
+    text = AutoModelForCausalLM.from_config(FULL["llama"]())
+    vision = AutoModel.from_config(VISIONS["swin"]())
+    model = DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2).train()
+    model.activation_checkpointing_enable()
+    row = Row(model, PICTURE, 5)
+    model(**row.inputs, labels=row.ids[None]).loss.backward()
+    assert model.model.vision_model.embeddings.patch_embeddings.projection.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -491,6 +491,22 @@ def bloom() -> PreTrainedConfig:
             r"granite.*embedding_multiplier=2.0",
         ),
         (bloom, {"num_fusion_layers": 2}, r"bloom.*`position_ids`"),
+        (
+            lambda: transformers.MptConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layers=4, n_heads=4),
+            {"fusion_config": LLAMA},
+            r"mpt.*`position_ids`",
+        ),
+        (
+            lambda: transformers.RoFormerConfig(**COMMON, is_decoder=True),
+            {"fusion_config": LLAMA},
+            r"roformer.*`position_ids`",
+        ),
+        (lambda: transformers.GitConfig(**COMMON), {"fusion_config": LLAMA}, r"'git'.*padded rows"),
+        (
+            lambda: transformers.TrOCRConfig(vocab_size=VOCAB_SIZE, d_model=32, decoder_layers=4),
+            {"num_fusion_layers": 2},
+            r"trocr.*no type that `AutoModel` builds",
+        ),
         (lambda: transformers.OpenAIGPTConfig(**GPT2), {"fusion_config": LLAMA}, r"openai-gpt.*`past_key_values`"),
         (
             lambda: transformers.Qwen3NextConfig(**GROUPED, layer_types=["linear_attention", "full_attention"] * 2),
@@ -538,8 +554,22 @@ def test_backbones_that_can_not_work_say_why_before_any_weight_is_loaded(
         (TEXTS["llama"], "vision"),
         (lambda: transformers.ViTConfig(**{**SMALL_VISION, "image_size": 20}), r"image_size.*20.*patch_size.*8"),
         (lambda: transformers.BertConfig(**COMMON, image_size=16), "vision_config.*bert.*no image tokens"),
+        (lambda: transformers.ViTMAEConfig(**SMALL_VISION), "vit_mae.*hides three quarters .* at random"),
+        (lambda: transformers.PixtralVisionConfig(**SMALL_VISION), "pixtral.*of 2 pictures it makes 1 sequences"),
+        (
+            lambda: transformers.Sam2VisionConfig(image_size=64),
+            r"sam2.*is not \(num_images, channels, rows",
+        ),
     ],
-    ids=["no size", "no vision model", "a size that patches do not fill", "no pixels taken"],
+    ids=[
+        "no size",
+        "no vision model",
+        "a size that patches do not fill",
+        "no pixels taken",
+        "patches that are hidden",
+        "one sequence of all pictures",
+        "channels last",
+    ],
 )
 def test_vision_models_that_can_not_work_say_why_before_any_weight_is_loaded(
     vision: Callable[[], PreTrainedConfig], reason: str, unloadable: Unloadable
@@ -547,6 +577,18 @@ def test_vision_models_that_can_not_work_say_why_before_any_weight_is_loaded(
     folders = unloadable(TEXTS["gpt2"]()), unloadable(vision())
     with pytest.raises(ValueError, match=reason):
         DuoStreamForConditionalGeneration.from_backbones(*folders, num_fusion_layers=2)
+
+
+def gemma4(first: str, second: str) -> PreTrainedConfig:
+    """Four layers, of which those that see all have wider heads."""
+    return transformers.Gemma4TextConfig(
+        **GROUPED,
+        global_head_dim=16,
+        sliding_window=64,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        layer_types=[first, second, "sliding_attention", "full_attention"],
+    )
 
 
 OTHERS: dict[str, tuple[bool, Callable[[], PreTrainedConfig]]] = {
@@ -641,6 +683,12 @@ OTHERS: dict[str, tuple[bool, Callable[[], PreTrainedConfig]]] = {
         ),
     ),
     "biogpt": (False, lambda: transformers.BioGptConfig(**COMMON)),
+    # Their layers or norms depend on where they stand, which no field tells
+    "nanochat": (False, lambda: transformers.NanoChatConfig(**MANY)),
+    "diffllama": (False, lambda: transformers.DiffLlamaConfig(**MANY)),
+    "gemma4": (True, lambda: gemma4("sliding_attention", "full_attention")),
+    # The text stream's last layer would be read again as one that sees all
+    "gemma4, cut behind a window": (False, lambda: gemma4("sliding_attention", "sliding_attention")),
     "apertus": (True, lambda: transformers.ApertusConfig(**MANY)),
     "helium": (True, lambda: transformers.HeliumConfig(**GROUPED)),
     "ernie4_5": (True, lambda: transformers.Ernie4_5Config(**GROUPED)),
