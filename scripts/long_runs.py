@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from datasets import IterableDataset
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
@@ -140,7 +141,14 @@ class LongRunTrainer(Trainer):
             # The library makes the batches that it skips, in which pictures would be opened. Of several processes none
             # would know which of its batches are skipped.
             self.data_collator.num_to_skip = steps_trained_in_current_epoch
+        step = self.state.global_step
         super()._run_epoch(epoch=epoch, steps_trained_in_current_epoch=steps_trained_in_current_epoch, **kwargs)
+        if self.data_collator.is_stream and self.state.global_step == step:
+            # The library warns and ends as if it had trained, while other ranks wait for this one
+            raise ValueError(
+                f"The stream has no row to train on for rank {self.args.process_index} of {self.args.world_size}: its "
+                f"files are empty, or all their rows are bad (bad_rows.jsonl in {self.args.output_dir} says why)"
+            )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         super()._issue_warnings_after_load(load_result)
@@ -258,6 +266,9 @@ class LongRunTrainer(Trainer):
             self.data_collator = collator
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Each rank's running statistics have read its own last batch, and those of the first are what is saved
+            broadcast(list(self.model.buffers()))
         with torch.random.fork_rng(devices=[]):
             # At the end of an epoch it comes after the checkpoint, and not again when that is resumed
             return super().evaluate(*args, **kwargs)

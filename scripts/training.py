@@ -104,6 +104,11 @@ class DuoStreamTrainer(LongRunTrainer):
             head = self.model.image_text_head
             head.requires_grad_(self.model.config.itc_weight > 0)
             head.matching.requires_grad_(self.model.config.itm_weight > 0)
+            if self.model.config.itm_weight and self.args.per_device_train_batch_size < 2:
+                raise ValueError(
+                    "`itm_weight` goes with a `per_device_train_batch_size` of 2 or more: one pair alone has no other "
+                    "text or picture to be told from"
+                )
         self.task, self.metric_rows, self.data = task, metric_rows, data
         if metric_rows is not None:
             # Not after all the steps before the first evaluation
@@ -114,6 +119,15 @@ class DuoStreamTrainer(LongRunTrainer):
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
         self.objective_sums = torch.zeros(len(self.objectives))
         self.steps_since_log = 0
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # With activation checkpointing the library looks for no weights without a gradient, for the sake of reentrant
+        # checkpoints. No gradient reaches the vision stream from a rank's batch without pictures, though, and the
+        # ranks would take each other's for it.
+        is_reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.args.ddp_find_unused_parameters is None and not is_reentrant:
+            self.args.ddp_find_unused_parameters = True
+        return super()._build_accelerator_args(**kwargs)
 
     def check_is_measured(self, figures: list[str]) -> None:
         """Raises `ValueError` if training looks for the best model by a figure that is none of these."""

@@ -21,6 +21,9 @@ from transformers import AutoConfig, Trainer
 
 import duostream
 from duostream.scripts import finetune, pretrain
+from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
+from duostream.scripts.data import load_rows
+from duostream.scripts.training import DuoStreamTrainer
 
 RECIPES = Path(pretrain.__file__).parent / "recipes/accelerate"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -193,7 +196,7 @@ def test_two_ranks_that_share_weights_by_deepspeed_learn_as_one(alone, training,
 @pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_pictures(rows, tmp_path):
     args = [*options(rows), "--vocab_size", "300", "--itc_weight", "1", "--contrastive_loss", "softmax"]
-    args += ["--ddp_find_unused_parameters", "true"]
+    args += ["--gradient_checkpointing", "true"]
     pretrain.main([*args, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
     two = launch(
         TORCHRUN,
@@ -213,6 +216,24 @@ def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_picture
         assert other == pytest.approx(one, abs=2e-4)
     # A softmax takes no notice of the bias: its gradient is rounding alone, of which Adam makes whole steps
     assert_same_weights(tmp_path / "one", tmp_path / "two", undetermined=["image_text_head.logit_bias"])
+
+
+@pytest.mark.slow
+def test_what_two_ranks_measure_is_what_they_save_though_each_has_statistics_of_its_own(rows, checkpoint, tmp_path):
+    args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "train", "--freeze", ""]
+    args += ["--per_device_eval_batch_size", "1", "--output_dir", str(tmp_path)]
+    two = launch(TORCHRUN, "-m", "duostream.scripts.finetune", *args, "--per_device_train_batch_size", "2")
+    assert two.returncode == 0, two.stderr[-3000:]
+    told = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+    processor = duostream.DuoStreamProcessor.from_pretrained(tmp_path)
+    saved = DuoStreamTrainer(
+        model=duostream.DuoStreamForConditionalGeneration.from_pretrained(tmp_path),
+        args=DuoStreamTrainingArguments(str(tmp_path / "again"), per_device_eval_batch_size=2, use_cpu=True),
+        data_collator=duostream.DuoStreamDataCollator(processor),
+        eval_dataset=load_rows(DataArguments(task="chat", dataset=str(rows)), "train"),
+        processing_class=processor,
+    )
+    assert told == pytest.approx(saved.evaluate()["eval_loss"], abs=TOLERANCE)
 
 
 @pytest.mark.slow

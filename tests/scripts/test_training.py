@@ -22,11 +22,13 @@ from duostream import (
     DuoStreamDataCollator,
     DuoStreamForConditionalGeneration,
     DuoStreamForMaskedLM,
+    DuoStreamForPreTraining,
     DuoStreamMaskedLMCollator,
     DuoStreamProcessor,
     train_tokenizer,
 )
 from duostream.scripts.arguments import DuoStreamTrainingArguments
+from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import number_rows, texts_of
 from duostream.scripts.scenes import build_scenes, question_rows, to_conversations
 from duostream.scripts.training import DuoStreamTrainer, train
@@ -531,6 +533,19 @@ def test_training_takes_a_stream_of_rows(new_parts, rows, tmp_path):
     stored = train(*new_parts(), options(tmp_path / "a", max_steps=2, train_sampling_strategy="sequential"), rows)
     streamed = train(*new_parts(), options(tmp_path / "b", max_steps=2), rows.to_iterable_dataset())
     assert losses(streamed) == pytest.approx(losses(stored), rel=1e-4)
+
+
+def test_a_stream_without_a_row_that_can_be_read_trains_nothing_and_says_so(new_parts, rows, tmp_path):
+    broken = rows.map(lambda row: {**row, "messages": row["messages"][:1]}, keep_in_memory=True)
+    bad_rows = BadRows(tmp_path / "bad_rows.jsonl")
+    with pytest.raises(ValueError, match=r"no row to train on for rank 0 of 1.*bad_rows\.jsonl"):
+        train(*new_parts(), options(tmp_path), broken.to_iterable_dataset(), bad_rows=bad_rows)
+    assert len(bad_rows.path.read_text().splitlines()) >= len(rows)
+
+
+def test_matching_pairs_in_batches_of_one_is_refused(new_parts, rows, tmp_path):
+    with pytest.raises(ValueError, match="`itm_weight` goes with a `per_device_train_batch_size` of 2 or more"):
+        train(*new_parts(cls=DuoStreamForPreTraining), options(tmp_path, per_device_train_batch_size=1), rows)
 
 
 def test_training_takes_questions_with_their_answers(new_parts, tmp_path):
