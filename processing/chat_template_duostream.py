@@ -40,6 +40,23 @@ FLATTEN_PARTS = """\
 """
 
 
+def default_chat_template(template: str | dict[str, str]) -> str:
+    """
+    A chat template, or of several named ones `"default"`.
+
+    Raises:
+        ValueError: Of several templates none is named `"default"`.
+    """
+    if isinstance(template, str):
+        return template
+    if "default" not in template:
+        raise ValueError(
+            f"The tokenizer has chat templates {sorted(template)}, and none named 'default': give the processor a "
+            "`chat_template`"
+        )
+    return template["default"]
+
+
 def multimodal_chat_template(text_template: str | dict[str, str] | None, image_token: str = IMAGE_TOKEN) -> str:
     """
     A chat template that takes pictures.
@@ -53,12 +70,5 @@ def multimodal_chat_template(text_template: str | dict[str, str] | None, image_t
     Raises:
         ValueError: Of several templates none is named `"default"`.
     """
-    if isinstance(text_template, dict):
-        if "default" not in text_template:
-            raise ValueError(
-                f"The tokenizer has chat templates {sorted(text_template)}, and none named 'default': give the "
-                "processor a `chat_template`"
-            )
-        text_template = text_template["default"]
-    template = CHAT_TEMPLATE if text_template is None else FLATTEN_PARTS + text_template
+    template = CHAT_TEMPLATE if text_template is None else FLATTEN_PARTS + default_chat_template(text_template)
     return template.replace(IMAGE_TOKEN, image_token)

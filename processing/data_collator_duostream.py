@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
+from .chat_template_duostream import default_chat_template
 from .processing_duostream import DuoStreamProcessor, check_text, read_picture
 
 logger = logging.get_logger(__name__)
@@ -196,29 +197,37 @@ class DuoStreamDataCollator:
         for (n, _, is_answer), ids in zip(pieces, encoded, strict=True):
             input_ids[n] += ids
             labels[n] += ids if is_answer else [IGNORE_INDEX] * len(ids)
+        marker = self.processor.answer_marker() if self.processor.bidirectional_prefix else None
+        if marker is not None:
+            written = [""] * len(owned)
+            for n, text, _ in pieces:
+                written[n] += text
+            for (i, _), ids, text in zip(owned, input_ids, written, strict=True):
+                # What is rendered has an answer
+                self.processor.check_marker(ids, text, marker, names[i], at_least=1 if text else 0)
         images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
         for n, (i, conversation) in enumerate(owned):
+            frame = None
             if is_plain_text(conversation):
-                ids = self.encode_text(conversation["text"], names[i])
-                input_ids[n] = [self.processor.image_token_id] * len(images[i]) + ids
-                labels[n] = [IGNORE_INDEX] * len(images[i]) + ids
+                input_ids[n], frame = self.encode_text(conversation["text"], len(images[i]), names[i])
+                image_token_id = self.processor.image_token_id
+                labels[n] = [IGNORE_INDEX if token == image_token_id else token for token in input_ids[n]]
             num_markers = input_ids[n].count(self.processor.image_token_id)
             if num_markers != len(images[i]):
                 raise ValueError(f"{names[i]} has {num_markers} picture markers but {len(images[i])} pictures")
             if not input_ids[n]:
                 raise ValueError(f"{names[i]} has no text and no picture")
-            input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i])
+            input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i], frame)
 
         segment_ids, types = None, None
         if len(owners) > len(rows):
             groups = [[n for n, owner in enumerate(owners) if owner == i] for i in range(len(rows))]
             shared = [
-                self.shared_length([input_ids[n] for n in group], [labels[n] for n in group], name)
+                self.shared_length([input_ids[n] for n in group], [labels[n] for n in group], name, marker)
                 for group, name in zip(groups, names, strict=True)
             ]
             input_ids, labels, segment_ids = join(input_ids, labels, groups, shared)
-        if self.processor.bidirectional_prefix:
-            marker = self.processor.generation_prompt_ids
+        if marker is not None:
             types = [self.processor.prefix_types(row, marker) for row in input_ids]
         groups = [[i] for i in range(len(rows))]
         packed = first_fit_decreasing([len(row) for row in input_ids]) if self.packing else groups
@@ -236,7 +245,9 @@ class DuoStreamDataCollator:
                 batch["images_per_row"] = counts.pop()
         return batch
 
-    def shared_length(self, input_ids: list[list[int]], labels: list[list[int]], name: str) -> int:
+    def shared_length(
+        self, input_ids: list[list[int]], labels: list[list[int]], name: str, marker: tuple[str, str] | None
+    ) -> int:
         """
         How many tokens a row's conversations have in common at their beginning.
 
@@ -251,13 +262,12 @@ class DuoStreamDataCollator:
             shared = min(shared, max(first_label - 1, 0))
         if any(self.processor.image_token_id in ids[shared:] for ids in input_ids):
             raise ValueError(f"{name}: its `conversations` differ before their last picture, which they are to share")
-        if self.processor.bidirectional_prefix and len(input_ids) > 1:
-            marker = self.processor.generation_prompt_ids
-            if any(0 in self.processor.prefix_types(ids, marker)[shared:] for ids in input_ids):
-                raise ValueError(
-                    f"{name}: its `conversations` ask different things, which a prefix that is read both ways can't "
-                    "share: use a processor with `bidirectional_prefix=False`"
-                )
+        may_split = marker is not None and len(input_ids) > 1
+        if may_split and any(0 in self.processor.prefix_types(ids, marker)[shared:] for ids in input_ids):
+            raise ValueError(
+                f"{name}: its `conversations` ask different things, which a prefix that is read both ways can't "
+                "share: use a processor with `bidirectional_prefix=False`"
+            )
         return shared
 
     def names(self, rows: list[dict[str, Any]]) -> list[str]:
@@ -287,7 +297,7 @@ class DuoStreamDataCollator:
         # As `apply_chat_template` reads them, which takes a list for a batch
         (messages,), _ = self.processor._normalize_conversations([messages])
         # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
-        tokenizer, template = self.processor.tokenizer, self.processor.chat_template
+        tokenizer, template = self.processor.tokenizer, default_chat_template(self.processor.chat_template)
         marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools_of(row), None, {}, True, False)
         text, answers = self.render_marked(marked[0], tools)
         check_text(text, "the conversation")
@@ -300,10 +310,21 @@ class DuoStreamDataCollator:
             raise ValueError("no message of the assistant to learn from")
         return [*pieces, (text[end:], False)]
 
-    def encode_text(self, text: Any, name: str) -> list[int]:
-        """Token ids of a text without a chat, as the library's pipelines encode it. Control tokens in it stay text."""
+    def encode_text(self, text: Any, num_images: int, name: str) -> tuple[list[int], list[int]]:
+        """
+        Token ids of a text without a chat behind its pictures' markers, as the library's pipelines encode it, and
+        which of them the tokenizer put around it (1). Control tokens in it stay text.
+        """
         check_text(text, name)
-        return self.processor.tokenizer(text, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
+        encoded = tokenizer(
+            text, split_special_tokens=True, return_attention_mask=False, return_special_tokens_mask=True
+        )
+        ids, frame = encoded["input_ids"], encoded["special_tokens_mask"]
+        # As where the processor reads pictures and text: behind [CLS] or the like
+        front = tokenizer.encode(self.processor.image_token).index(image_token_id) if num_images else 0
+        images = [image_token_id] * num_images
+        return ids[:front] + images + ids[front:], frame[:front] + [0] * num_images + frame[front:]
 
     def render_marked(
         self, messages: list[dict[str, Any]], tools: list[Any] | None = None
@@ -319,7 +340,7 @@ class DuoStreamDataCollator:
                 **self.processor.tokenizer.special_tokens_map,
             )
 
-        template = self.processor.chat_template
+        template = default_chat_template(self.processor.chat_template)
         if re.search(r"\{%-?\s*generation\s*-?%\}", template):
             texts, spans = render(messages, return_assistant_tokens_mask=True)
             return texts[0], spans[0]
@@ -327,7 +348,11 @@ class DuoStreamDataCollator:
         text, spans = render(messages)[0][0], []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = render(messages[:i], add_generation_prompt=True)[0][0]
+                if i == 0:  # without any message templates that read `messages[0]` write nothing
+                    _, prompt = self.processor.generation_prompt()
+                    before = text[: text.find(prompt)] + prompt
+                else:
+                    before = render(messages[:i], add_generation_prompt=True)[0][0]
                 after = render(messages[: i + 1])[0][0]
                 if not (after.startswith(before) and text.startswith(after)):
                     raise ValueError(
@@ -351,9 +376,29 @@ class DuoStreamDataCollator:
         newline, x, newline_x = encode(["\n", "x", "\nx"])
         if newline_x == newline + x:
             return encode(texts)
-        # SentencePiece begins a text with a space: a piece that goes on is read behind a newline, which is taken off
-        encoded = encode(["\n" + text if goes_on else text for text, goes_on in zip(texts, continues, strict=True)])
-        return [ids[len(newline) :] if goes_on else ids for ids, goes_on in zip(encoded, continues, strict=True)]
+        # SentencePiece begins a text with a space: a piece that goes on is read behind the special token that it
+        # follows, or a newline, or a period, which is taken off where the tokenizer has kept it apart
+        added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+        fronts = ["."] if newline_x == x else ["\n", "."]
+        untried = [
+            [*[token for token in added if texts[i - 1].endswith(token)][:1], *fronts, ""] if goes_on else [""]
+            for i, goes_on in enumerate(continues)
+        ]
+        encoded: list[list[int]] = [[] for _ in texts]
+        left = list(range(len(texts)))
+        while left:
+            tried = {i: untried[i].pop(0) for i in left}
+            kinds = sorted({*tried.values()} - {""})
+            front_ids = {"": [], **dict(zip(kinds, encode(kinds) if kinds else [], strict=True))}
+            behind = dict(zip(left, encode([front + texts[i] for i, front in tried.items()]), strict=True))
+            left = []
+            for i, ids in behind.items():
+                front = front_ids[tried[i]]
+                if ids[: len(front)] == front:
+                    encoded[i] = ids[len(front) :]
+                else:
+                    left.append(i)
+        return encoded
 
     def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
         """The row's pictures, or their states from the vision stream, if it has `image_features`."""
@@ -394,12 +439,21 @@ class DuoStreamDataCollator:
             return {"pixel_values": self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]}
         return {"mm_encoder_outputs": {"image": ImageStates(last_hidden_state=torch.stack(flat))}}
 
-    def expand_and_cut(self, input_ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
-        """Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`."""
+    def expand_and_cut(
+        self, input_ids: list[int], labels: list[int], name: str, special_tokens_mask: list[int] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """
+        Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`, but for what
+        `special_tokens_mask` marks.
+        """
         processor = self.processor
         repeats = [processor.image_seq_length if token == processor.image_token_id else 1 for token in input_ids]
         input_ids = [token for token, n in zip(input_ids, repeats, strict=True) for _ in range(n)]
         labels = [label for label, n in zip(labels, repeats, strict=True) for _ in range(n)]
+        if special_tokens_mask is not None:
+            special_tokens_mask = [
+                mark for mark, n in zip(special_tokens_mask, repeats, strict=True) for _ in range(n)
+            ]
         num_text_tokens = sum(token != processor.image_token_id for token in input_ids)
         limit = processor.tokenizer.model_max_length
         if self.max_length is None and num_text_tokens > limit:
@@ -409,7 +463,7 @@ class DuoStreamDataCollator:
             )
         if self.max_length is None or len(input_ids) <= self.max_length:
             return input_ids, self.without_image_predictions(input_ids, labels)
-        kept = processor.truncated_positions(input_ids, self.max_length, name)
+        kept = processor.truncated_positions(input_ids, self.max_length, name, special_tokens_mask)
         num_labels = sum(label != IGNORE_INDEX for label in labels)
         input_ids, labels = [input_ids[i] for i in kept], [labels[i] for i in kept]
         num_lost = num_labels - sum(label != IGNORE_INDEX for label in labels)

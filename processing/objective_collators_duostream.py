@@ -6,7 +6,13 @@ from typing import Any, ClassVar
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from .data_collator_duostream import IGNORE_INDEX, DuoStreamDataCollator, is_plain_text, targets_per_row
+from .data_collator_duostream import (
+    IGNORE_INDEX,
+    DuoStreamDataCollator,
+    conversations_of,
+    is_plain_text,
+    targets_per_row,
+)
 from .processing_duostream import check_text
 
 # What a space, a line's end and a tab look like in a vocabulary: of byte-level BPE, and of SentencePiece
@@ -113,7 +119,20 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
         return {**self.tokenize_texts(texts), "pixel_values": pixel_values, "return_loss": True}
 
     def answer_text(self, row: dict[str, Any], name: str) -> str:
-        """The row's text, or what the assistant says last in it."""
+        """
+        The row's text, or what the assistant says last in it.
+
+        Raises:
+            ValueError: There is none, or several `conversations` with one each. The message names the row.
+        """
+        try:
+            row, *others = conversations_of(row)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if others:
+            raise ValueError(
+                f"{name} has {len(others) + 1} `conversations`: expected one, whose text belongs to the picture"
+            )
         if is_plain_text(row):
             check_text(row["text"], name)
             return row["text"]

@@ -2,7 +2,11 @@
 
 import base64
 import os
+import re
+from bisect import bisect
+from functools import partial
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,13 @@ from transformers.image_transforms import convert_to_rgb, to_pil_image
 from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME, logging
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START
 
 from ..configuration.saved_code_duostream import AUTO_MAP, is_foreign, save_code
 from .chat_template_duostream import IMAGE_TOKEN, multimodal_chat_template
+
+logger = logging.get_logger(__name__)
 
 # Qwen2-VL's: an image processor that scales the shorter side would make gigabytes of one row of pixels
 MAX_ASPECT_RATIO = 200
@@ -141,8 +148,10 @@ class DuoStreamProcessor(ProcessorMixin):
 
     Args:
         image_processor (`BaseImageProcessor`): Any stock image processor.
-        tokenizer (`PreTrainedTokenizerBase`): Any stock tokenizer.
-        chat_template (`str`, *optional*): Defaults to the tokenizer's own, with pictures, or else to DuoStream's.
+        tokenizer (`PreTrainedTokenizerBase`): Any stock tokenizer. One without an `eos_token` (BERT's) gets its
+            `sep_token` as that: answers end with it.
+        chat_template (`str` or `dict`, *optional*): Defaults to the tokenizer's own, with pictures, or else to
+            DuoStream's. Of several named ones, rows to train on are rendered by `"default"`.
         image_token (`str`, *optional*, defaults to `"<|image|>"`):
             The marker of a picture in text, and the placeholder that it is expanded to. Added to the tokenizer as a
             special token if it isn't one.
@@ -162,7 +171,7 @@ class DuoStreamProcessor(ProcessorMixin):
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         image_token: str = IMAGE_TOKEN,
         image_seq_length: int = 36,
         bidirectional_prefix: bool = False,
@@ -178,8 +187,15 @@ class DuoStreamProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_seq_length = image_seq_length
         self.bidirectional_prefix = bidirectional_prefix
+        if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+            tokenizer.eos_token = tokenizer.sep_token
         if chat_template is None:
             chat_template = multimodal_chat_template(tokenizer.chat_template, image_token)
+            if tokenizer.chat_template is None and tokenizer.eos_token is None:
+                logger.warning(
+                    "The tokenizer has no `eos_token` and no `sep_token`, so that answers have no end in DuoStream's "
+                    "chat template: a model can't learn to stop"
+                )
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
@@ -211,14 +227,17 @@ class DuoStreamProcessor(ProcessorMixin):
             bidirectional prefix, `token_type_ids` (0 = prefix) of shape `(batch, seq_len)`.
 
         Raises:
-            ValueError: Markers and pictures of a row differ in number, pictures alone exceed `max_length`, or there is
-                something that is no text, no picture or no length.
+            ValueError: Markers and pictures of a row differ in number, pictures alone exceed `max_length`, there is
+                something that is no text, no picture or no length, or the end of a prefix can't be found.
         """
         rows = [text] if isinstance(text, str) else text
         if text is not None and not (isinstance(rows, list | tuple) and rows):
             raise ValueError(f"`text` is {text!r:.100}; expected a text, or a list of them")
         for row, each in enumerate(rows or ()):
             check_text(each, f"Row {row} of `text`")
+        for name in ("videos", "audio"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is given; expected text and pictures, which are all that is read")
         # A tokenizer's own segment ids (BERT) would be read as marks of a prefix
         kwargs["return_token_type_ids"] = False
         text_kwargs = self._merge_kwargs(tokenizer_init_kwargs=getattr(self.tokenizer, "init_kwargs", {}), **kwargs)[
@@ -227,14 +246,20 @@ class DuoStreamProcessor(ProcessorMixin):
         for name in ("max_length", "pad_to_multiple_of"):
             if (value := text_kwargs.get(name)) is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected 1 or more")
+        for name in ("stride", "return_overflowing_tokens"):
+            if text_kwargs.get(name):
+                raise ValueError(f"`{name}` is {text_kwargs[name]}; what is cut off a text is not returned")
         truncation = text_kwargs.get("truncation")
+        marker = self.answer_marker() if self.bidirectional_prefix and rows is not None else None
+        # Role markers in a text that is read without special tokens are none
+        checked = None if text_kwargs.get("split_special_tokens") else marker
         if text is not None and truncation and truncation != "do_not_truncate":
-            outputs = self._call_truncated(images, text, text_kwargs, kwargs)
+            outputs = self._call_truncated(images, text, text_kwargs, kwargs, checked)
         else:
             outputs = super().__call__(images=images, text=text, **kwargs)
-        if self.bidirectional_prefix and text is not None:
-            rows, marker = outputs["input_ids"], self.generation_prompt_ids
-            token_type_ids = [self.prefix_types(list(map(int, row)), marker) for row in rows]
+            self._check_markers(outputs, rows, checked)
+        if marker is not None:
+            token_type_ids = [self.prefix_types(list(map(int, ids)), marker) for ids in outputs["input_ids"]]
             outputs["token_type_ids"] = token_type_ids
             outputs.convert_to_tensors(text_kwargs.get("return_tensors"), skip_tensor_conversion=["pixel_values"])
         for name, value in outputs.items():
@@ -242,7 +267,14 @@ class DuoStreamProcessor(ProcessorMixin):
                 outputs[name] = value.long()  # the library makes fractions of texts without any token
         return outputs
 
-    def _call_truncated(self, images: Any, text: Any, text_kwargs: dict, kwargs: dict) -> BatchFeature:
+    def _check_markers(self, outputs: BatchFeature, rows: Any, marker: tuple[str, str] | None) -> None:
+        if marker is not None:
+            for row, (ids, text) in enumerate(zip(outputs["input_ids"], rows, strict=True)):
+                self.check_marker(list(map(int, ids)), text, marker, f"Row {row}")
+
+    def _call_truncated(
+        self, images: Any, text: Any, text_kwargs: dict, kwargs: dict, marker: tuple[str, str] | None
+    ) -> BatchFeature:
         """Tokenizes in full, drops text tokens, then pads: the tokenizer alone would cut through pictures."""
         max_length = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         late = ("truncation", "max_length", "padding", "pad_to_multiple_of", "return_tensors", "padding_side")
@@ -258,6 +290,7 @@ class DuoStreamProcessor(ProcessorMixin):
         else:
             early["return_special_tokens_mask"] = True
         outputs = super().__call__(images=images, text=text, truncation=False, padding=False, **early)
+        self._check_markers(outputs, [text] if isinstance(text, str) else text, marker)
         # Without one where text is what a chat template wrote
         frames = outputs.get("special_tokens_mask") or [None] * len(outputs["input_ids"])
         kept = [
@@ -319,29 +352,70 @@ class DuoStreamProcessor(ProcessorMixin):
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))
 
-    def prefix_types(self, input_ids: list[int], marker: list[int] | None = None) -> list[int]:
+    def prefix_types(self, input_ids: list[int], marker: tuple[str, str] | None = None) -> list[int]:
         """
         Types of a row: 0 before the first answer's role marker, 1 from there on; all 1 without one. The marker is
-        `generation_prompt_ids`; for many rows it is found once and given.
+        `answer_marker()`; for many rows it is found once and given.
         """
-        marker = self.generation_prompt_ids if marker is None else marker
-        if not marker:
+        _, spelling = self.answer_marker() if marker is None else marker
+        spelled = self.spelled(input_ids)
+        start = "".join(spelled).find(spelling)
+        if start < 0:
+            return [1] * len(input_ids)
+        # A token that begins before the marker and goes on in it (".<") is no prefix
+        num_prefix = bisect(list(accumulate(map(len, spelled))), start)
+        return [0] * num_prefix + [1] * (len(input_ids) - num_prefix)
+
+    def check_marker(
+        self, input_ids: list[int], text: str, marker: tuple[str, str], name: str, at_least: int = 0
+    ) -> None:
+        """
+        Raises:
+            ValueError: The role markers of answers in a text, or `at_least` as many, are not all among its tokens, so
+                that a prefix would end late or not at all; names the row, by its `name`.
+        """
+        marker_text, spelling = marker
+        expected = len(re.findall(f"(?<!{_CONTROL_TOKEN_START}){re.escape(marker_text)}", text))
+        expected = max(expected, at_least)
+        found = "".join(self.spelled(input_ids)).count(spelling)
+        if found < expected:
+            raise ValueError(
+                f"{name}: expected {expected} role markers {marker_text!r} among its tokens, found {found}, so "
+                "nothing tells where the prefix that is read both ways ends: use another template, or "
+                "`bidirectional_prefix=False`"
+            )
+
+    def answer_marker(self) -> tuple[str, str]:
+        """
+        What tells where an answer begins: what the chat template writes before it, without spaces at the end, and how
+        tokens behind other text spell it.
+
+        Raises:
+            ValueError: The chat template writes nothing there.
+        """
+        before, prompt = self.generation_prompt()
+        prompt = prompt.rstrip()
+        if not prompt:
             raise ValueError(
                 "The chat template writes nothing in front of an answer, so nothing tells where the prefix that is "
                 "read both ways ends: use another template, or `bidirectional_prefix=False`"
             )
-        for i in range(len(input_ids) - len(marker) + 1):
-            if input_ids[i : i + len(marker)] == marker:
-                return [0] * i + [1] * (len(input_ids) - i)
-        return [1] * len(input_ids)
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        # On its own it would begin with a space (SentencePiece)
+        spelled = ["".join(self.spelled(encode(text))) for text in (before, before + prompt)]
+        return prompt, spelled[1][len(spelled[0]) :]
 
-    @property
-    def generation_prompt_ids(self) -> list[int]:
-        """The tokens that the chat template writes before an answer."""
+    def spelled(self, input_ids: list[int]) -> list[str]:
+        """Tokens as the vocabulary spells them, but added ones by number: a user's `<|assistant|>` is another text."""
+        added = set(self.tokenizer.added_tokens_encoder.values())
+        tokens = self.tokenizer.convert_ids_to_tokens(input_ids)
+        return [f"\0{i}\0" if i in added else token for i, token in zip(input_ids, tokens, strict=True)]
+
+    def generation_prompt(self) -> tuple[str, str]:
+        """A conversation as the chat template writes it, and what it writes behind that before an answer."""
         message = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
-        with_prompt = self.apply_chat_template(message, add_generation_prompt=True)
-        prompt = with_prompt[len(self.apply_chat_template(message)) :]
-        return self.tokenizer.encode(prompt, add_special_tokens=False)
+        before = self.apply_chat_template(message)
+        return before, self.apply_chat_template(message, add_generation_prompt=True)[len(before) :]
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """

@@ -283,7 +283,10 @@ class ScreenHelp(argparse.Action):
 
 def parser_of(*classes: type, doc: str | None = None) -> HfArgumentParser:
     """A parser of the options in `classes`, whose help begins with `doc`."""
-    parser = HfArgumentParser(classes, description=doc, formatter_class=OptionsFormatter, add_help=False)
+    # Of a name that is cut short, as in a file, another option may begin so, now or later
+    parser = HfArgumentParser(
+        classes, description=doc, formatter_class=OptionsFormatter, add_help=False, allow_abbrev=False
+    )
     parser.add_argument("-h", "--help", action=ScreenHelp, help="Show a line for each option.")
     parser.add_argument("--help_all", action="help", help="Show all there is to say of every option.")
     return parser
@@ -304,9 +307,9 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
         ValueError: The file is no mapping.
     """
     args = list(sys.argv[1:] if args is None else args)
-    if args and args[0].endswith((".yaml", ".yml", ".json")):
-        args = _read_options(Path(args.pop(0))) + args
     parser = parser_of(*classes, doc=doc)
+    if args and args[0].endswith((".yaml", ".yml", ".json")):
+        args = _read_options(Path(args.pop(0)), parser) + args
     *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -320,13 +323,16 @@ def parse_file(cls: type, path: str) -> Any:
     Raises:
         ValueError: The file is no mapping.
     """
-    return parse(cls, args=_read_options(Path(path)))[0]
+    return parse(cls, args=_read_options(Path(path), parser_of(cls)))[0]
 
 
-def _read_options(path: Path) -> list[str]:
+def _read_options(path: Path, parser: HfArgumentParser) -> list[str]:
     options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
+    # YAML reads a bare `no` as false
+    with_no = {action.dest for action in parser._actions if "no" in (action.choices or ())}
+    options = {name: "no" if value is False and name in with_no else value for name, value in options.items()}
     return [text for name, value in options.items() for text in _as_option(name, value)]
 
 

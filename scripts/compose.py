@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .. import DuoStreamConfig, DuoStreamPreTrainedModel, DuoStreamProcessor
+from ..processing.chat_template_duostream import default_chat_template
 from .arguments import parse
 from .tasks import task_of
 
@@ -92,6 +93,19 @@ def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:
     )
 
 
+def check_answers_end(processor: DuoStreamProcessor) -> None:
+    """
+    Raises:
+        ValueError: The chat template ends answers with an `eos_token`, and the tokenizer has none.
+    """
+    template = default_chat_template(processor.chat_template)
+    if processor.tokenizer.eos_token is None and "eos_token" in template:
+        raise ValueError(
+            "The tokenizer has no `eos_token` and no `sep_token`, so that nothing would end answers: add one "
+            "(`tokenizer.add_special_tokens({'eos_token': ...})`), or give it a chat template that ends them"
+        )
+
+
 def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStreamProcessor]:
     """
     The model and its processor.
@@ -99,12 +113,16 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
     Raises:
         ValueError: The parts can't work together, or there is no such task.
     """
-    tokenizer = AutoTokenizer.from_pretrained(args.text)
+    model_class = task_of(args.task).auto_class._model_mapping[DuoStreamConfig]
+    # Answers are written behind prompts. Of a tokenizer is saved what it is made with
+    side = {"padding_side": "left"} if model_class.can_generate() else {}
+    tokenizer = AutoTokenizer.from_pretrained(args.text, **side)
     image_processor, vision_config = load_vision(args.vision)
     processor = DuoStreamProcessor(image_processor, tokenizer)
+    if model_class.can_generate():
+        check_answers_end(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model_class = task_of(args.task).auto_class._model_mapping[DuoStreamConfig]
     model = model_class.from_backbones(
         args.text,
         args.vision,
@@ -115,8 +133,8 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         image_token_id=processor.image_token_id,
         dtype=args.dtype,
     )
-    if model.can_generate():
-        tokenizer.padding_side = "left"  # answers are written behind prompts
+    if model.can_generate() and model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id  # a text encoder ends nothing
     if args.from_scratch:
         model.config.base_models = None
         generation_config = model.generation_config

@@ -1,8 +1,11 @@
 """Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
 
+import json
+import math
+import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -20,6 +23,7 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
+    LargeList,
     List,
     Value,
     interleave_datasets,
@@ -46,6 +50,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 # Files are opened by the collator, which names the row of one that can't be read
 UNDECODED = Image(decode=False)
+LISTS = (List, LargeList)
 
 # By the types of files that each reads, in the order in which they are looked for: JSON may tell of Parquet and Arrow
 BUILDERS = {
@@ -336,7 +341,7 @@ def _rows_of_task(
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}")
     columns = rows.column_names or list(next(iter(rows.take(1))))
-    if "messages" in columns or {"prompt", "completion"} <= set(columns):
+    if _are_conversations(rows, columns):
         name = DataArguments.image_column
         has_other_images = name in columns and "images" not in columns
         if has_other_images and args.image_column == "":
@@ -354,6 +359,16 @@ def _rows_of_task(
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(UNDECODED)) if "images" in columns else rows
     return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
+
+
+def _are_conversations(rows: Rows, columns: Sequence[str]) -> bool:
+    """Whether rows are ready. Texts in `prompt` and `completion` are plain columns, of which rows are made."""
+    if "messages" in columns or not {"prompt", "completion"} <= set(columns):
+        return "messages" in columns
+    if rows.features is None:  # of a stream they may be unknown
+        return not isinstance(next(iter(rows.take(1)))["prompt"], str)
+    stored = rows.features["prompt"]
+    return not (isinstance(stored, Value) and stored.dtype in ("string", "large_string"))
 
 
 def _rows_of_scenes(args: DataArguments, split: str, max_rows: int | None) -> Dataset:
@@ -431,7 +446,7 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
 
 def _load_files(path: Path, options: dict[str, Any]) -> Rows:
     names = {part.split("[")[0] for part in options["split"].split("+")}
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = [path] if path.is_file() else list(_data_files(file for file in path.rglob("*") if file.is_file()))
     suffixes = {file.suffix.lower() for file in files}
     # Pictures lie beside the tables that name them. JSON may be such a table, but often tells of other things
     has_table = any(suffixes & known - {".json"} for known in BUILDERS.values())
@@ -456,7 +471,56 @@ def _load_files(path: Path, options: dict[str, Any]) -> Rows:
     if names <= set(splits):
         # Of the wanted ones alone: others may have other columns and classes, or lines that are broken
         splits = {name: splits[name] for name in names}
-    return load_dataset(builder, data_files=splits, **options)
+        left_out = sorted(
+            str(Path(file).relative_to(path.resolve()))
+            for other, others in found.items()
+            for name in names & set(others)
+            for file in others[name]
+            # JSON often tells of other files
+            if other != builder and Path(file).suffix.lower() != ".json"
+        )
+        if left_out:
+            logger.warning(
+                f"`dataset` {str(path)!r} has files of several types, of which {builder} is read; not read: {left_out}"
+            )
+    rows = load_dataset(builder, data_files=splits, **options)
+    if builder == "json" and isinstance(rows, Dataset):
+        rows.data.validate(full=True)  # it passes over bytes that are no UTF-8, and who reads the row fails
+    return rows
+
+
+def _data_files(files: Iterable[Path]) -> Iterator[Path]:
+    """The files without those that `map`, `filter` and `shuffle` cached beside what `save_to_disk` wrote."""
+    listed: dict[Path, set[str] | None] = {}
+    for file in files:
+        if file.suffix.lower() == ".arrow":
+            if file.parent not in listed:
+                listed[file.parent] = _saved_files(file.parent)
+            names = listed[file.parent]
+            if names is not None and file.name not in names:
+                continue
+        yield file
+
+
+def _saved_files(folder: Path) -> set[str] | None:
+    """
+    The names of the files with the rows that `save_to_disk` wrote into a folder; `None` if it wrote nothing there.
+
+    Raises:
+        ValueError: What it wrote is broken, or not all there.
+    """
+    path = folder / datasets.config.DATASET_STATE_JSON_FILENAME
+    if not path.is_file():
+        return None
+    try:
+        names = {each["filename"] for each in json.loads(path.read_text(encoding="utf-8"))["_data_files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} doesn't tell which files beside it hold the rows, as `save_to_disk` has it"
+        ) from error
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ValueError(f"{path} names {missing}, which are not beside it: save the data set again")
+    return names
 
 
 def _splits_of(folder: Path, suffixes: set[str]) -> dict[str, list[str]]:
@@ -467,7 +531,7 @@ def _splits_of(folder: Path, suffixes: set[str]) -> dict[str, list[str]]:
             paths = resolve_pattern(pattern, str(folder.resolve()))
         except FileNotFoundError:
             return []
-        return [path for path in paths if Path(path).suffix.lower() in suffixes]
+        return [str(path) for path in _data_files(map(Path, paths)) if path.suffix.lower() in suffixes]
 
     # Not the public `get_data_patterns`, for which a folder of pictures may be a split
     try:
@@ -497,7 +561,7 @@ def _make_rows(
         wanted["answer_column"] = args.answer_column
         if args.answer_column is None:
             raise ValueError(
-                "The rows have no `messages`, and no `prompt` and `completion`, but "
+                "The rows have no `messages`, and no `prompt` and `completion` with lists of them, but "
                 f"{columns}: name the column to learn with `--answer_column`"
             )
     for option, column in wanted.items():
@@ -511,11 +575,14 @@ def _make_rows(
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
     if not has_images and args.image_dir is not None:
         raise ValueError(f"`image_dir` is for the paths in `image_column`, but the columns are {columns}")
-    if not has_images and args.image_column and (args.task == "caption" or _has_pictures(rows)):
-        raise ValueError(
-            f"`image_column` is {args.image_column!r}, but the columns are {columns}: name the one with pictures, or "
-            '"" to read text alone'
-        )
+    if not has_images and args.image_column:
+        found = _picture_columns(rows, columns)
+        if found or args.task == "caption":
+            hint = f", as in `--image_column {found[0]}`" if found else ""
+            raise ValueError(
+                f"`image_column` is {args.image_column!r}, but the columns are {columns}: name the one with "
+                f'pictures{hint}, or "" to read text alone'
+            )
     if has_images and args.image_dir is not None:
         options = {"column": args.image_column, "image_dir": args.image_dir}
         rows = rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
@@ -523,7 +590,7 @@ def _make_rows(
     label_names: list[str] | None = None
     if has_images:
         if rows.features is not None:  # of a stream they may be unknown
-            is_list = isinstance(rows.features[args.image_column], List)
+            is_list = isinstance(rows.features[args.image_column], LISTS)
             rows = rows.cast_column(args.image_column, List(UNDECODED) if is_list else UNDECODED)
         features["images"] = List(UNDECODED)
     if kind == "generated":
@@ -533,11 +600,16 @@ def _make_rows(
         features["text"] = Value("string")
     if kind == "classification":
         stored = None if rows.features is None else rows.features[args.label_column]
-        is_soft = isinstance(stored, List)
+        is_soft = isinstance(stored, LISTS)
         names = _class_names(rows, args.label_column)
         if set(names) & set(classes or ()):
             # Numbers are those of these rows, and another split, or the checkpoint, may count its classes otherwise
             label_names = names
+        elif names and classes and not _are_numbered(names) and not _are_numbered(classes):
+            raise ValueError(
+                f"`label_column` {args.label_column!r} has the classes {names}, but the model knows {list(classes)}, "
+                "none of which is one of these: give the labels the model's names"
+            )
         features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
 
     def make(row: dict[str, Any], num_images: int, index: int) -> list[dict[str, Any]]:
@@ -575,10 +647,21 @@ def _make_rows(
     )
 
 
-def _has_pictures(rows: Rows) -> bool:
-    """Whether a column holds pictures, or lists of them; of a stream that may be unknown."""
-    features = (rows.features or {}).values()
-    return any(isinstance(each.feature if isinstance(each, List) else each, Image) for each in features)
+def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
+    """
+    The columns that hold pictures, or lists of them: as such, as bytes, or as files with `bytes` and `path`; and
+    `images`, by its name. Of a stream the others may be unknown.
+    """
+
+    def holds_pictures(feature: Any) -> bool:
+        if isinstance(feature, LISTS):
+            return holds_pictures(feature.feature)
+        is_file = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+        is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+        return isinstance(feature, Image) or is_file or is_bytes
+
+    features = rows.features or {}
+    return [name for name in columns if name == "images" or holds_pictures(features.get(name))]
 
 
 def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars_per_picture) -> int:
@@ -630,7 +713,9 @@ def columns_in(prompt: str) -> list[str]:
         ValueError: Its braces don't match.
     """
     try:
-        return [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+        parsed = [(name, form or "") for _, name, form, _ in Formatter().parse(prompt) if name is not None]
+        # How a column is written may name another, as in `{name:{width}}`
+        return [each for name, form in parsed for each in (name, *columns_in(form))]
     except ValueError as error:
         raise ValueError(f"`prompt` is {prompt!r}: {error}. A brace that is text is written twice") from error
 
@@ -646,9 +731,13 @@ def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
     for name in columns_in(template):
         if not isinstance(row[name], str | int | float):
             raise ValueError(f"Row {index}: expected text in column {name!r} of `prompt`, not {row[name]!r}")
-    if args.max_column_chars is None:
-        return template.format_map(row)
-    return template.format_map({name: _cut(text, args.max_column_chars, name, index) for name, text in row.items()})
+    filled = {name: row[name] for name in columns_in(template)}
+    if args.max_column_chars is not None:
+        filled = {name: _cut(text, args.max_column_chars, name, index) for name, text in filled.items()}
+    try:
+        return template.format_map(filled)
+    except ValueError as error:  # of what stands behind a colon
+        raise ValueError(f"Row {index}: `prompt` {template!r} can't be filled: {error}") from error
 
 
 def _cut(text: Any, length: int, name: str, index: int) -> Any:
@@ -688,8 +777,13 @@ def _turns(row: dict, args: DataArguments, num_images: int, index: int, is_evalu
 def _class_names(rows: Rows, column: str) -> list[str]:
     """The names of the classes that a column's numbers, or lists of them, stand for; none, if it tells none."""
     feature = None if rows.features is None else rows.features[column]
-    feature = feature.feature if isinstance(feature, List) else feature
+    feature = feature.feature if isinstance(feature, LISTS) else feature
     return list(feature.names) if isinstance(feature, ClassLabel) else []
+
+
+def _are_numbered(classes: Sequence[str]) -> bool:
+    """Whether classes have no names but numbers, as a new head's `LABEL_0`: others' numbers may stand for them."""
+    return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in classes)
 
 
 def _named(label: Any, names: Sequence[str]) -> Any:
@@ -697,6 +791,12 @@ def _named(label: Any, names: Sequence[str]) -> Any:
     if isinstance(label, list):
         return [_named(each, names) for each in label]
     return names[label] if label in range(len(names)) else label
+
+
+def _name_of_number(number: int | float, classes: Sequence[str]) -> str | None:
+    """The class that has this number for its name: written just so, or with or without a `.0`."""
+    short = str(number).removesuffix(".0")
+    return next((name for name in (str(number), short, f"{short}.0") if name in classes), None)
 
 
 def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str] | None) -> dict[str, Any]:
@@ -709,12 +809,14 @@ def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str]
         if label not in known:
             raise ValueError(f"Row {index}: `{args.label_column}` {label!r} is none of the classes {known}")
         label = known.index(label)
-    elif isinstance(label, int | float) and str(label).removesuffix(".0") in known:
+    elif isinstance(label, int | float) and (name := _name_of_number(label, known)) is not None:
         # The classes may have numbers for names, not all, or not in their order
-        label = known.index(str(label).removesuffix(".0"))
-    elif known and all(name.isdecimal() for name in known):
+        label = known.index(name)
+    elif known and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in known):
         raise ValueError(f"Row {index}: `{args.label_column}` is {label!r}; expected one of the classes {known}")
-    elif not isinstance(label, int | float) or (known and label not in range(len(known))):
+    elif not known and not (isinstance(label, int | float) and math.isfinite(label)):
+        raise ValueError(f"Row {index}: `{args.label_column}` is {label!r}; expected a number to come near to")
+    elif known and label not in range(len(known)):
         raise ValueError(
             f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
         )

@@ -8,6 +8,7 @@ Example:
 """
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -40,7 +41,7 @@ from .arguments import DataArguments, check_at_least_one, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
 from .data import Rows, load_rows, picture_key
-from .generate import answer
+from .generate import answer, check_lengths
 from .places import check_place
 from .report import write_evaluation
 from .scenes import rows_of_batch
@@ -90,7 +91,7 @@ def generate_answers(
     results: list[dict[str, Any]] = []
     batches = rows.iter(batch_size=batch_size)
     for batch in tqdm(batches, desc="answering", leave=False):
-        conversations = []
+        conversations, names = [], []
         for row in rows_of_batch(batch):
             name = f"Row {row.get('row', len(results))}"
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
@@ -107,11 +108,12 @@ def generate_answers(
             if num_markers != len(pictures):
                 raise ValueError(f"{name} has {num_markers} picture markers but {len(pictures)} pictures")
             conversations.append(with_pictures(prompt, pictures))
+            names.append(name)
             kept: dict[str, Any] = {
                 name: row[name] for name in ("row", "kind", "held_out", "references") if name in row
             }
             results.append({**kept, "prompt": text_of(prompt[-1]), "reference": text_of(last)})
-        predictions = answer(model, processor, conversations, **kwargs)
+        predictions = answer(model, processor, conversations, names, **kwargs)
         for result, prediction in zip(results[-len(conversations) :], predictions, strict=True):
             result["prediction"] = prediction
     return results
@@ -170,10 +172,19 @@ def score_answers(results: list[dict[str, Any]], task: str) -> dict[str, Any]:
     return scores
 
 
-def batches_of(rows: Rows, collator: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Collated batches on the device, with a progress bar."""
+def batches_of(rows: Rows, collator: Any, batch_size: int, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """
+    Collated batches on the model's device, with a progress bar.
+
+    Raises:
+        ValueError: A row is longer than the model reads. It is named.
+    """
+    num_rows = 0
     for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="reading", leave=False):
-        yield {name: to_device(value, device) for name, value in batch.items()}
+        names = [f"Row {num_rows + i}" for i in range(len(batch["input_ids"]))]
+        check_lengths(model, batch, names)
+        num_rows += len(names)
+        yield {name: to_device(value, model.device) for name, value in batch.items()}
 
 
 @torch.no_grad()
@@ -189,7 +200,7 @@ def classify(
     model.eval()
     logits, labels = [], []
     collator = collator or DuoStreamClassificationCollator(processor, max_length, num_labels=model.config.num_labels)
-    for batch in batches_of(rows, collator, batch_size, model.device):
+    for batch in batches_of(rows, collator, batch_size, model):
         labels.append(batch.pop("labels").cpu())
         logits.append(model(**batch).logits.float().cpu())
     scores, wanted = torch.cat(logits), torch.cat(labels)  # (num_rows, num_labels)
@@ -249,6 +260,7 @@ def retrieve(
                 raise ValueError(f"{name}: expected texts that belong to the picture, found an empty one in {each}")
         flat = [text for each in own for text in each]
         inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
+        check_lengths(model, inputs, [name for name, each in zip(names, own, strict=True) for _ in each])
         text_embeds.append(embed(model.get_text_features(**inputs)))
         texts += flat
         image_of_text += [image_of_key[key] for key, each in zip(keys, own, strict=True) for _ in each]
@@ -274,7 +286,7 @@ def fill_masks(
     """Loss and accuracy at masked tokens, drawn anew from the seed."""
     model.eval()
     total, num_right, num_masked = 0.0, 0, 0
-    for batch in batches_of(rows, DuoStreamMaskedLMCollator(processor, max_length), batch_size, model.device):
+    for batch in batches_of(rows, DuoStreamMaskedLMCollator(processor, max_length), batch_size, model):
         labels = batch["labels"]
         is_masked = labels != IGNORE_INDEX
         if not is_masked.any():
@@ -303,7 +315,7 @@ def evaluation_loss(
         ValueError: All of them are cut off.
     """
     total, num_tokens = 0.0, 0
-    for batch in batches_of(rows, DuoStreamDataCollator(processor, max_length), batch_size, model.device):
+    for batch in batches_of(rows, DuoStreamDataCollator(processor, max_length), batch_size, model):
         # Each token counts the same, however many others are in its batch
         num_learnt = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         if num_learnt:  # else it is not a number
@@ -374,7 +386,8 @@ def main(args: list[str] | None = None) -> None:
         # Of what was read and how; a stream has none
         "data_fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,
         "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "datasets")},
-        **figures,
+        # What is no number, as the correlation of figures that are all alike, has no place in JSON
+        **{name: None if isinstance(value, float) and math.isnan(value) else value for name, value in figures.items()},
         **losses,
         # Of a stream it isn't known where results are not one for each row
         "num_rows": len(rows) if isinstance(rows, Dataset) else len(results) if has_row_results else None,

@@ -24,7 +24,7 @@ from .. import (
     train_tokenizer,
 )
 from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, json_mapping, parse
-from .compose import load_vision, take_vision
+from .compose import check_answers_end, load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
 from .training import bad_rows_of, check_output_dir, train
 from .vision_cache import check_cacheable
@@ -90,6 +90,8 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
         image_seq_length=config.image_seq_length,
         bidirectional_prefix=args.bidirectional_prefix,
     )
+    if args.lm_weight:
+        check_answers_end(processor)
     config.image_token_id = processor.image_token_id
     for stack in (config.text_config, config.fusion_stack_config):
         # A preset's own would end answers at whatever token has that number

@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..processing.data_collator_duostream import load_pictures
 from ..processing.processing_duostream import check_messages, check_text
+from .generate import check_lengths, num_positions, num_text_tokens
 from .places import check_place
 
 # What of the library's server is open: its other routes open files and addresses that a request names
@@ -47,6 +48,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_completion_tokens": (int, 1, 2**31 - 1),
     "seed": (int, -(2**63), 2**63 - 1),
 }
+# OpenAI's: a template writes others as they come, or fails at them
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Below, scores that are divided by it overflow, and the answer is the greedy one
 LOWEST_TEMPERATURE = 1e-5
 
@@ -90,6 +93,8 @@ def messages_refusal(messages: Any) -> str | None:
                 check_text(content, "`content`")
             check_messages([message])
             check_text(message["role"], "`role`")
+            if message["role"] not in ROLES:
+                raise ValueError(f"`role` is {message['role']!r:.100}; expected one of {', '.join(ROLES)}")
         except ValueError as error:
             return f"Message {number}: {error}"
     return None
@@ -154,7 +159,35 @@ def answering(base: Any) -> Any:
                 self.generation_state.get_manager(model).submit(torch.manual_seed, body["seed"])
             return config
 
+        def _streaming(self, request_id: str, model: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+            fit_answer(model, processor, *args[1:3])
+            return super()._streaming(request_id, model, processor, *args, **kwargs)
+
+        async def _non_streaming(self, request_id: str, model: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+            fit_answer(model, processor, *args[1:3])
+            return await super()._non_streaming(request_id, model, processor, *args, **kwargs)
+
     return Handler
+
+
+def fit_answer(model: Any, processor: Any, inputs: Any, config: Any) -> None:
+    """
+    Ends an answer where the model has no position for more, in place, as OpenAI's do: its reason to finish is
+    "length", as clients know it. Of a prompt that leaves no room for an answer it raises `HTTPException`.
+    """
+    from fastapi import HTTPException
+
+    try:
+        check_lengths(model, inputs, ["The conversation"], 1, processor.tokenizer.model_max_length)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+    positions = num_positions(model)
+    if positions is not None:
+        room = positions - num_text_tokens(model, inputs)[0]
+        if config.max_new_tokens is not None:
+            config.max_new_tokens = min(config.max_new_tokens, room)
+        elif config.max_length is not None:
+            config.max_length = min(config.max_length, inputs["input_ids"].shape[-1] + room)
 
 
 def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,7 +211,7 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
             if request.method == "POST":
                 try:
                     body = await request.json()
-                except ValueError:
+                except (ValueError, RecursionError):
                     return JSONResponse({"detail": "the request is no JSON"}, 400)
                 problem = refusal(body, model)
                 if problem is None and request.url.path == "/v1/chat/completions":

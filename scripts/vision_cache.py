@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import datasets
+import pyarrow
+import pyarrow.compute
 import torch
 import transformers
 from datasets import Dataset, Features, List, Value
@@ -45,9 +48,12 @@ class StoredStates:
     A format of `datasets`, by which rows have `image_features` when they are read: for each picture its states.
 
     Args:
-        states (`Dataset`): With a column `states`, the bytes of each picture's states.
+        states (`Dataset`): With columns `states`, the bytes of each picture's states, and `checksum`, their CRC-32.
         shape (`tuple[int, int]`): Of a picture's states: `(image_seq_length, image_hidden_size)`.
         dtype (`torch.dtype`): Of the states; Arrow doesn't know all of them.
+
+    Raises (when called):
+        ValueError: The file holds other bytes than were written.
     """
 
     def __init__(self, states: Dataset, shape: tuple[int, int], dtype: torch.dtype):
@@ -59,13 +65,39 @@ class StoredStates:
         numbers = batch["image_numbers"]
         # Rows of a batch may be about the same picture
         wanted = sorted({number for row in numbers for number in row})
-        stored = self.states[wanted]["states"] if wanted else []
+        stored = self.states[wanted] if wanted else {"states": [], "checksum": []}
+        if [crc32(each) for each in stored["states"]] != stored["checksum"]:
+            raise broken(Path(self.states.cache_files[0]["filename"]), "its states are not those that were written")
         found = {
             number: torch.frombuffer(bytearray(each), dtype=self.dtype).view(self.shape)  # (image_seq_length, hidden)
-            for number, each in zip(wanted, stored, strict=True)
+            for number, each in zip(wanted, stored["states"], strict=True)
         }
         others = {name: values for name, values in batch.items() if name != "image_numbers"}
         return {**others, "image_features": [[found[number] for number in row] for row in numbers]}
+
+
+def broken(path: Path, reason: object) -> ValueError:
+    """What is said of a file of states that can't be used."""
+    return ValueError(f"{path} is broken, cut short or overwritten: {reason}. Delete it: pictures are then read anew")
+
+
+def check_stored(path: Path, num_pictures: int, num_bytes: int) -> None:
+    """
+    Looks whether a file holds states of so many pictures, of so many bytes each, without reading them.
+
+    Raises:
+        ValueError: It doesn't. It is named.
+    """
+    try:
+        table = Dataset.from_file(str(path)).data
+        table.validate()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise broken(path, error) from error
+    if table.num_rows != num_pictures:
+        raise broken(path, f"it has states of {table.num_rows} pictures; expected {num_pictures}")
+    sizes = pyarrow.compute.unique(pyarrow.compute.binary_length(table.column("states"))).to_pylist()
+    if sizes != [num_bytes]:
+        raise broken(path, f"states of a picture have {sizes} bytes; expected {num_bytes}")
 
 
 @dataclass
@@ -115,7 +147,7 @@ def with_states(
         folder (`str` or `os.PathLike`, *optional*, defaults to one in the cache of `datasets`): Where they are kept.
 
     Raises:
-        ValueError: A picture can't be read. Its row is named.
+        ValueError: A picture can't be read, or the file of the states. Its row, or the file, is named.
     """
     if "images" not in rows.column_names:
         return rows
@@ -170,11 +202,16 @@ def with_states(
             raise pixel_values
         states = base.get_image_features(pixel_values.to(args.device), return_dict=True).last_hidden_state
         states = states.contiguous().cpu().view(torch.uint8).flatten(1)  # (num_images, bytes of a picture's states)
-        return {"states": [each.numpy().tobytes() for each in states]}
+        written = [each.numpy().tobytes() for each in states]
+        return {"states": written, "checksum": [crc32(each) for each in written]}
 
     # Named, as rows that were put together in memory have no place on disk beside which theirs would be kept
     folder = Path(folder or Path(datasets.config.HF_DATASETS_CACHE) / "duostream_vision")
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{fingerprint}.arrow"
+    shape = (base.config.image_seq_length, base.config.image_hidden_size)
+    if path.exists() and len(to_read):
+        check_stored(path, len(to_read), shape[0] * shape[1] * dtype.itemsize)
     with closing(batches), args.main_process_first(desc="reading pictures"):
         states = to_read.map(
             read,
@@ -183,12 +220,11 @@ def with_states(
             # Of all rows that are written at once Arrow counts the bytes in 32 bits
             writer_batch_size=args.per_device_eval_batch_size,
             remove_columns=list(places),
-            features=Features({"states": Value("binary")}),
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            features=Features({"states": Value("binary"), "checksum": Value("uint32")}),
+            cache_file_name=str(path),
             new_fingerprint=fingerprint,
             desc="reading pictures",
         )
-    shape = (base.config.image_seq_length, base.config.image_hidden_size)
     # The pictures stay, but are never touched
     columns = [name for name in rows.column_names if name != "images"]
     rows = rows.add_column("image_numbers", image_numbers)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import LLAMA, small_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -39,22 +39,35 @@ def without_generation(template):
     return template
 
 
-def chatml_tokenizer(pre_tokenizer, decoder, chat_template):
+def chatml_tokenizer(pre_tokenizer, decoder, chat_template, normalizer=None, texts=TEXTS):
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.decoder = decoder
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "\n"],
         show_progress=False,
     )
-    backend.train_from_iterator([*TEXTS, "user", "assistant", "What color is it?", "Is it?"] * 5, trainer)
+    backend.train_from_iterator([*texts, "user", "assistant", "What color is it?", "Is it?"] * 5, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
         chat_template=chat_template,
     )
+
+
+def spaces_of(*replaced):
+    """A normalizer that makes a space of each of these, and one of several."""
+    single = [normalizers.Replace(each, " ") for each in replaced]
+    return normalizers.Sequence([*single, normalizers.Replace(Regex(" {2,}"), " ")])
+
+
+LLAMA2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def make_processor(kind="own", **kwargs):
@@ -69,7 +82,21 @@ def make_processor(kind="own", **kwargs):
         "metaspace": lambda: chatml_tokenizer(
             pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(), CHATML
         ),
-    }[kind]()
+        "metaspace everywhere": lambda: chatml_tokenizer(pre_tokenizers.Metaspace(), decoders.Metaspace(), CHATML),
+        # As GPT-2's may be told to, and a vocabulary in which line ends are one token
+        "space before": lambda: chatml_tokenizer(
+            pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel(), CHATML, texts=[*TEXTS, "\n", "\n\n"]
+        ),
+        "line ends merged": lambda: chatml_tokenizer(
+            None, decoders.Metaspace(), CHATML, LLAMA2, texts=[*TEXTS, "a\n\nb", "\n\n"]
+        ),
+        # As XGLM's, whose normalizer takes a line end for a space
+        "no line ends": lambda: chatml_tokenizer(
+            pre_tokenizers.Metaspace(), decoders.Metaspace(), CHATML, spaces_of("\n")
+        ),
+    }[kind.removesuffix(", own template")]()
+    if kind.endswith(", own template"):
+        tokenizer.chat_template = None
     return DuoStreamProcessor(
         SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=NUM_TOKENS, **kwargs
     )
@@ -436,7 +463,11 @@ def in_use(processor, messages, images):
     )
 
 
-@pytest.mark.parametrize("kind", ["own", "chatml", "chatml without generation", "metaspace"])
+FOREIGN = ["metaspace", "metaspace everywhere", "space before", "line ends merged"]
+FOREIGN += [f"{kind}, own template" for kind in ("chatml", *FOREIGN, "no line ends")]
+
+
+@pytest.mark.parametrize("kind", ["own", "chatml", "chatml without generation", *FOREIGN])
 @pytest.mark.parametrize("num_turns", [1, 2])
 @pytest.mark.parametrize("bidirectional_prefix", [False, True])
 def test_the_prompt_in_training_is_the_prompt_in_use(kind, num_turns, bidirectional_prefix):
@@ -449,10 +480,115 @@ def test_the_prompt_in_training_is_the_prompt_in_use(kind, num_turns, bidirectio
     for name in ("input_ids", "mm_token_type_ids", *(["token_type_ids"] if bidirectional_prefix else [])):
         assert batch[name][:, :length].tolist() == prompt[name].tolist(), name
     assert torch.equal(batch["pixel_values"], prompt["pixel_values"])
+    if bidirectional_prefix:
+        is_prefix = batch["token_type_ids"][0] == 0
+        assert "What color is it?" in processor.decode(batch["input_ids"][0][is_prefix])
+        assert (batch["labels"][0][is_prefix] == -100).all()
     # All of the last answer, and nothing before it, comes behind the prompt
     assert (batch["labels"][0, length:] != -100).all()
     assert batch["labels"][0, length - 1] == -100
     assert row["messages"][-1]["content"][0]["text"] in processor.decode(batch["input_ids"][0, length:])
+
+
+@pytest.mark.parametrize("template", ["", ", own template"])
+def test_no_text_is_lost_where_a_line_end_is_read_as_a_space(template):
+    processor = make_processor("no line ends" + template)
+    batch = DuoStreamDataCollator(processor)([dialogue("What color is it?", "It is red.", "Is it?", "Ein Kreis")])
+    assert "".join(learnt(processor, batch).split()) == "Itisred.<|im_end|>EinKreis<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["metaspace everywhere", "space before", "line ends merged"])
+def test_a_line_end_that_an_answer_begins_with_is_learnt(kind):
+    processor = make_processor(kind)
+    batch = DuoStreamDataCollator(processor)([dialogue("What?", "\n\nIt is red.", num_images=0)])
+    assert learnt(processor, batch).startswith("\n\nIt is red.<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["chatml", "own"])
+def test_a_conversation_may_begin_with_the_assistant_where_the_template_reads_the_first_message(kind):
+    processor = make_processor(kind)
+    processor.chat_template = (
+        "{%- if messages[0]['role'] != 'system' %}{{ 'Be brief. ' }}{% endif -%}"
+        + without_generation(processor.chat_template)
+    )
+    row = {"images": [], "messages": [assistant("Hello."), user("What?"), assistant("That.")]}
+    batch = DuoStreamDataCollator(processor)([row])
+    assert read(processor, batch) == processor.apply_chat_template(row["messages"])
+    ends = {"own": "<|end|>", "chatml": "<|im_end|>\n"}[kind]
+    assert learnt(processor, batch) == f"Hello.{ends}That.{ends}"
+
+
+def framed_processor(**kwargs):
+    """With a tokenizer that puts tokens around a text."""
+    tokenizer = train_tokenizer([], 263)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "sep_token": "</s>"})
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=marks
+    )
+    tokenizer.truncation_side = kwargs.pop("truncation_side", "right")
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return DuoStreamProcessor(image_processor, tokenizer, image_seq_length=NUM_TOKENS, **kwargs)
+
+
+@pytest.mark.parametrize("text", ["Hello", ""])
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+@pytest.mark.parametrize("max_length", [None, 11])
+@pytest.mark.parametrize("truncation_side", ["left", "right"])
+def test_a_text_without_a_chat_is_laid_out_as_in_use(text, num_images, max_length, truncation_side):
+    processor = framed_processor(truncation_side=truncation_side)
+    pictures = [picture(40 * i) for i in range(num_images)]
+    batch = DuoStreamDataCollator(processor, max_length=max_length)([{"images": pictures, "text": text}])
+    options = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    in_use = processor(text="<|image|>" * num_images + text, images=pictures or None, **options)
+    for name in ("input_ids", "mm_token_type_ids"):
+        assert batch[name].tolist() == in_use[name], name
+    assert processor.decode(batch["input_ids"][0][[0, -1]]) == "<s></s>"
+    assert not (batch["labels"][0] == IMAGE).any()
+
+
+@pytest.mark.parametrize("asked", ["Tell me.", "Tell me", "Is it?", "Tell me. <", ""])
+def test_a_prefix_ends_at_the_role_marker_that_goes_on_a_token_before_it(asked):
+    def merging(chat_template):
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        return chatml_tokenizer(*byte_level, chat_template, texts=["<p>end.</p>", "x.<b>y</b>.<"] * 9)
+
+    own = make_processor()
+    processor = DuoStreamProcessor(
+        own.image_processor, merging(None), image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+    )
+    assert ".<" in processor.tokenizer.get_vocab()
+    row = dialogue(asked, "Red.", "Why.", "So.")
+    batch = DuoStreamDataCollator(processor)([row])
+    prefix = batch["input_ids"][0][batch["token_type_ids"][0] == 0]
+    assert f"{processor.decode(prefix)}<".replace(".<", "<").endswith(f"{asked.removesuffix('.')}<")
+    for messages in (row["messages"][:1], row["messages"][:3]):
+        types = in_use(processor, messages, row["images"])["token_type_ids"]
+        assert int((types == 0).sum()) == len(prefix)
+
+
+def test_a_prefix_in_use_ends_at_the_first_answer_though_that_goes_on_a_token_of_its_marker():
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = chatml_tokenizer(*byte_level, CHATML, texts=["\n\n"] * 9)
+    assert "ĊĊ" in tokenizer.get_vocab()
+    processor = DuoStreamProcessor(
+        make_processor().image_processor, tokenizer, image_seq_length=NUM_TOKENS, bidirectional_prefix=True
+    )
+    row = dialogue("What?", "\n\nRed.", "Why?", "So.")
+    types = DuoStreamDataCollator(processor)([row])["token_type_ids"]
+    assert (
+        (in_use(processor, row["messages"][:3], row["images"])["token_type_ids"] == 0).sum() == (types == 0).sum() > 0
+    )
+
+
+def test_a_prefix_whose_end_a_row_does_not_show_names_the_row():
+    processor = make_processor("chatml", bidirectional_prefix=True)
+    # As some reasoning models': a prompt ends with what a conversation hasn't
+    processor.chat_template = processor.chat_template.replace(
+        "assistant\\n' }}{% endif", "assistant\\n<think></think>' }}{% endif"
+    )
+    with pytest.raises(ValueError, match=r"Row 7: expected 1 role markers '<\|im_start\|>assistant.* found 0"):
+        DuoStreamDataCollator(processor)([{**dialogue("What?", "That."), "row": 7}])
 
 
 @given(first=st.text(max_size=15), reply=st.text(max_size=15), second=st.text(max_size=15))

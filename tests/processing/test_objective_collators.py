@@ -171,6 +171,25 @@ def test_retrieval_names_the_row_without_a_text(processor):
         DuoStreamRetrievalCollator(processor)([caption_row(0), row])
 
 
+@pytest.mark.parametrize(
+    ("collator", "options"), [(DuoStreamRetrievalCollator, {}), (DuoStreamPreTrainingCollator, {"mlm": False})]
+)
+def test_of_several_conversations_none_is_the_pictures_text(processor, collator, options):
+    def packed(*rows):
+        return {"images": rows[0]["images"], "row": 7, "conversations": list(rows)}
+
+    def of(row):
+        return {name: row[name] for name in ("prompt", "completion", "images")}
+
+    collate = collator(processor, **options)
+    one, plain = collate([packed(of(caption_row(0)))]), collate([caption_row(0)])
+    assert one.keys() == plain.keys()
+    name = "input_ids" if collator is DuoStreamRetrievalCollator else "paired_input_ids"
+    assert torch.equal(one[name], plain[name])
+    with pytest.raises(ValueError, match="Row 7 has 2 `conversations`: expected one, whose text"):
+        collate([packed(of(caption_row(0)), of(caption_row(1)))])
+
+
 def test_the_most_labels_that_a_row_has_are_told_where_tokens_are_predicted(processor):
     rows = [caption_row(i) for i in range(3)]
 

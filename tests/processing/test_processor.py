@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoProcessor, BertTokenizer, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from duostream import DuoStreamProcessor, train_tokenizer
+from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 
 NUM_TOKENS = 4  # a picture's
 IMAGE, USER, ASSISTANT = 2, 3, 4  # ids in a trained tokenizer
@@ -348,6 +348,67 @@ def test_of_several_chat_templates_the_default_one_is_kept():
     tokenizer.chat_template = {"tool_use": "{{ tools }}"}
     with pytest.raises(ValueError, match=r"\['tool_use'\], and none named 'default'"):
         DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+
+
+def test_several_chat_templates_read_the_same_once_saved(tmp_path):
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    for folder in ("first", "second"):
+        processor.save_pretrained(tmp_path / folder)
+        loaded = AutoProcessor.from_pretrained(tmp_path / folder)
+        conversation = [{**CONVERSATIONS["one picture"][0]}, assistant("Red.")]
+        for each in (processor, loaded):
+            assert each.apply_chat_template(conversation).startswith("<|im_start|>user\n<|image|>What")
+        row = {"images": [Image.new("RGB", (16, 16))], "messages": conversation}
+        before, after = (DuoStreamDataCollator(each)([row]) for each in (processor, loaded))
+        assert torch.equal(before["labels"], after["labels"]) and torch.equal(before["input_ids"], after["input_ids"])
+        processor = loaded
+
+
+def test_a_tokenizer_that_ends_texts_with_a_separator_ends_answers_with_it(tmp_path):
+    assert bert_tokenizer().eos_token is None
+    processor = DuoStreamProcessor(image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS)
+    processor.save_pretrained(tmp_path)
+    for each in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        assert each.tokenizer.eos_token_id == each.tokenizer.sep_token_id
+        assert each.apply_chat_template([user(text("a")), assistant("b")]) == "<|user|>a<|assistant|>b[SEP]"
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_answers_without_an_end_are_warned_of(has_template, caplog):
+    tokenizer = chatml_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.chat_template = CHATML if has_template else None
+    with caplog.at_level("WARNING"):
+        DuoStreamProcessor(image_processor(), tokenizer)
+    assert any("answers have no end" in record.message for record in caplog.records) != has_template
+
+
+@pytest.mark.parametrize(
+    "option", [{"stride": 2}, {"return_overflowing_tokens": True}, {"videos": [[]]}, {"audio": [0.0]}]
+)
+def test_what_would_be_left_out_is_refused(processor, option):
+    (name,) = option
+    for options in ({}, {"truncation": True, "max_length": 4}):
+        with pytest.raises(ValueError, match=f"^`{name}` is "):
+            processor(text="abcdefgh", **options, **option)
+        processor(text="abcdefgh", **options, videos=None, audio=None, stride=0)
+
+
+@pytest.mark.parametrize("truncation", [False, True])
+def test_a_role_marker_that_no_token_shows_is_refused(truncation):
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?<", "!")
+    processor = DuoStreamProcessor(image_processor(), tokenizer, bidirectional_prefix=True)
+    options = {"truncation": truncation, "max_length": 99}
+    types = processor(text=["What.<|assistant|>", "What"], **options)["token_type_ids"]
+    assert 0 in types[0] and 1 in types[0] and 0 not in types[1]
+    with pytest.raises(
+        ValueError, match=r"Row 1: expected 1 role markers '<\|assistant\|>' among its tokens, found 0"
+    ):
+        processor(text=["What.<|assistant|>", "What?<|assistant|>"], **options)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

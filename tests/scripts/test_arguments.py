@@ -120,6 +120,21 @@ def test_a_wrong_option_in_a_file_ends_the_command_with_code_2_and_is_named(path
     assert "nmae" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["eval_strategy", "save_strategy", "logging_strategy"])
+def test_a_bare_no_in_a_file_is_a_strategy(tmp_path, option):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"{option}: no\nreport_to: none\nuse_cpu: yes\npacking: no\n")
+    (training_args,) = parse(DuoStreamTrainingArguments, args=[str(path)])
+    assert getattr(training_args, option) == "no" and training_args.packing is False
+
+
+def test_the_name_of_an_option_is_never_cut_short(path, capsys):
+    for args in ([write(path, {"max_train": 3})], ["--max_train", "3"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(DataArguments, args=args)
+        assert ended.value.code == 2 and "--max_train" in capsys.readouterr().err
+
+
 def shown_by(option, capsys, *classes):
     with pytest.raises(SystemExit) as ended:
         parse(*classes, args=[option], doc="Does this.\n\nExample:\n\n    duostream this --name b\n")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, Value
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -18,6 +18,7 @@ from duostream.scripts.data import (
     blank,
     load_mixture,
     load_rows,
+    logger,
     number_rows,
     read_classes,
     texts_of,
@@ -353,6 +354,62 @@ def test_pictures_are_never_left_out_because_their_column_has_another_name(tmp_p
         load(tmp_path / "a.parquet", answer_column="txt")
 
 
+@pytest.mark.parametrize("task", ["vqa", "classification", "masked"])
+@pytest.mark.parametrize("kind", ["path", "paths", "bytes", "list of bytes", "files", "large list"])
+def test_pictures_in_a_column_of_the_readme_s_name_are_never_left_out(tmp_path, task, kind):
+    picture(0).save(tmp_path / "a.png")
+    path, data = str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()
+    file = {"bytes": data, "path": None}
+    value = {"path": path, "paths": [path], "bytes": data, "list of bytes": [data], "files": [file]}.get(kind, [data])
+    rows = Dataset.from_list([{"images": value, "question": "?", "answer": "!", "text": "x", "label": 0}])
+    if kind == "large list":
+        rows = rows.cast_column("images", LargeList(Value("large_binary")))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    options = {"task": task, **({"answer_column": "text"} if task == "masked" else {})}
+    with pytest.raises(
+        ValueError, match=r"`image_column` is 'image', .* as in `--image_column images`, or \"\" to read"
+    ):
+        load(tmp_path / "rows.parquet", **options)
+    (row,) = load(tmp_path / "rows.parquet", image_column="images", **options)
+    assert [image.size for image in pictures(row)] == [picture(0).size]
+    assert "images" not in load(tmp_path / "rows.parquet", image_column="", **options).column_names
+    if kind not in ("path", "paths"):
+        rows.rename_column("images", "img").to_parquet(tmp_path / "rows.parquet")
+        with pytest.raises(ValueError, match="as in `--image_column img`"):
+            load(tmp_path / "rows.parquet", **options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_large_lists_are_lists(tmp_path, streaming):
+    picture(0).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    kinds = {"image": LargeList(datasets.Image()), "answer": LargeList(Value("string"))}
+    features = Features({**kinds, "text": Value("string"), "label": LargeList(ClassLabel(names=["eel", "dog"]))})
+    rows = [{"image": [data] * 2, "answer": ["a", "b"], "text": "?", "label": [1]}]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    options = {"dataset": str(tmp_path / "rows.parquet"), "streaming": streaming}
+    rows = list(load_rows(DataArguments(task="vqa", prompt="{text}", **options), "train"))
+    assert [(*said(row), len(pictures(row))) for row in rows] == [(2, "?", "a", 2), (2, "?", "b", 2)]
+    args = DataArguments(task="classification", **options)
+    assert read_classes(args) == ["eel", "dog"]
+    assert [row["label"] for row in load_rows(args, "train", classes=["dog", "eel"])] == [[1, 0]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_in_prompt_and_completion_are_columns_as_any_other(tmp_path, streaming):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "So.", "label": "good"}])
+    options = {"task": "classification", "prompt": "{prompt} {completion}", "streaming": streaming}
+    assert read_classes(DataArguments(dataset=str(path), **options)) == ["good"]
+    (row,) = load_rows(DataArguments(dataset=str(path), **options), "train", classes=["good"])
+    assert (row["text"], row["label"]) == ("Why? So.", 0)
+    (row,) = load(path, prompt_column="prompt", answer_column="completion", streaming=streaming)
+    assert said(row) == (0, "Why?", "So.")
+    with pytest.raises(
+        ValueError, match=r"no `prompt` and `completion` with lists of them, but .*'completion'.*answer"
+    ):
+        load(path, streaming=streaming)
+
+
 def test_a_picture_beside_a_conversation_is_not_left_out_in_silence(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"image": "a.png", "messages": conversation("?", "A dog .")}])
     with pytest.raises(ValueError, match=r"their pictures are in 'image': expected a list of them in `images`"):
@@ -395,6 +452,55 @@ def test_parquet_is_read_where_json_tells_of_it_and_so_is_what_a_dataset_saves(t
     rows.save_to_disk(tmp_path / "saved")
     for place in ("cloned", "saved"):
         assert said(load(tmp_path / place, task="translation", image_column="")[0])[2] == "eins"
+
+
+@pytest.mark.parametrize("use", ["map", "filter", "shuffle"])
+def test_what_datasets_cached_beside_saved_rows_is_not_read(tmp_path, use):
+    rows = Dataset.from_list([{"source": f"{i}", "target": str(i)} for i in range(4)])
+    datasets.DatasetDict(train=rows, validation=rows.select([0])).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "rows", num_shards=2)
+    for saved in (datasets.load_from_disk(tmp_path / "splits")["train"], datasets.load_from_disk(tmp_path / "rows")):
+        if use == "shuffle":
+            saved.shuffle(seed=0)
+        else:
+            getattr(saved, use)(lambda row: {"target": "no"})
+    assert len(list((tmp_path / "rows").glob("cache-*.arrow"))) == 1
+    for name in ("splits", "rows"):
+        assert [said(row)[2] for row in load(tmp_path / name, task="translation")] == [*"0123"]
+    assert len(load(tmp_path / "splits", "validation", task="translation")) == 1
+
+
+def test_saved_rows_that_are_not_all_there_are_refused_by_name(tmp_path):
+    rows = Dataset.from_list([{"source": f"{i}", "target": str(i)} for i in range(4)])
+    rows.save_to_disk(tmp_path, num_shards=2)
+    (tmp_path / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(
+        ValueError, match=r"state\.json names \['data-00001-of-00002\.arrow'\], which are not beside it"
+    ):
+        load(tmp_path, task="translation")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json doesn't tell which files beside it hold the rows"):
+        load(tmp_path, task="translation")
+
+
+def test_files_that_are_left_out_for_their_type_are_named(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(logger, "warning", warned.append)
+    rows = [{"source": "one", "target": "eins"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(load(tmp_path, task="translation")) == 1 and not warned
+    write_lines(tmp_path / "b.jsonl", rows)
+    assert len(load(tmp_path, task="translation")) == 1
+    assert "of which parquet is read; not read: ['b.jsonl']" in warned[0]
+
+
+def test_a_line_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good, bad = (json.dumps({"source": each, "target": each}, ensure_ascii=False) for each in ("cafe", "café"))
+    path.write_bytes(f"{good}\n{bad}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"Row 1 of .*rows\.jsonl: 'utf-8' codec can't decode"):
+        load(path, task="translation")
 
 
 def test_a_file_is_one_split(tmp_path):
@@ -443,6 +549,8 @@ def test_a_split_is_read_by_itself_whatever_the_others_hold(tmp_path):
         ({"prompt_column": "target", "max_column_chars": 3}, "`max_column_chars` would do nothing beside"),
         ({"task": "masked", "answer_column": "target", "prompt": "Hi"}, "`prompt` would do nothing beside `task`"),
         ({"prompt": "Say {source"}, r"`prompt` is 'Say {source': .*written twice"),
+        ({"prompt": "{source:{nope}}"}, r"`prompt` '{source:{nope}}' names 'nope', but the columns are"),
+        ({"prompt": "{source:d}"}, r"Row 0: `prompt` '{source:d}' can't be filled: Unknown format code 'd'"),
     ],
 )
 def test_a_prompt_that_cannot_be_said_is_refused(tmp_path, options, message):
@@ -465,9 +573,14 @@ def test_a_number_is_the_class_that_has_it_for_a_name(tmp_path):
         path = write_lines(tmp_path / "wrong.jsonl", [{"text": "a", "label": wrong}])
         with pytest.raises(ValueError, match=message):
             load_rows(replace(args, dataset=str(path)), "train", classes=classes)
+    for classes, labels in ((["1.0", "3.0", "4.0"], [1, 0]), (["3", "1.0", "1"], [0, 2])):
+        assert load_rows(args, "train", classes=classes)["label"][:] == labels
     # As pandas stores whole numbers where some rows have none
     path = write_lines(tmp_path / "floats.jsonl", [{"text": "a", "label": 3.0}])
-    assert load_rows(replace(args, dataset=str(path)), "train", classes=["1", "2", "3"])["label"][:] == [2]
+    for classes in (["1", "2", "3"], ["1.0", "2.0", "3.0"], ["0", "3", "3.0"]):
+        assert load_rows(replace(args, dataset=str(path)), "train", classes=classes)["label"][:] == [2]
+    with pytest.raises(ValueError, match=r"Row 0: `label` is 3.0; expected one of the classes \['1.5', '2.5'"):
+        load_rows(replace(args, dataset=str(path)), "train", classes=["1.5", "2.5", "3.5", "4.5"])
 
 
 @pytest.mark.parametrize(
@@ -542,8 +655,13 @@ def test_numbers_of_classes_are_those_of_their_names_however_a_split_counts_them
         assert [classes[row["label"]] for row in rows] == [row["text"] for row in rows] == names
     with pytest.raises(ValueError, match="Row 2: `label` 'cat' is none of the classes"):
         list(load_rows(args, "train", classes=["dog", "eel"]))
-    # Names that are none of these: then by number
-    assert [row["label"] for row in load_rows(args, "train", classes=["0", "1", "2"])] == [0, 1, 2]
+    # Classes without names are known by their numbers
+    for classes in (["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
+        assert [row["label"] for row in load_rows(args, "train", classes=classes)] == [0, 1, 2]
+    with pytest.raises(
+        ValueError, match=r"has the classes \['eel', 'dog', 'cat'\], but the model knows \['a', 'b', 'c'\]"
+    ):
+        load_rows(args, "train", classes=["a", "b", "c"])
 
 
 def test_columns_of_messages_that_are_called_as_those_that_rows_get_are_not_read(tmp_path):

@@ -254,6 +254,8 @@ def showing(picture: bytes, kind: str = "png", role: str = "user") -> dict[str, 
         ({"messages": ["Hello"]}, "Message 0: expected a message with its `role`"),
         ({"messages": [{"content": "Hello"}]}, "Message 0: expected a message with its `role`"),
         (saying(5), "Message 0: expected text from the user, not 5"),
+        (saying("Hello", "banana"), "Message 0: `role` is 'banana'; expected one of system, developer, user"),
+        (saying("Hello " * 6000), "The conversation has "),
         (saying(None), "Message 0: expected text from the user, not None"),
         (saying("\ud800"), "Message 0: `content`: "),
         (saying("Hello", "\ud800"), "Message 0: `role`: "),
@@ -278,6 +280,11 @@ def test_what_a_client_gets_wrong_is_answered_400_with_what_is_wrong(
     answer = httpx.post(f"{server}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["detail"].startswith(wrong)
+
+
+def test_a_body_that_is_nested_too_deep_is_refused(server: str) -> None:
+    answer = httpx.post(f"{server}/v1/chat/completions", content=b"[" * 100_000)
+    assert answer.status_code == 400 and answer.json()["detail"] == "the request is no JSON"
 
 
 def test_a_request_without_messages_is_refused(server: str) -> None:

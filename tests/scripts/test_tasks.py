@@ -23,6 +23,7 @@ from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts import data, evaluate, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
 from duostream.scripts.bad_rows import BadRows
+from duostream.scripts.card import read_evaluation
 from duostream.scripts.data import blank, load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
 from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
@@ -150,6 +151,8 @@ def test_what_fills_a_prompt_can_be_cut_and_that_is_said(texts, monkeypatch):
     assert text_of(rows[0]["prompt"]) == "Summarize: a good"
     assert f"Row 0: column 'document' was cut from {len(SENTENCES[0]) + 13} to 6 characters" in said
     assert [text_of(row["completion"]) for row in rows] == SENTENCES
+    # Of no other column, as the answers, which are whole
+    assert len(said) == len(SENTENCES)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,13 @@ def test_a_row_without_a_label_is_left_out_and_written_down(workplace):
     assert bad_rows.report() == 1
     with pytest.raises(ValueError, match="Row 1: `label` is None"):
         read_classes(args)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), None])
+def test_a_label_to_come_near_to_that_is_no_number_names_its_row(workplace, wrong):
+    path = write(workplace / f"near_{wrong}.jsonl", [{"text": "x", "label": value} for value in (0.5, wrong)])
+    with pytest.raises(ValueError, match=f"Row 1: `label` is {wrong}; expected a number to come near to"):
+        load(path, task="classification", classes=[])
 
 
 @pytest.mark.parametrize("wrong", [-1, None])
@@ -346,6 +356,18 @@ def test_a_classifier_goes_on_to_other_classes(pretrained, texts, tmp_path):
         evaluate.main(arguments(checkpoint=checkpoint, **options, output_dir=tmp_path / "out", report=True))
     assert "mse" in json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert "<h2>The rows that score lowest</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_figure_that_is_no_number_is_null(pretrained, texts, tmp_path):
+    options = {"task": "classification", "dataset": texts, "label_column": "score"}
+    finetune.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "model", **SHORT))
+    options |= {"checkpoint": tmp_path / "model", "output_dir": tmp_path / "out", "max_eval_rows": 1}
+    evaluate.main(arguments(**options, report=True))
+    written = (tmp_path / "out" / "metrics.json").read_text()
+    # Of one row there is no correlation
+    assert json.loads(written, parse_constant=pytest.fail)["pearson"] is None
+    assert "pearson" not in read_evaluation(tmp_path / "out")["figures"]
+    assert "<td>pearson</td><td>None</td>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_report_of_captions_shows_pictures(pretrained, photographs, tmp_path):

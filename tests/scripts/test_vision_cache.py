@@ -144,6 +144,33 @@ def test_states_are_those_that_the_stream_gives_in_its_own_type(parts, photograp
         torch.testing.assert_close(states, model.get_image_features(expected).last_hidden_state)
 
 
+@pytest.mark.parametrize("how", ["empty", "half", "fewer pictures", "zeroed", "other bytes"])
+def test_a_file_of_states_that_is_broken_or_cut_short_is_refused_by_name(parts, photographs, tmp_path, cache, how):
+    rows, args = load_mixture(caption_options(photographs)), training_options(tmp_path)
+    with_states(rows, *parts, args)
+    (path,) = cache.iterdir()
+    written = path.read_bytes()
+    if how == "fewer pictures":
+        Dataset.from_file(str(path)).select([0]).map(lambda row: row, cache_file_name=str(tmp_path / "fewer.arrow"))
+        path.write_bytes((tmp_path / "fewer.arrow").read_bytes())
+    else:
+        middle = len(written) // 2
+        other = bytes([written[middle] ^ 1])
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": written[:middle],
+                "zeroed": written[:middle] + bytes(400) + written[middle + 400 :],
+                "other bytes": written[:middle] + other + written[middle + 1 :],
+            }[how]
+        )
+    with pytest.raises(ValueError, match=rf"{path.name} is broken, cut short or overwritten: .*Delete it"):
+        list(with_states(rows, *parts, args))
+    path.unlink()
+    seen = Seen(parts[0])
+    assert len(list(with_states(rows, *parts, args))) == len(rows) and seen.count == NUM_PHOTOGRAPHS["train"]
+
+
 def test_workers_start_where_pictures_are_read_alone_and_nothing_random_is_drawn(
     parts, photographs, tmp_path, monkeypatch
 ):
