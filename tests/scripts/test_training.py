@@ -5,8 +5,10 @@ import re
 import resource
 import signal
 
+import datasets
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -535,6 +537,9 @@ def test_training_takes_a_stream_of_rows(new_parts, rows, tmp_path):
     assert losses(streamed) == pytest.approx(losses(stored), rel=1e-4)
 
 
+@pytest.mark.skipif(
+    Version(datasets.__version__) < Version("5.2"), reason="older ones repeat a stream without rows for ever"
+)
 def test_a_stream_without_a_row_that_can_be_read_trains_nothing_and_says_so(new_parts, rows, tmp_path):
     broken = rows.map(lambda row: {**row, "messages": row["messages"][:1]}, keep_in_memory=True)
     bad_rows = BadRows(tmp_path / "bad_rows.jsonl")
