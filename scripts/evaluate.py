@@ -181,9 +181,10 @@ def batches_of(rows: Rows, collator: Any, batch_size: int, model: PreTrainedMode
     """
     num_rows = 0
     for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="reading", leave=False):
-        names = [f"Row {num_rows + i}" for i in range(len(batch["input_ids"]))]
-        check_lengths(model, batch, names)
-        num_rows += len(names)
+        if "input_ids" in batch:  # a peer may read pictures alone
+            names = [f"Row {num_rows + i}" for i in range(len(batch["input_ids"]))]
+            check_lengths(model, batch, names)
+            num_rows += len(names)
         yield {name: to_device(value, model.device) for name, value in batch.items()}
 
 

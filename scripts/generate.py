@@ -88,7 +88,8 @@ def check_lengths(
 
 def num_text_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
     """How many tokens of each row are text: of `input_ids` of shape `(batch, seq_len)`, no pictures or padding."""
-    is_text = inputs["input_ids"] != model.config.image_token_id
+    # A peer that reads no pictures has no placeholder of them
+    is_text = inputs["input_ids"] != getattr(model.config, "image_token_id", -1)
     if inputs.get("attention_mask") is not None:
         is_text = is_text & (inputs["attention_mask"] != 0)
     return is_text.sum(dim=1).tolist()
