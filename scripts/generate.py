@@ -100,11 +100,13 @@ def answer(
     processor: DuoStreamProcessor,
     conversations: Sequence[list[dict]],
     names: Sequence[str] | None = None,
+    max_prompt_length: int | None = None,
     **kwargs: Any,
 ) -> list[str]:
     """
     What the assistant says next in each of `conversations`, whose picture parts carry their picture
-    (`{"type": "image", "image": ...}`). `kwargs` go to `generate`; greedy by default.
+    (`{"type": "image", "image": ...}`), and which may have `max_prompt_length` tokens of text. `kwargs` go to
+    `generate`; greedy by default.
 
     Raises:
         ValueError: A conversation is longer than the model reads. It is told by its name of `names`, by default its
@@ -119,7 +121,7 @@ def answer(
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(model.device)
     names = [f"Conversation {number}" for number in range(len(conversations))] if names is None else names
-    check_lengths(model, inputs, names, kwargs.get("max_new_tokens") or 0, processor.tokenizer.model_max_length)
+    check_lengths(model, inputs, names, kwargs.get("max_new_tokens") or 0, max_prompt_length)
     with torch.no_grad():
         sequences = model.generate(**inputs, **{"do_sample": False, **kwargs})
     new_tokens = sequences[:, inputs["input_ids"].shape[1] :]  # (batch, new_tokens)
@@ -141,6 +143,7 @@ def main(args: list[str] | None = None) -> None:
     prompt = [{"type": "text", "text": generate_args.prompt}]
     content = prompt + pictures if generate_args.images_last else pictures + prompt
     options = {name: getattr(generate_args, name) for name in ("max_new_tokens", "num_beams", "do_sample")}
+    options["max_prompt_length"] = processor.tokenizer.model_max_length
     (text,) = answer(model, processor, [[{"role": "user", "content": content}]], ["The prompt"], **options)
     record = {"prompt": generate_args.prompt, "images": paths, "answer": text}
     print(json.dumps(record, ensure_ascii=False) if generate_args.json else text)

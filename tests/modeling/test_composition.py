@@ -25,7 +25,14 @@ from tiny_models import LLAMA, PICTURE, VOCAB_SIZE, Row, batch, difference, plac
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamModel
+from duostream import (
+    DuoStreamConfig,
+    DuoStreamForConditionalGeneration,
+    DuoStreamForMaskedLM,
+    DuoStreamForPreTraining,
+    DuoStreamForSequenceClassification,
+    DuoStreamModel,
+)
 
 CLOSE = 2e-4
 NEW = 6
@@ -577,6 +584,20 @@ def test_vision_models_that_can_not_work_say_why_before_any_weight_is_loaded(
     folders = unloadable(TEXTS["gpt2"]()), unloadable(vision())
     with pytest.raises(ValueError, match=reason):
         DuoStreamForConditionalGeneration.from_backbones(*folders, num_fusion_layers=2)
+
+
+@pytest.mark.parametrize("cls", [DuoStreamForMaskedLM, DuoStreamForSequenceClassification, DuoStreamForPreTraining])
+def test_a_split_decoder_with_its_head_may_get_any_other(cls: Any) -> None:
+    text = AutoModelForCausalLM.from_config(TEXTS["llama"]())
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    assert cls.from_backbones(roughen(text, scale=0.3), vision, num_fusion_layers=2).config.is_text_causal
+
+
+def test_a_decoder_that_was_cast_to_half_precision_can_be_split() -> None:
+    text = roughen(AutoModelForCausalLM.from_config(TEXTS["llama"]()), scale=0.3).bfloat16()
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    model = DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2)
+    assert model.dtype == torch.bfloat16
 
 
 def gemma4(first: str, second: str) -> PreTrainedConfig:

@@ -87,7 +87,7 @@ def test_a_prompt_that_is_longer_than_the_tokenizer_allows_is_refused(short: Any
     with pytest.raises(
         ValueError, match=r"Conversation 0 has \d+ tokens of text, more than the 2048 of the tokenizer"
     ):
-        answer(*short, [asking("Hello" * 1000)], max_new_tokens=1)
+        answer(*short, [asking("Hello" * 1000)], max_prompt_length=2048, max_new_tokens=1)
 
 
 def test_the_command_says_that_its_prompt_is_too_long(short: Any, tmp_path: Any) -> None:
