@@ -26,15 +26,16 @@ class PicturesRead(NamedTuple):
 
     Attributes:
         differ (`bool` or `torch.BoolTensor`): Whether some rows have text in a column where others have pictures.
-        end (`torch.LongTensor`): A scalar: how many columns there are up to the end of the last picture.
-        kept (`torch.BoolTensor` of shape `(num_columns,)`): Which columns the text stream's cache has.
         num_untold (`int`): How many tokens stood in front of those that `mm_token_type_ids` told of.
+        end (`torch.LongTensor`): A scalar: how many columns there are up to the end of the last picture.
+        kept (`torch.BoolTensor` of shape `(num_columns,)`, *optional*):
+            Which columns the text stream's cache has; absent where that can't have been changed since.
     """
 
     differ: bool | torch.Tensor
-    end: torch.Tensor
-    kept: torch.Tensor
     num_untold: int
+    end: int | torch.Tensor = 0
+    kept: torch.Tensor | None = None
 
 
 def pictures_read(past_key_values: Cache | None, past_len: int | torch.Tensor) -> PicturesRead | None:
@@ -47,7 +48,8 @@ def pictures_read(past_key_values: Cache | None, past_len: int | torch.Tensor) -
         read = read._replace(differ=is_filled & read.differ, end=is_filled * read.end)
     elif past_len == 0:
         read = None
-    past_key_values.pictures_read = read
+    if not torch.compiler.is_compiling():
+        past_key_values.pictures_read = read
     return read
 
 
@@ -74,8 +76,13 @@ def note_pictures(
     differ: bool | torch.Tensor = num_image_tokens != is_image.shape[0] * num_left_out
     if before is not None:
         differ = before.differ | differ
+    if past_key_values.is_compileable and torch.compiler.is_compiling():
+        # What a graph of a GPU gives is overwritten when it runs again, so nothing on the device is kept. No tokens or
+        # rows can be taken out of a static cache.
+        past_key_values.pictures_read = PicturesRead(differ, num_untold)
+        return
     ends = torch.arange(1, is_image.shape[1] + 1, device=is_image.device) * is_image.any(dim=0)  # (total_len,)
-    past_key_values.pictures_read = PicturesRead(differ, ends.max(), kept, num_untold)
+    past_key_values.pictures_read = PicturesRead(differ, num_untold, ends.max(), kept)
 
 
 def locate_images(
@@ -113,8 +120,12 @@ def locate_images(
         is_image = mm_token_type_ids == 1
         is_static = isinstance(past_len, torch.Tensor)
         num_untold = 0 if is_static else past_len + seq_len - is_image.shape[1]
-        is_virtual = (past_len or new_tokens.ndim == 3) and (noted is None or noted.num_untold == num_untold)
-        is_padded = num_untold > 0 and is_image.shape[1] != seq_len and is_virtual
+        is_padded = (
+            num_untold > 0
+            and is_image.shape[1] != seq_len
+            and (past_len or new_tokens.ndim == 3)
+            and (noted is None or noted.num_untold == num_untold)
+        )
         if is_padded:
             # PEFT's tokens in front of all others, of which it doesn't tell here either
             is_image = nn.functional.pad(is_image, (num_untold, 0))
@@ -154,6 +165,8 @@ def _check_unchanged(
     noted: PicturesRead,
 ) -> None:
     """Raises `ValueError` where the cache isn't that of these types: it was cropped, or other rows picked out."""
+    if noted.kept is None:
+        return
     check(noted.end <= past_len, WAS_CHANGED)
     num_noted = min(len(noted.kept), is_image.shape[1] - seq_len)
     cached = is_image[:, :num_noted]  # (batch, num_noted)
@@ -178,7 +191,8 @@ def _count_cached(
             check(~noted.differ, NEEDS_TYPES)
         elif noted.differ:
             raise ValueError(NEEDS_TYPES)
-        check(noted.end <= past_len, WAS_CHANGED)
+        if noted.kept is not None:
+            check(noted.end <= past_len, WAS_CHANGED)
     if not isinstance(past_len, torch.Tensor):
         return past_len, past_len - int(past_text_len)
     check(past_len == past_text_len, NEEDS_TYPES)

@@ -268,6 +268,32 @@ def test_a_compiled_forward_over_a_static_cache_writes_the_same_and_is_compiled_
         assert counters["stats"]["unique_graphs"] == 1
 
 
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_compiled_forward_reads_prompts_into_a_static_cache_that_is_emptied_and_filled_again(kind: str) -> None:
+    model = small_model(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    rows = [Row(model, PICTURE, 6), Row(model, PICTURE, 6)]
+    inputs = batch(rows)
+    types = (inputs["input_ids"] == model.config.image_token_id).long()
+    cache = StaticCache(config=model.config, max_cache_len=len(rows[0]) + 1)
+    model(**inputs, past_key_values=cache)  # an emptied cache has its memory already
+    step = {"input_ids": torch.full((2, 1), 5), "attention_mask": torch.ones(2, len(rows[0]) + 1, dtype=torch.long)}
+    told = {**step, "mm_token_type_ids": torch.nn.functional.pad(types, (0, 1))}
+    for _ in range(2):
+        inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+        cache.reset()
+        plain = model(**inputs, use_cache=True)
+        got = compiled(**inputs, mm_token_type_ids=types, past_key_values=cache, images_per_row=1)
+        assert difference(got.logits, plain.logits) < 1e-5
+        expected = model(**told, past_key_values=plain.past_key_values).logits
+        with pytest.raises(ValueError, match="mm_token_type_ids"):
+            model(**step, past_key_values=cache)
+        assert difference(model(**told, past_key_values=cache).logits, expected) < 1e-5
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
