@@ -57,7 +57,6 @@ from .comparison import (
 )
 from .peers import IMAGE_TOKEN_ID, PEERS, check_preset, freeze, make_inputs, make_sides, with_features
 
-
 CACHE_ROOM = 32  # for tokens that would be written behind a prompt
 
 
@@ -244,7 +243,7 @@ def read(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
 
 def compiled_read(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], Cache]:
     """Reads into one static cache, which is emptied each time, by a compiled forward: on a GPU one launch."""
-    batch_size, seq_len = inputs["input_ids"].shape
+    seq_len = inputs["input_ids"].shape[1]
     inputs = dict(inputs)
     if "mm_token_type_ids" in inputs:
         # As our processor's users may say, so that the device need not be asked what the shapes are
@@ -277,9 +276,10 @@ def measure_prefill(args: PrefillArguments) -> Iterator[Row]:
             }
             runs = {name: timer(run, args.clock) for name, run in reading.items()}
             seconds = in_turn(runs, args.repeats)
+            case = {**cell, "vision": vision, "cache": cache}
             for ours, peer, told in pairs(args):
                 bar = None if is_counted else bars.get((ours, cell["image_tokens"]))
-                yield {**cell, "vision": vision, "cache": cache, **told, **compare(seconds, ours, peer), "at_least": bar}
+                yield {**case, **told, **compare(seconds, ours, peer), "at_least": bar}
 
 
 class Stamps(StoppingCriteria):

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import PICTURE, Row, answered_row, batch, difference, places, ragged_rows, save_learnt, small_model
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoProcessor, DynamicCache, Trainer, TrainingArguments
+from transformers import AutoProcessor, DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from duostream import DuoStreamDataCollator, DuoStreamForConditionalGeneration
@@ -93,6 +94,25 @@ def test_a_row_in_a_batch_writes_what_it_writes_alone(kind: str, cache: str) -> 
     for i, row in enumerate(rows):
         alone = model.generate(**on_gpu(row.inputs), **options)
         assert torch.equal(together[i, -6:], alone[0, -6:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prompts_are_read_by_one_graph_of_the_gpu(kind: str) -> None:
+    model = small_model(kind).cuda()
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    inputs = rows_without_padding(model)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
+    cache = StaticCache(config=model.config, max_cache_len=inputs["input_ids"].shape[1] + 1)
+    model(**inputs, past_key_values=cache)  # an emptied cache has its memory already
+    for _ in range(4):
+        cache.reset()
+        inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+        got = compiled(**inputs, past_key_values=cache, images_per_row=1).logits
+        assert difference(got, model(**inputs, use_cache=True).logits) < 1e-3
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.parametrize("update", [None, 1, 0], ids=["updated", "updated once", "read"])
