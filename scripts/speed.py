@@ -17,7 +17,7 @@ Example:
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,6 +57,7 @@ from .comparison import (
 )
 from .peers import IMAGE_TOKEN_ID, PEERS, check_preset, freeze, make_inputs, make_sides, with_features
 
+CACHES = ("dynamic", "static")
 CACHE_ROOM = 32  # for tokens that would be written behind a prompt
 
 
@@ -146,6 +147,11 @@ class PrefillArguments(SpeedArguments):
         metadata={"help": "dynamic; static, where the forward is compiled, to a graph on a GPU."},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known("vision", self.vision, ("left out", "counted"))
+        check_known("caches", self.caches, CACHES)
+
 
 @dataclass
 class DecodeArguments(SpeedArguments):
@@ -154,6 +160,10 @@ class DecodeArguments(SpeedArguments):
     caches: list[str] = field(
         default_factory=lambda: ["dynamic"], metadata={"help": "dynamic; static, where a step is compiled."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known("caches", self.caches, CACHES)
 
 
 @dataclass
@@ -183,6 +193,11 @@ class TrainingStepArguments(SpeedArguments):
         },
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known("frozen", self.frozen, ("nothing", "vision", "language"))
+        check_known("checkpointing", self.checkpointing, ("off", "on"))
+
 
 @dataclass
 class OverheadArguments(SpeedArguments):
@@ -195,6 +210,12 @@ class OverheadArguments(SpeedArguments):
         super().__post_init__()
         if self.num_image_update_layers:
             raise ValueError("`num_image_update_layers` can't be given: by hand, the fusion stack makes all states")
+
+
+def check_known(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `ValueError` where an option has a value that means nothing, and would be measured as another."""
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"`{name}` has {unknown}; there are {', '.join(map(repr, known))}")
 
 
 Cell = tuple[Row, dict[str, PreTrainedModel], dict[str, dict[str, Any]]]
@@ -241,7 +262,7 @@ def read(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
     return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def compiled_read(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], Cache]:
+def compiled_read(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Callable[[], Cache]:
     """Reads into one static cache, which is emptied each time, by a compiled forward: on a GPU one launch."""
     seq_len = inputs["input_ids"].shape[1]
     inputs = dict(inputs)
@@ -250,7 +271,7 @@ def compiled_read(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[]
         inputs["images_per_row"] = 1
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=seq_len + CACHE_ROOM)
     read(model, {**inputs, "past_key_values": cache})  # the cache makes its memory, which a graph can't
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **(options or {"mode": "reduce-overhead"}))
 
     @torch.no_grad()
     def run() -> Cache:

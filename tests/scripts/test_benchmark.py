@@ -17,6 +17,7 @@ from duostream.scripts.peers import (
     make_sides,
     with_features,
 )
+from duostream.scripts.speed import compiled_read, read
 
 TEXT_LEN = 6
 TINY = ["--preset", "tiny", "--fusion_layers", "1", "--image_tokens", "4", "--text_len", str(TEXT_LEN)]
@@ -69,6 +70,27 @@ def test_image_states_may_be_read_alone(measure):
         measure("overhead", *TINY, *only, "1")
     with pytest.raises(ValueError, match="`num_image_update_layers` holds 2 numbers; expected one for each"):
         measure("prefill", *TINY, *only, "1", "0")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_prompts_are_read_by_a_compiled_forward_into_static_caches(measure):
+    rows = measure("prefill", *TINY, "--batch_sizes", "2", "--caches", "dynamic", "static")
+    cases = [(cache, peer) for cache in ("dynamic", "static") for peer in PEERS]
+    assert [(row["cache"], row["peer"]) for row in rows] == cases
+    check_ratios(rows)
+
+
+def test_a_compiled_forward_reads_what_a_plain_one_reads(sides):
+    inputs = make_inputs(sides["1"], image_tokens=9, batch_size=2, text_len=TEXT_LEN)
+    for vision in (inputs, with_features(sides["1"], inputs)):
+        torch.compiler.reset()
+        got = compiled_read(sides["1"], vision, backend="eager")()
+        expected = read(sides["1"], vision)
+        for layer, plain in zip(got.layers, expected.layers, strict=True):
+            length = plain.keys.shape[2]
+            assert int(layer.cumulative_length) == length
+            assert torch.allclose(layer.keys[:, :, :length], plain.keys, atol=1e-5)
 
 
 def test_decoding_is_measured_in_tokens_a_second(measure):
@@ -201,6 +223,8 @@ def test_the_peak_is_what_a_run_holds_at_once():
         (["--image_tokens", "200"], "200"),
         (["--preset", "huge"], "huge"),
         (["--repeats", "1"], "repeats"),
+        (["--caches", "static", "quantized"], r"`caches` has \['quantized'\]; there are 'dynamic', 'static'"),
+        (["--vision", "counted in"], r"`vision` has \['counted in'\]"),
         (["--max_image_tokens", "3"], "no case"),
     ],
 )
