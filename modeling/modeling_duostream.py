@@ -736,8 +736,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
             if segment_ids is not None and position_ids is None:
-                is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask
-                position_ids = segment_positions(segment_ids, is_valid)
+                is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask.long()
+                # Padding has the position of the token before it: behind the last one there may be none
+                position_ids = (segment_positions(segment_ids, is_valid) - 1 + is_valid).clamp(min=0)
             elif segment_ids is None and position_ids is not None and has_new_images:
                 goes_on = position_ids.diff(dim=1) >= 0  # (batch, seq_len - 1)
                 if attention_mask is not None:

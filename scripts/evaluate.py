@@ -41,7 +41,7 @@ from .arguments import DataArguments, check_at_least_one, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
 from .data import Rows, load_rows, picture_key
-from .generate import answer, check_lengths
+from .generate import TextRoom, answer, prompt_inputs
 from .places import check_place
 from .report import write_evaluation
 from .scenes import rows_of_batch
@@ -89,11 +89,28 @@ def generate_answers(
     """
     model.eval()
     results: list[dict[str, Any]] = []
-    batches = rows.iter(batch_size=batch_size)
-    for batch in tqdm(batches, desc="answering", leave=False):
-        conversations, names = [], []
+    room = TextRoom(model)
+    for conversations, names, asked in questions_of(rows, batch_size, "answering"):
+        predictions = answer(model, processor, conversations, names, room=room, **kwargs)
+        results += [
+            {**result, "prediction": prediction} for result, prediction in zip(asked, predictions, strict=True)
+        ]
+    return results
+
+
+def questions_of(
+    rows: Rows, batch_size: int, desc: str
+) -> Iterator[tuple[list[list[dict]], list[str], list[dict[str, Any]]]]:
+    """
+    Batches of what [`generate_answers`] asks: conversations that an answer is to follow, their rows' names, and its
+    results without the predictions. With a progress bar.
+    """
+    num_rows = 0
+    for batch in tqdm(rows.iter(batch_size=batch_size), desc=desc, leave=False):
+        conversations, names, asked = [], [], []
         for row in rows_of_batch(batch):
-            name = f"Row {row.get('row', len(results))}"
+            name = f"Row {row.get('row', num_rows)}"
+            num_rows += 1
             messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 raise ValueError(
@@ -112,11 +129,32 @@ def generate_answers(
             kept: dict[str, Any] = {
                 name: row[name] for name in ("row", "kind", "held_out", "references") if name in row
             }
-            results.append({**kept, "prompt": text_of(prompt[-1]), "reference": text_of(last)})
-        predictions = answer(model, processor, conversations, names, **kwargs)
-        for result, prediction in zip(results[-len(conversations) :], predictions, strict=True):
-            result["prediction"] = prediction
-    return results
+            asked.append({**kept, "prompt": text_of(prompt[-1]), "reference": text_of(last)})
+        yield conversations, names, asked
+
+
+def check_questions(
+    model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, batch_size: int = 64
+) -> int | None:
+    """
+    Looks whether the model has room to answer each row, before it is asked to. Of a model without learned positions
+    nothing is read.
+
+    Returns:
+        `int`: How many tokens it can write behind the longest question; `None` for as many as one likes.
+
+    Raises:
+        ValueError: A question leaves no room for an answer. Its row is named.
+    """
+    room = TextRoom(model)
+    if room.positions is None:
+        return None
+    left = []
+    for conversations, names, _ in questions_of(rows, batch_size, "reading"):
+        inputs = prompt_inputs(processor, conversations)
+        room.check(inputs, names, is_prompt=True)
+        left.append(room.behind(inputs))
+    return min(filter(None, left), default=None)
 
 
 def with_pictures(messages: list[dict], images: list[PIL.Image.Image]) -> list[dict]:
@@ -179,12 +217,18 @@ def batches_of(rows: Rows, collator: Any, batch_size: int, model: PreTrainedMode
     Raises:
         ValueError: A row is longer than the model reads. It is named.
     """
+    room = TextRoom(model)
     num_rows = 0
-    for batch in tqdm(DataLoader(rows, batch_size=batch_size, collate_fn=collator), desc="reading", leave=False):
+
+    def collate(listed: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        return listed, collator(listed)
+
+    for listed, batch in tqdm(
+        DataLoader(rows, batch_size=batch_size, collate_fn=collate), desc="reading", leave=False
+    ):
         if "input_ids" in batch:  # a peer may read pictures alone
-            names = [f"Row {num_rows + i}" for i in range(len(batch["input_ids"]))]
-            check_lengths(model, batch, names)
-            num_rows += len(names)
+            room.check(batch, [f"Row {row.get('row', num_rows + i)}" for i, row in enumerate(listed)])
+        num_rows += len(listed)
         yield {name: to_device(value, model.device) for name, value in batch.items()}
 
 
@@ -241,6 +285,7 @@ def retrieve(
     image_of_key: dict[str | bytes | int, int] = {}
     row_of_image: list[int] = []
     num_rows = 0
+    room = TextRoom(model)
     for batch in tqdm(rows.iter(batch_size=batch_size), desc="reading", leave=False):
         listed = rows_of_batch(batch)
         pixel_values = collator(listed)["pixel_values"].to(model.device)
@@ -261,7 +306,7 @@ def retrieve(
                 raise ValueError(f"{name}: expected texts that belong to the picture, found an empty one in {each}")
         flat = [text for each in own for text in each]
         inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
-        check_lengths(model, inputs, [name for name, each in zip(names, own, strict=True) for _ in each])
+        room.check(inputs, [name for name, each in zip(names, own, strict=True) for _ in each])
         text_embeds.append(embed(model.get_text_features(**inputs)))
         texts += flat
         image_of_text += [image_of_key[key] for key, each in zip(keys, own, strict=True) for _ in each]

@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..processing.data_collator_duostream import load_pictures
 from ..processing.processing_duostream import check_messages, check_text
-from .generate import check_lengths, num_positions, num_text_tokens
+from .generate import TextRoom
 from .places import check_place
 
 # What of the library's server is open: its other routes open files and addresses that a request names
@@ -177,13 +177,13 @@ def fit_answer(model: Any, processor: Any, inputs: Any, config: Any) -> None:
     """
     from fastapi import HTTPException
 
+    text_room = TextRoom(model)
     try:
-        check_lengths(model, inputs, ["The conversation"], 1, processor.tokenizer.model_max_length)
+        text_room.check(inputs, ["The conversation"], processor.tokenizer.model_max_length, is_prompt=True)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
-    positions = num_positions(model)
-    if positions is not None:
-        room = positions - num_text_tokens(model, inputs)[0]
+    room = text_room.behind(inputs)
+    if room is not None:
         if config.max_new_tokens is not None:
             config.max_new_tokens = min(config.max_new_tokens, room)
         elif config.max_length is not None:

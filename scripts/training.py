@@ -36,7 +36,7 @@ from .bad_rows import BadRows
 from .card import write_card, write_run
 from .checkpoints import check_files
 from .data import Rows, with_lengths
-from .evaluate import check_rows, evaluate, generate_answers, score_answers
+from .evaluate import check_questions, check_rows, evaluate, generate_answers, score_answers
 from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .tasks import WRITER, task_of
 from .vision_cache import with_states
@@ -110,9 +110,13 @@ class DuoStreamTrainer(LongRunTrainer):
                     "text or picture to be told from"
                 )
         self.task, self.metric_rows, self.data = task, metric_rows, data
+        self.answer_room: int | None = None
         if metric_rows is not None:
             # Not after all the steps before the first evaluation
             check_rows(metric_rows, task)
+            if task_of(task).auto_class is WRITER:
+                batch_size = self.args.per_device_eval_batch_size
+                self.answer_room = check_questions(self.model, self.processing_class, metric_rows, batch_size)
         elif self.compute_metrics is None:
             self.check_is_measured(["loss"])
         config = self.model.config
@@ -254,6 +258,13 @@ class DuoStreamTrainer(LongRunTrainer):
             if self.is_fsdp_enabled and self.args.world_size > 1:
                 # Of FSDP2 by `accelerate` the library's `generate` doesn't know
                 options["synced_gpus"] = True
+                if self.answer_room is not None and self.answer_room < self.args.max_new_tokens:
+                    # A rank whose answers are ended reads on until the others' are, as far as theirs may go
+                    options["max_new_tokens"] = self.answer_room
+                    logger.warning_once(
+                        f"`max_new_tokens` is {self.args.max_new_tokens}, but the longest question of `metric_rows` "
+                        f"leaves room for {self.answer_room}: on ranks that share weights all answers end there"
+                    )
             results = generate_answers(self.model, self.processing_class, asked, batch_size, **options)[: len(own)]
             if self.args.world_size > 1:
                 results = gather_object(results)

@@ -14,13 +14,15 @@ from transformers import GenerationConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import (
+    DuoStreamDataCollator,
     DuoStreamForConditionalGeneration,
     DuoStreamForSequenceClassification,
     DuoStreamProcessor,
     train_tokenizer,
 )
-from duostream.scripts import evaluate, generate
-from duostream.scripts.generate import answer, check_lengths, num_positions, num_text_tokens
+from duostream.scripts import evaluate, generate, training
+from duostream.scripts.arguments import DuoStreamTrainingArguments
+from duostream.scripts.generate import TextRoom, answer, num_positions
 from duostream.scripts.serve import fit_answer
 
 NUM_POSITIONS = 40
@@ -58,29 +60,54 @@ def test_a_model_reads_as_many_tokens_of_text_as_it_has_positions_for(text: dict
     positions = num_positions(model)
     ids = torch.full((1, positions + 1), 5)
     model(input_ids=ids[:, 1:])
-    check_lengths(model, {"input_ids": ids[:, 1:]}, ["It"])
+    room = TextRoom(model)
+    room.check({"input_ids": ids[:, 1:]}, ["It"])
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=ids)
     with pytest.raises(ValueError, match=f"It has {positions + 1} tokens of text; .* positions for {positions}"):
-        check_lengths(model, {"input_ids": ids}, ["It"])
+        room.check({"input_ids": ids}, ["It"])
 
 
 def test_without_a_table_of_positions_none_is_the_last() -> None:
     assert num_positions(small_model("llama")) is None
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the module warns of."""
+    messages: list[str] = []
+    monkeypatch.setattr(generate.logger, "warning", messages.append)
+    return messages
+
+
+def length_of(processor: DuoStreamProcessor, words: str) -> int:
+    return prompt(processor, asking(words))["input_ids"].shape[1]
+
+
+def leaving(processor: DuoStreamProcessor, room: int) -> str:
+    """A question that leaves room for so many tokens behind it."""
+    texts = ("Q" * number for number in range(1, NUM_POSITIONS))
+    return next(words for words in texts if length_of(processor, words) + room == NUM_POSITIONS)
+
+
 @pytest.mark.parametrize("num_pictures", [0, 20])
-def test_an_answer_may_fill_the_positions_of_text_and_no_more(short: Any, num_pictures: int) -> None:
+def test_an_answer_may_fill_the_positions_of_text_and_no_more(short: Any, told: list[str], num_pictures: int) -> None:
     model, processor = short
     conversation = asking("Hello", num_pictures)
     inputs = prompt(processor, conversation)
-    (length,) = num_text_tokens(model, inputs)
+    (length,) = TextRoom(model).num_text_tokens(inputs)
     assert inputs["input_ids"].shape[1] == length + num_pictures * model.config.image_seq_length
     room = NUM_POSITIONS - length
     assert len(model.generate(**inputs, max_new_tokens=room)[0]) == inputs["input_ids"].shape[1] + room
-    answer(model, processor, [conversation, asking("Hi")], max_new_tokens=room)
-    with pytest.raises(ValueError, match=rf"Conversation 1 has {length} tokens of text, which {room + 1} may follow"):
-        answer(model, processor, [asking("Hi"), conversation], max_new_tokens=room + 1)
+    asked = [asking("Hi"), conversation]
+    filled = answer(model, processor, asked, max_new_tokens=room)
+    assert not told
+    assert answer(model, processor, asked, max_new_tokens=room + 1) == filled
+    (message,) = told
+    assert message.startswith(
+        f"Conversation 1 has {length} tokens of text, which leave room for {room} more, not for the {room + 1} of "
+        "`max_new_tokens`"
+    )
 
 
 def test_a_prompt_that_is_longer_than_the_tokenizer_allows_is_refused(short: Any) -> None:
@@ -90,30 +117,146 @@ def test_a_prompt_that_is_longer_than_the_tokenizer_allows_is_refused(short: Any
         answer(*short, [asking("Hello" * 1000)], max_prompt_length=2048, max_new_tokens=1)
 
 
-def test_the_command_says_that_its_prompt_is_too_long(short: Any, tmp_path: Any) -> None:
+def test_the_command_writes_as_much_as_there_is_room_for(
+    short: Any, told: list[str], tmp_path: Any, capsys: Any
+) -> None:
     for part in short:
         part.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"The prompt has \d+ tokens of text, which 64 may follow \(`max_new_tokens`\)"
-    ):
-        generate.main(arguments(checkpoint=tmp_path, prompt="Hello"))
+    generate.main(arguments(checkpoint=tmp_path, prompt="Hello"))
+    assert capsys.readouterr().out
+    assert [message.startswith("The prompt has ") for message in told] == [True]
+    with pytest.raises(ValueError, match=rf"The prompt has \d+ tokens of text, .* positions for {NUM_POSITIONS}"):
+        generate.main(arguments(checkpoint=tmp_path, prompt="Hello" * 9))
 
 
-def test_a_row_that_is_too_long_is_named_where_a_model_is_measured(short: Any) -> None:
+def row_of(words: str, reply: str = "Yes", **columns: Any) -> dict[str, Any]:
+    return {
+        "messages": [*asking(words), {"role": "assistant", "content": [{"type": "text", "text": reply}]}],
+        **columns,
+    }
+
+
+def test_answers_end_where_the_positions_do_where_a_model_is_measured_which_is_told_once(
+    short: Any, told: list[str]
+) -> None:
     model, processor = short
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
-    rows = Dataset.from_list([{"messages": [*asking(words), reply]} for words in ("Hi", "Hi", "Hi", "Hello " * 9)])
-    told = r"Row 3 has \d+ tokens of text"
+    rows = Dataset.from_list(
+        [row_of(words, row=7 + i) for i, words in enumerate(("Hi", "Hi", "Hi", "Hello", "Hi", "Hello"))]
+    )
+    length = length_of(processor, "Hello")
+    options = {"batch_size": 2, "max_new_tokens": NUM_POSITIONS - length + 1}
+    cut = evaluate.generate_answers(model, processor, rows, **options)
+    assert [message.split(" of text")[0] for message in told] == [f"Row 10 has {length} tokens"]
+    # Only where there is no room
+    whole = [answer(model, processor, [asking("Hi")], max_new_tokens=options["max_new_tokens"])[0]]
+    assert [each["prediction"] for each in cut[:2]] == whole * 2
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_refused_and_one_that_leaves_room_for_a_token_is_not(
+    short: Any,
+) -> None:
+    model, processor = short
+    last = Dataset.from_list([row_of(leaving(processor, 1), row=5)])
+    evaluate.generate_answers(model, processor, last, max_new_tokens=3)
+    rows = Dataset.from_list([row_of("Hi", row=4), row_of(leaving(processor, 0), row=5)])
+    with pytest.raises(ValueError, match=f"Row 5 has {NUM_POSITIONS} tokens of text, which leave no room for an ans"):
+        evaluate.generate_answers(model, processor, rows, max_new_tokens=3)
+
+
+def test_a_question_that_leaves_no_room_is_told_before_training(short: Any, tmp_path: Any) -> None:
+    model, processor = short
+    rows = Dataset.from_list([row_of("Hi", row=0)])
+    asked = Dataset.from_list([row_of("Hi", row=0), row_of("Hello" * 9, row=1)])
+    args = DuoStreamTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, eval_strategy="steps", report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    started = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"Row 1 has \d+ tokens of text"):
+        patch.setattr(type(model), "forward", lambda *args, **kwargs: started.append(1))
+        training.train(model, processor, args, rows, rows, task="vqa", metric_rows=asked)
+    assert not started
+    assert evaluate.check_questions(model, processor, asked.select([0])) == NUM_POSITIONS - length_of(processor, "Hi")
+    # Of a model without a last position no row is looked at
+    assert evaluate.check_questions(small_model("llama"), processor, asked) is None
+
+
+def test_ranks_that_share_weights_write_no_more_than_there_is_room_for_behind_the_longest_question(
+    short: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = short
+    rows = Dataset.from_list([row_of("Hi", row=0), row_of(leaving(processor, 2), row=1)])
+    args = DuoStreamTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = training.DuoStreamTrainer(
+        model=model, args=args, processing_class=processor, train_dataset=rows, task="vqa", metric_rows=rows
+    )
+    given: list[dict[str, Any]] = []
+
+    def answers(*parts: Any, **options: Any) -> list[dict[str, Any]]:
+        given.append(options)
+        return [{"prediction": "Yes", "reference": "Yes"}]
+
+    monkeypatch.setattr(training, "generate_answers", answers)
+    monkeypatch.setattr(training, "gather_object", lambda results: results)
+    trainer.measure(rows)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(type(args), "world_size", 2)
+    trainer.measure(rows)
+    assert [options["max_new_tokens"] for options in given] == [args.max_new_tokens, 2]
+
+
+def test_the_positions_are_looked_for_once_where_a_model_is_measured(
+    short: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    monkeypatch.setattr(generate, "num_positions", lambda model: looked.append(model))
+    rows = Dataset.from_list([row_of("Hi")] * 3)
+    evaluate.generate_answers(*short, rows, batch_size=1, max_new_tokens=2)
+    evaluate.evaluation_loss(*short, rows, batch_size=1)
+    assert len(looked) == 2
+
+
+@pytest.mark.parametrize("numbers", [[30, 31, 32, 33], [None] * 4])
+def test_a_row_that_is_too_long_is_named_where_a_model_is_measured(short: Any, numbers: list[int | None]) -> None:
+    model, processor = short
+    listed = [row_of(words) for words in ("Hi", "Hi", "Hi", "Hello " * 9)]
+    rows = Dataset.from_list(
+        [row if number is None else {**row, "row": number} for row, number in zip(listed, numbers, strict=True)]
+    )
+    told = rf"Row {3 if numbers[3] is None else numbers[3]} has \d+ tokens of text"
     with pytest.raises(ValueError, match=told):
         evaluate.evaluation_loss(model, processor, rows, batch_size=2)
     with pytest.raises(ValueError, match=told):
         evaluate.generate_answers(model, processor, rows, batch_size=2, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("num_pictures", [0, 1])
+def test_conversations_in_a_row_have_the_positions_of_the_longest(short: Any, num_pictures: int) -> None:
+    model, processor = short
+    empty = len(DuoStreamDataCollator(processor)([row_of("Hi", "")])["input_ids"][0])
+    room = NUM_POSITIONS - empty
+    pictures = [PICTURE["image"]] * num_pictures
+
+    def row(*replies: str) -> dict[str, Any]:
+        messages = [
+            [*asking("Hi", num_pictures), {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+            for reply in replies
+        ]
+        return {"images": pictures, "conversations": [{"messages": each} for each in messages], "row": 3}
+
+    def loss(*rows: dict[str, Any]) -> float:
+        return evaluate.evaluation_loss(model, processor, rows, batch_size=2)  # type: ignore[arg-type]
+
+    assert loss(row("y" * room, "n" * room)) > 0
+    # Padding behind the last conversation takes no position of its own
+    assert loss(row("y" * room, "n" * room), row("y", "n" * room)) > 0
+    with pytest.raises(ValueError, match=f"Row 3 has {NUM_POSITIONS + 1} tokens of text"):
+        loss(row("y", "n" * (room + 1)))
+
+
 def test_a_served_answer_ends_where_the_positions_do(short: Any) -> None:
     model, processor = short
     inputs = prompt(processor, asking("Hello", num_pictures=1))
-    (length,) = num_text_tokens(model, inputs)
+    (length,) = TextRoom(model).num_text_tokens(inputs)
     for options in ({"max_new_tokens": 1024}, {"max_length": 1024}):
         config = GenerationConfig(**options)
         fit_answer(model, processor, inputs, config)
