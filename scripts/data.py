@@ -1,5 +1,6 @@
 """Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
 
+import glob
 import json
 import math
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from string import Formatter
 from tarfile import TarError
@@ -18,6 +19,8 @@ from typing import Any, TypeAlias
 import datasets
 import PIL.Image
 from datasets import (
+    Array2D,
+    Array3D,
     ClassLabel,
     Dataset,
     Features,
@@ -452,7 +455,7 @@ def _load_files(path: Path, options: dict[str, Any]) -> Rows:
     has_table = any(suffixes & known - {".json"} for known in BUILDERS.values())
     has_metadata = any(file.name in ImageFolder.METADATA_FILENAMES for file in files)
     if path.is_dir() and suffixes & set(ImageFolder.EXTENSIONS) and (has_metadata or not has_table):
-        return load_dataset("imagefolder", data_dir=str(path), **options)
+        return load_dataset("imagefolder", data_dir=glob.escape(str(path)), **options)
     if path.is_file() and len(names) > 1:
         raise ValueError(f"`dataset` {str(path)!r} is a file, which is one split, not {options['split']!r}")
     found = {
@@ -468,6 +471,8 @@ def _load_files(path: Path, options: dict[str, Any]) -> Rows:
         )
     # Those with all the splits that are wanted come first
     builder, splits = max(found.items(), key=lambda each: (names <= set(each[1]), bool(each[1])))
+    if path.is_dir() and names <= set(splits):
+        _warn_of_splits(path, files, found, splits, names)
     if names <= set(splits):
         # Of the wanted ones alone: others may have other columns and classes, or lines that are broken
         splits = {name: splits[name] for name in names}
@@ -483,10 +488,39 @@ def _load_files(path: Path, options: dict[str, Any]) -> Rows:
             logger.warning(
                 f"`dataset` {str(path)!r} has files of several types, of which {builder} is read; not read: {left_out}"
             )
-    rows = load_dataset(builder, data_files=splits, **options)
+    # `datasets` takes names for patterns: of `a[1].jsonl` it would read `a1.jsonl`
+    data_files = {name: [glob.escape(file) for file in files_of_split] for name, files_of_split in splits.items()}
+    rows = load_dataset(builder, data_files=data_files, **options)
     if builder == "json" and isinstance(rows, Dataset):
-        rows.data.validate(full=True)  # it passes over bytes that are no UTF-8, and who reads the row fails
+        # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
+        rows.data.validate(full=True)
     return rows
+
+
+def _warn_of_splits(
+    path: Path,
+    files: Sequence[Path],
+    found: dict[str, dict[str, list[str]]],
+    splits: dict[str, list[str]],
+    names: set[str],
+) -> None:
+    """Warns of files that are in no split by their names, which nobody reads, or, of the wanted ones, in several."""
+    known = {str(Path(file).relative_to(path.resolve())) for each in found.values() for file in chain(*each.values())}
+    tables = set().union(*BUILDERS.values()) - {".json"}  # JSON often tells of other files
+    relative = [file.relative_to(path) for file in files if tables & set(map(str.lower, file.suffixes))]
+    # What is hidden is meant to be passed over
+    shown = [str(file) for file in relative if not any(part.startswith((".", "__")) for part in file.parts)]
+    if unread := sorted(set(shown) - known):
+        logger.warning(
+            f"`dataset` {str(path)!r}: not read, by the names that files and folders of splits have, or for their "
+            f"type: {unread}"
+        )
+    for file in sorted({file for name in names for file in splits[name]}):
+        if len(several := [str(name) for name in splits if file in splits[name]]) > 1:
+            logger.warning(
+                f"`dataset` {str(path)!r}: by its name {str(Path(file).relative_to(path.resolve()))!r} is in the "
+                f"splits {several}, so its rows are read in each; rename it if it is of one"
+            )
 
 
 def _data_files(files: Iterable[Path]) -> Iterator[Path]:
@@ -528,7 +562,7 @@ def _splits_of(folder: Path, suffixes: set[str]) -> dict[str, list[str]]:
 
     def find(pattern: str) -> list[str]:
         try:
-            paths = resolve_pattern(pattern, str(folder.resolve()))
+            paths = resolve_pattern(pattern, glob.escape(str(folder.resolve())))
         except FileNotFoundError:
             return []
         return [str(path) for path in _data_files(map(Path, paths)) if path.suffix.lower() in suffixes]
@@ -539,7 +573,8 @@ def _splits_of(folder: Path, suffixes: set[str]) -> dict[str, list[str]]:
     except FileNotFoundError:
         # It passes over files that tell of others, such as `dataset_info.json`
         return {}
-    return {name: [path for each in patterns[name] for path in find(each)] for name in patterns}
+    # A name may fit several patterns of one split, as `validation_dev.jsonl` does
+    return {name: list(dict.fromkeys(path for each in patterns[name] for path in find(each))) for name in patterns}
 
 
 def _make_rows(
@@ -650,8 +685,21 @@ def _make_rows(
 def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
     """
     The columns that hold pictures, or lists of them: as such, as bytes, or as files with `bytes` and `path`; and
-    `images`, by its name. Of a stream the others may be unknown.
+    `images`, by its name, unless it holds what can't be pictures, such as numbers. Of a stream the others may be
+    unknown.
     """
+
+    def may_hold_pictures(feature: Any) -> bool:
+        if isinstance(feature, LISTS):
+            # Of lists in lists, as of arrays, `datasets` makes pictures
+            return isinstance(feature.feature, LISTS) or may_hold_pictures(feature.feature)
+        if isinstance(feature, dict):  # of a file, or of where it lies
+            return any(map(may_hold_pictures, feature.values()))
+        if isinstance(feature, Value):
+            # What is empty in the first rows of a stream may hold anything later on
+            is_unknown = feature.dtype == "null" and isinstance(rows, IterableDataset)
+            return is_unknown or feature.dtype in ("string", "large_string", "binary", "large_binary")
+        return feature is None or isinstance(feature, Array2D | Array3D | Image)
 
     def holds_pictures(feature: Any) -> bool:
         if isinstance(feature, LISTS):
@@ -661,7 +709,11 @@ def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
         return isinstance(feature, Image) or is_file or is_bytes
 
     features = rows.features or {}
-    return [name for name in columns if name == "images" or holds_pictures(features.get(name))]
+    return [
+        name
+        for name in columns
+        if holds_pictures(features.get(name)) or (name == "images" and may_hold_pictures(features.get(name)))
+    ]
 
 
 def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars_per_picture) -> int:

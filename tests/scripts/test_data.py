@@ -1,3 +1,4 @@
+import gzip
 import json
 import tarfile
 from dataclasses import replace
@@ -380,6 +381,28 @@ def test_pictures_in_a_column_of_the_readme_s_name_are_never_left_out(tmp_path, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", [3, 0.5, True, [1, 2], {"count": 3}], ids=str)
+def test_numbers_in_a_column_of_the_readme_s_name_are_no_pictures(tmp_path, value, streaming):
+    path = write_lines(tmp_path / "rows.jsonl", [{"images": value, "question": "?", "answer": "!"}])
+    assert [said(row) for row in load(path, task="vqa", streaming=streaming)] == [(0, "?", "!")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", [{"path": "a.png"}, [{"url": "a.png"}], [[[0, 255]]]], ids=str)
+def test_what_may_be_pictures_in_a_column_of_the_readme_s_name_is_not_left_out(tmp_path, value, streaming):
+    path = write_lines(tmp_path / "rows.jsonl", [{"images": value, "question": "?", "answer": "!"}])
+    with pytest.raises(ValueError, match="as in `--image_column images`"):
+        load(path, task="vqa", streaming=streaming)
+
+
+def test_a_stream_may_hold_pictures_where_its_first_rows_have_none(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"images": None, "question": "?", "answer": "!"}])
+    with pytest.raises(ValueError, match="as in `--image_column images`"):
+        load(path, task="vqa", streaming=True)
+    assert said(load(path, task="vqa")[0]) == (0, "?", "!")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_large_lists_are_lists(tmp_path, streaming):
     picture(0).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -501,6 +524,56 @@ def test_a_line_that_is_no_utf_8_is_named(tmp_path):
     path.write_bytes(f"{good}\n{bad}\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"Row 1 of .*rows\.jsonl: 'utf-8' codec can't decode"):
         load(path, task="translation")
+
+
+def test_files_that_are_left_out_for_their_names_are_named(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(logger, "warning", warned.append)
+    row = {"source": "one", "target": "eins"}
+    write_lines(tmp_path / "train.jsonl", [row])
+    write_lines(tmp_path / "validation.jsonl", [row])
+    write_lines(tmp_path / ".cache" / "train.jsonl", [row])
+    (tmp_path / "notes.json").write_text("{}")
+    assert len(load(tmp_path, task="translation")) == 1 and not warned
+    write_lines(tmp_path / "more.jsonl", [row])
+    with gzip.open(tmp_path / "train2.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(row))
+    assert len(load(tmp_path, task="translation")) == 1
+    assert warned.pop().endswith("or for their type: ['more.jsonl', 'train2.jsonl.gz']") and not warned
+
+
+def test_a_file_that_is_in_two_splits_by_its_name_is_named(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(logger, "warning", warned.append)
+    for name in ("train", "train_val", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"source": name, "target": "."}])
+    assert len(load(tmp_path, "test", task="translation")) == 1 and not warned
+    for split, count in (("train", 2), ("validation", 1)):
+        assert len(load(tmp_path, split, task="translation")) == count
+        assert "'train_val.jsonl' is in the splits ['train', 'validation']" in warned.pop() and not warned
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_whose_name_fits_a_split_twice_is_read_once(tmp_path, streaming):
+    write_lines(tmp_path / "validation_dev.jsonl", [{"source": "one", "target": "eins"}])
+    rows = load(tmp_path, "validation", task="translation", streaming=streaming)
+    assert [said(row)[2] for row in rows] == ["eins"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?"])
+def test_names_of_files_are_no_patterns(tmp_path, name, streaming):
+    # Nothing beside them is read in their place, or with them
+    for each in ("a1", name):
+        row = {"source": "?", "target": each}
+        write_lines(tmp_path / "files" / f"{each}.jsonl", [row])
+        write_lines(tmp_path / "folders" / each / f"{each}.jsonl", [row])
+        (tmp_path / "pictures" / each).mkdir(parents=True)
+        picture(0).save(tmp_path / "pictures" / each / f"{each}.png")
+        write_lines(tmp_path / "pictures" / each / "metadata.jsonl", [{"file_name": f"{each}.png", **row}])
+    for place in (f"files/{name}.jsonl", f"folders/{name}", f"pictures/{name}"):
+        rows = load(tmp_path / place, task="translation", streaming=streaming)
+        assert [said(row)[2] for row in rows] == [name]
 
 
 def test_a_file_is_one_split(tmp_path):
