@@ -30,6 +30,9 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
         mlm_probability (`float`, *optional*, defaults to 0.15): Share of the answers' tokens to predict.
         whole_word_mask (`bool`, *optional*, defaults to `False`):
             Predict all tokens of a word, or none; the library then replaces all of them by the mask token.
+        mask_seed (`int`, *optional*):
+            Draw what is masked from this number and the row's tokens alone, for figures that can be compared: it is
+            the same in whatever batch a row stands. By default torch's generator draws, each time anew.
 
     Raises:
         ValueError: the tokenizer has no mask token, or a row is broken.
@@ -37,6 +40,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
 
     mlm_probability: float = 0.15
     whole_word_mask: bool = False
+    mask_seed: int | None = None
     can_pack: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -52,9 +56,24 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
         self.check_unpacked(batch)
-        batch["input_ids"], batch["labels"] = self.mask(batch["input_ids"], batch["labels"])
+        batch["input_ids"], batch["labels"] = self.mask_batch(batch)
         batch["targets_per_row"] = targets_per_row(batch["labels"])
         return batch
+
+    def mask_batch(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`mask`] makes of a batch, or, by `mask_seed`, of each row without its padding."""
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        if self.mask_seed is None:
+            return self.mask(input_ids, labels)
+        input_ids, labels = input_ids.clone(), labels.clone()
+        for i, is_valid in enumerate(batch["attention_mask"].to(torch.bool)):
+            own = input_ids[i, is_valid]  # (num_valid,)
+            with torch.random.fork_rng(devices=[]):
+                # Python's hash of numbers is the same in each process
+                torch.default_generator.manual_seed(hash((self.mask_seed, *own.tolist())) % 2**63)
+                masked, masked_labels = self.mask(own[None], labels[i, is_valid][None])  # (1, num_valid)
+            input_ids[i, is_valid], labels[i, is_valid] = masked[0], masked_labels[0]
+        return input_ids, labels
 
     def check_unpacked(self, batch: dict[str, Any]) -> None:
         if "segment_ids" in batch:
@@ -188,7 +207,7 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
         batch = DuoStreamDataCollator.__call__(self, rows)
         if self.mlm:
             self.check_unpacked(batch)
-            batch["masked_input_ids"], batch["masked_labels"] = self.mask(batch["input_ids"], batch["labels"])
+            batch["masked_input_ids"], batch["masked_labels"] = self.mask_batch(batch)
             batch["masked_per_row"] = targets_per_row(batch["masked_labels"])
         else:
             # A plain `Trainer` evaluates where all labels are there that the model takes

@@ -328,11 +328,13 @@ def fill_masks(
     rows: Rows,
     batch_size: int = 64,
     max_length: int | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Loss and accuracy at masked tokens, drawn anew from the seed."""
+    """Loss and accuracy at masked tokens, which are drawn from the seed: the same in batches of any size."""
     model.eval()
     total, num_right, num_masked = 0.0, 0, 0
-    for batch in batches_of(rows, DuoStreamMaskedLMCollator(processor, max_length), batch_size, model):
+    collator = DuoStreamMaskedLMCollator(processor, max_length, mask_seed=seed)
+    for batch in batches_of(rows, collator, batch_size, model):
         labels = batch["labels"]
         is_masked = labels != IGNORE_INDEX
         if not is_masked.any():
@@ -413,6 +415,8 @@ def main(args: list[str] | None = None) -> None:
     rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
     check_rows(rows, data_args.task)
     options: dict[str, Any] = {"max_length": data_args.max_length}
+    if data_args.task == "masked":
+        options["seed"] = evaluate_args.seed
     losses: dict[str, float] = {}
     if task.auto_class is WRITER:
         # First, as what it refuses would else be told when all is answered

@@ -25,6 +25,9 @@ WORDS = regex.compile(
     rf"(?V1)[{KANA}{CHINESE}]|[a-z0-9]+|[\p{{L}}\p{{Nd}}--\p{{Latin}}--\p{{Common}}--[{KANA}{CHINESE}]]"
     rf"[\p{{L}}\p{{M}}\p{{Nd}}--\p{{Latin}}--[a-z0-9{KANA}{CHINESE}]]*"
 )
+# Of any script, with the marks that stand over and under its letters
+LETTERS = rf"[[\w\p{{M}}]--[{KANA}{CHINESE}]]+"
+CAPTION_WORDS = regex.compile(rf"(?V1)[{KANA}{CHINESE}]|{LETTERS}(?:'{LETTERS})?")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBERS)}}
@@ -93,8 +96,8 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, float
 
 
 def caption_words(text: str) -> list[str]:
-    """A caption's words in lower case, without punctuation."""
-    return re.findall(r"\w+(?:'\w+)?", text.lower())
+    """A caption's words in lower case, without punctuation; of Chinese and Japanese, each letter."""
+    return regex.findall(CAPTION_WORDS, text.lower())
 
 
 def ngrams(words: Sequence[str]) -> list[Counter[tuple[str, ...]]]:

@@ -123,6 +123,8 @@ class DuoStreamTrainer(LongRunTrainer):
         self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
         self.objective_sums = torch.zeros(len(self.objectives))
         self.steps_since_log = 0
+        self.num_items: torch.Tensor | None = None
+        self.eval_sums: tuple[float, float] | None = None
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # With activation checkpointing the library looks for no weights without a gradient, for the sake of reentrant
@@ -201,7 +203,8 @@ class DuoStreamTrainer(LongRunTrainer):
                 counts = self.accelerator.gather(counts[None]).sum(dim=0)
             for batch in batch_samples:
                 batch["num_masked_in_batch"], batch["num_pairs_in_batch"] = counts.clamp(min=1)
-        return super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
+        self.num_items = super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
+        return self.num_items
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -226,19 +229,54 @@ class DuoStreamTrainer(LongRunTrainer):
             self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # The library takes the mean of batches, whatever number of labels is in each, leaves out those whose loss is
+        # no number, and of several ranks' last ones keeps some of the losses alone: here all labels weigh the same.
+        labels = inputs.get("labels")
+        if labels is None or self.has_objectives:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        num_rows = self._leave_out_repeated_rows(labels)
+        outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        weight = float(num_rows if self.num_items is None else torch.as_tensor(self.num_items).sum())
+        total, total_weight = self.eval_sums or (0.0, 0.0)
+        # Without a label there is no mean
+        self.eval_sums = total + (float(outputs[0]) * weight if weight else 0.0), total_weight + weight
+        return outputs
+
+    def _leave_out_repeated_rows(self, labels: torch.Tensor) -> int:
+        """Takes the labels from rows that fill up the ranks' last batches; returns how many there are of others."""
+        state = self.accelerator.gradient_state
+        size = len(labels)
+        # Of packed rows it can't be told which are whose
+        if not state.end_of_dataloader or state.remainder <= 0 or size != self.args.eval_batch_size:
+            return size
+        num_rows = min(max(0, state.remainder - self.args.process_index * size), size)
+        if not labels.is_floating_point():
+            labels[num_rows:] = IGNORE_INDEX
+        return num_rows
+
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
+        self.eval_sums = None
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.eval_sums is not None:
+            sums = torch.tensor([self.eval_sums], device=self.args.device)
+            total, weight = self.accelerator.gather(sums).sum(dim=0).tolist()
+            if not weight:
+                raise ValueError("There is nothing to measure the loss by: `max_length` cuts off all answers")
+            output.metrics[f"{metric_key_prefix}_loss"] = total / weight
         # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits. What is
         # added here is what callbacks see, such as those that stop early, and what finds the best checkpoint.
         if self.metric_rows is not None and description != "Prediction":
             figures = self.measure(self.metric_rows)
+            named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+            # The loss is that of the rows to evaluate on, of which there may be more
             output.metrics.update(
                 {
-                    f"{metric_key_prefix}_{name}": value
-                    for name, value in figures.items()
-                    if isinstance(value, int | float)
+                    name: value
+                    for name, value in named.items()
+                    if isinstance(value, int | float) and name not in output.metrics
                 }
             )
             if self.is_in_train:

@@ -1,5 +1,7 @@
 """Batches for masked tokens, classes and pairs hold what the rows said, and nothing to stumble over."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,31 @@ def test_only_tokens_of_answers_are_masked_and_the_labels_are_what_they_were(pro
     assert (plain["labels"][is_masked] != -100).all()
     assert torch.equal(batch["input_ids"][~is_masked], plain["input_ids"][~is_masked])
     assert not torch.isin(plain["input_ids"][is_masked], torch.tensor(processor.tokenizer.all_special_ids)).any()
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_by_a_seed_a_row_has_the_same_tokens_masked_in_whatever_batch_it_stands(processor, padding_side):
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.padding_side = padding_side
+    rows = [caption_row(i) for i in range(3)]
+    rows[1]["completion"][0]["content"] = [{"type": "text", "text": "a long answer " * 9}]
+    for collator in (
+        DuoStreamMaskedLMCollator(processor, mlm_probability=0.5, mask_seed=3),
+        DuoStreamPreTrainingCollator(processor, mlm_probability=0.5, mask_seed=3),
+    ):
+        prefix = "masked_" if isinstance(collator, DuoStreamPreTrainingCollator) else ""
+
+        def of_row(batch, i, prefix=prefix):
+            is_valid = batch["attention_mask"][i] == 1
+            return [batch[f"{prefix}{name}"][i, is_valid].tolist() for name in ("input_ids", "labels")]
+
+        together = collator(rows)
+        torch.rand(3)  # as dropout draws
+        for i, row in enumerate(rows):
+            assert of_row(collator([row]), 0) == of_row(together, i)
+        assert any(label != -100 for label in of_row(together, 1)[1])
+    other = DuoStreamMaskedLMCollator(processor, mlm_probability=0.5, mask_seed=4)(rows)
+    assert not torch.equal(other["labels"], together["masked_labels"])
 
 
 def test_most_are_replaced_by_the_mask_some_by_any_token_some_stay(processor):

@@ -121,6 +121,15 @@ def test_an_answer_that_is_an_article_is_an_answer():
     assert metrics.vqa_accuracy(["B", "", "a"], [["A"], ["A"], ["A"]])["vqa_accuracy"] == pytest.approx(1 / 3)
 
 
+def test_cider_d_parts_chinese_and_leaves_words_of_other_scripts_whole():
+    chinese = [["一只猫在沙发上睡觉"], ["一个男人在骑自行车"], ["两只狗在海滩上奔跑"]]
+    assert metrics.cider_d([texts[0] for texts in chinese], chinese)["cider_d"] == pytest.approx(10)
+    shorter = metrics.cider_d(["一只猫在沙发上睡", "一个男人骑自行车", "两只狗在海滩奔跑"], chinese)["cider_d"]
+    assert 5 < shorter < 10
+    assert metrics.caption_words("हिन्दी में: एक बिल्ली!") == ["हिन्दी", "में", "एक", "बिल्ली"]
+    assert metrics.caption_words("The dog's café, don''t") == ["the", "dog's", "café", "don", "t"]
+
+
 def test_cider_d_of_one_row_is_an_error():
     # pycocoevalcap 1.2 gives 0 to each of these, as each word is in all of the rows
     assert metrics.cider_d(["a dog"] * 2, [["a dog"]] * 2)["cider_d"] == 0

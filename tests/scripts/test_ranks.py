@@ -70,7 +70,7 @@ def rows(tmp_path_factory):
             Image.new("RGB", (20, 20), (30 * i, 200 - 20 * i, 40)).save(path)
             parts.insert(0, {"type": "image", "text": None})
         images = [str(folder / f"{i}.png")] if i % 2 else []
-        answer = [{"role": "assistant", "content": [{"type": "text", "text": f"number {i} of eight"}]}]
+        answer = [{"role": "assistant", "content": [{"type": "text", "text": f"{i * 'very '}number {i}"}]}]
         rows.append({"images": images, "prompt": [{"role": "user", "content": parts}], "completion": answer})
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -439,9 +439,8 @@ def test_each_task_is_learnt_and_measured(pretrained, photographs, texts, tmp_pa
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert FIGURES[task] | {"command", "seed", "data_fingerprint", "versions", "num_rows"} <= set(record)
     assert record["num_rows"] == 4
-    if task != "masked":  # drawn anew
-        same = {name for name in names if name != "loss"}
-        assert {name: record[name] for name in same} == {name: measured[f"eval_{name}"] for name in same}
+    same = {name for name in names if name != "loss"}
+    assert {name: record[name] for name in same} == {name: measured[f"eval_{name}"] for name in same}
 
 
 def test_pictures_are_classified_by_name(pretrained, photographs, tmp_path):

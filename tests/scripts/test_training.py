@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -29,6 +30,7 @@ from duostream import (
     DuoStreamProcessor,
     train_tokenizer,
 )
+from duostream.scripts import evaluate
 from duostream.scripts.arguments import DuoStreamTrainingArguments
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import number_rows, texts_of
@@ -429,6 +431,52 @@ def test_held_out_rows_are_evaluated_and_the_figures_are_written(new_parts, rows
     assert written["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
     assert trainer.state.log_history[-1]["eval_loss"] == written["eval_loss"]
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
+
+
+def evaluated(parts, tmp_path, rows, collator=None, **kwargs):
+    model, processor = parts
+    args = options(tmp_path, **{name: kwargs.pop(name) for name in [*kwargs] if name.startswith("per_device")})
+    trainer = DuoStreamTrainer(
+        model=model,
+        args=args,
+        data_collator=collator or DuoStreamDataCollator(processor),
+        eval_dataset=rows,
+        processing_class=processor,
+        **kwargs,
+    )
+    return trainer.evaluate()
+
+
+def test_the_loss_that_is_evaluated_is_that_of_all_tokens_whatever_batches_they_are_in(new_parts, rows, tmp_path):
+    model, processor = new_parts()
+    expected = evaluate.evaluation_loss(model, processor, rows)
+    for size in (1, 3, NUM_ROWS):
+        got = evaluated((model, processor), tmp_path, rows, per_device_eval_batch_size=size)
+        assert got["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_not_left_out_of_those_that_are_evaluated(new_parts, rows, tmp_path):
+    model, processor = new_parts()
+    collator = Poisoned(processor)
+    got = evaluated((model, processor), tmp_path, rows, collator, per_device_eval_batch_size=1)
+    assert math.isnan(got["eval_loss"])
+
+
+def test_where_all_answers_are_cut_off_there_is_no_loss_to_evaluate(new_parts, rows, tmp_path):
+    model, processor = new_parts()
+    collator = DuoStreamDataCollator(processor, max_length=model.config.image_seq_length + 2)
+    with pytest.raises(ValueError, match="`max_length` cuts off all answers"):
+        evaluated((model, processor), tmp_path, rows, collator)
+
+
+def test_the_loss_of_the_rows_to_measure_a_task_on_is_not_taken_for_that_of_the_rows_to_evaluate(
+    new_parts, rows, tmp_path
+):
+    model, processor = new_parts(cls=DuoStreamForMaskedLM)
+    collator = DuoStreamMaskedLMCollator(processor, mask_seed=0)
+    alone = evaluated((model, processor), tmp_path, rows, collator)
+    measured = evaluated((model, processor), tmp_path, rows, collator, metric_rows=rows.select([0, 1]), task="masked")
+    assert measured["eval_loss"] == alone["eval_loss"] and measured["eval_num_masked"] > 0
 
 
 @pytest.mark.parametrize(("watched", "stops_at", "best"), [("chrf", 4, 2), ("eval_loss", 6, 6)])
