@@ -455,10 +455,10 @@ class DuoStreamProcessor(ProcessorMixin):
         try:
             if kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", False)):
                 for i, image in enumerate(make_flat_list_of_images(images)):
-                    if is_array(image) and "float" in str(image.dtype) and 0 < image.max() <= 1:
+                    if is_array(image) and re.search("float|bool", str(image.dtype)) and 0 < image.max() <= 1:
                         raise ValueError(
-                            f"picture {i} is of fractions up to {image.max():g}, which would be divided by 255 again: "
-                            "give `do_rescale=False`, or pixels from 0 to 255"
+                            f"picture {i} is of fractions up to {float(image.max()):g}, which would be divided by "
+                            "255: give `do_rescale=False`, or pixels from 0 to 255"
                         )
             return super()._process_images(images, **kwargs)
         except Exception as error:

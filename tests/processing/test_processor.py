@@ -492,6 +492,8 @@ def test_fractions_are_not_divided_by_255_again(processor, as_given):
     fractions = as_given((PIXELS / 255).astype(np.float32))
     with pytest.raises(ValueError, match=r"`images` has .*: picture 1 is of fractions .* give `do_rescale=False`"):
         processor(text="<|image|><|image|>", images=[picture(), fractions])
+    with pytest.raises(ValueError, match="picture 0 is of fractions up to 1"):
+        processor(images=[as_given(PIXELS > 99)])
     expected = processor(images=[Image.fromarray(PIXELS)], return_tensors="pt")["pixel_values"]
     whole = processor(images=[as_given(PIXELS.astype(np.float32))], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(whole, expected)
