@@ -316,6 +316,8 @@ class DuoStreamConfig(PreTrainedConfig):
     @property
     def num_image_reading_layers(self) -> int:
         """How many of the upper fusion layers read image states without making new ones."""
+        # A field may have been set since the config was made
+        self.check_layers()
         num_layers = self.fusion_stack_config.num_hidden_layers
         return 0 if self.num_image_update_layers is None else num_layers - self.num_image_update_layers
 

@@ -37,11 +37,17 @@ def image_tokens(
 
     Raises:
         ValueError: The tokens can't be merged: they are no grid, or one that the squares don't fill. Or layers of
-            several sizes can't be laid side by side.
+            several sizes can't be laid side by side, or one isn't there.
     """
     numbers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
     if not numbers:
         raise ValueError("`vision_feature_layer` is a list of no layers")
+    num_states = len(getattr(outputs, "hidden_states", None) or ())
+    for number in numbers:
+        if number != -1 and not -num_states <= number < num_states:
+            raise ValueError(
+                f"`vision_feature_layer` {number} is none of the {num_states} states of the vision model's layers"
+            )
     layers = [outputs.last_hidden_state if number == -1 else outputs.hidden_states[number] for number in numbers]
     features = layers[0] if len(layers) == 1 else side_by_side(layers)
     if spatial_merge_size > 1:

@@ -139,6 +139,7 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
         mm_token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         images_per_row: int | None = None,
         targets_per_row: int | None = None,
@@ -152,6 +153,7 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 Has no effect: the whole text is read both ways.
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 The tokens that belong in the masked positions, in their own positions; -100 elsewhere.
+            use_cache (`bool`, *optional*): Has no effect, as in the library's encoders: trainers say `False`.
             targets_per_row (`int`, *optional*):
                 The largest number of `labels` in a row. In training, `logits` are then of the masked positions alone,
                 of shape `(batch, targets_per_row, vocab_size)`.
@@ -217,6 +219,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         images_per_row: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -233,6 +236,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
                 Class numbers, of shape `(batch,)` (`config.problem_type` "single_label_classification"); a score for
                 every class, of shape `(batch, num_labels)` ("multi_label_classification", soft scores too); or
                 numbers to come near to, of shape `(batch,)` ("regression", where `num_labels` is 1).
+            use_cache (`bool`, *optional*): Has no effect, as in the library's encoders: trainers say `False`.
 
         Raises:
             ValueError: A class number is none of the `config.num_labels` classes, or there is nothing to classify.

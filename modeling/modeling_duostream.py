@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
+from types import MethodType
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ from .stream_layout_duostream import (
     StreamLayout,
     block_sequence_ids,
     check,
+    check_prefix,
     check_segments,
     count_text,
     first_where,
@@ -173,6 +176,14 @@ def refuse_flash_attention(config: DuoStreamConfig, stream: str) -> None:
             "modelling, image-text matching) nor `segment_ids`: use "
             f'`model.set_attn_implementation({{"{stream}": "sdpa"}})`'
         )
+
+
+def refuses_cache(part: PreTrainedModel) -> bool:
+    """
+    Whether the library takes the cache from a part's layers: in training with checkpoints of activations, without
+    gradients, too.
+    """
+    return part.training and part.is_activation_checkpointing
 
 
 class NoPositions(nn.Module):
@@ -647,7 +658,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 Positions that count all tokens. Defaults to the number of unpadded tokens before each.
             past_key_values (`Cache`, *optional*): The fusion layers first, the text layers behind them.
             token_type_ids (`torch.LongTensor` of shape `(batch, past_len + seq_len)`, *optional*):
-                0 = prefix, whose tokens see each other both ways, 1 = causal suffix. Absent: all causal.
+                0 = prefix, whose tokens see each other both ways, in one piece; 1 = causal suffix. Absent: all causal.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, past_len + seq_len)`, *optional*):
                 1 = image token. Needed to continue from a cache with pictures when rows differ.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq_len, hidden)`, *optional*):
@@ -733,6 +744,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
             if is_image is not None and has_new_images and self.config.num_image_reading_layers:
                 image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
+            if token_type_ids is not None:
+                check_prefix(token_type_ids, attention_mask, segment_ids)
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
             if segment_ids is not None and position_ids is None:
@@ -876,7 +889,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if fusion_cache is None:
             # The library would make the masks by the sizes of a cache that isn't there
             return has_own_mask and not self.fusion_model.is_activation_checkpointing
-        return not (torch.is_grad_enabled() or fusion_cache.offloading)
+        return not (torch.is_grad_enabled() or fusion_cache.offloading or refuses_cache(self.fusion_model))
 
     def _fusion_mask(
         self,
@@ -1208,6 +1221,19 @@ def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Ten
     return index, labels.gather(1, index)  # (batch, targets_per_row)
 
 
+def leaving_out_placeholders(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
+    """A `forward` that is put in the place of a model's own and makes the loss itself, of tokens that are written."""
+
+    @wraps(forward)
+    def call(self: DuoStreamLMHeadModel, *args: Any, **kwargs: Any) -> ModelOutput:
+        for name in ("labels", "shift_labels"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = self.without_placeholders(kwargs[name])
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
 class SuppressPlaceholder(LogitsProcessor):
     """
     Keeps the placeholder of pictures from being written. The library's `SuppressTokensLogitsProcessor` looks through
@@ -1233,6 +1259,15 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
         check_can_write(config)
         super().__init__(config)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # TRL's trainers put a `forward` of their own here (`add_fused_lm_head`), which makes the loss from the base
+        # model's states and all labels, placeholders' too. A hook would run in all other forwards, those that are
+        # compiled and exported among them, and not where `forward` itself is called.
+        is_replaced = name == "forward" and isinstance(value, MethodType)
+        if is_replaced and "fused_lm_head" in signature(value, follow_wrapped=False).parameters:
+            value = MethodType(leaving_out_placeholders(value.__func__), self)
+        super().__setattr__(name, value)
 
     @can_return_tuple
     def forward(
@@ -1295,6 +1330,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             labels = self.without_placeholders(labels)
         # Of a trainer that splits sequences over ranks, which shifts labels before
         shifted = kwargs.pop("shift_labels", None)
+        if shifted is not None:
+            shifted = self.without_placeholders(shifted)
         num_items_in_batch = take_num_items(kwargs)
         states_to_keep: int | torch.Tensor = 0
         if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
@@ -1436,6 +1473,21 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             num_untold = max(kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1], 0)
             model_inputs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_untold))
         return model_inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # The library would hand in one new token at a time to layers that it takes the cache from
+        if generation_config.use_cache and any(map(refuses_cache, (self.model.text_model, self.model.fusion_model))):
+            advice = "call `model.eval()` before `generate`"
+            if model_kwargs.get("past_key_values") is not None:
+                raise ValueError(f"In training, layers with gradient checkpointing can't read a cache: {advice}")
+            logger.warning_once(
+                "In training, layers with gradient checkpointing fill no cache, without which each token takes as "
+                f"long as the whole text: {advice}"
+            )
+            generation_config.use_cache = False
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         ids = kwargs.get("encoder_input_ids")

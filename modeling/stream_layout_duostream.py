@@ -115,6 +115,30 @@ def check_segments(
         check(~is_split.any(), "A prefix (`token_type_ids` 0) must stand where all `segment_ids` are 0, or none")
 
 
+def check_prefix(
+    token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None
+) -> None:
+    """
+    Raises `ValueError` where a prefix goes on behind a suffix, whose future it then shows. All of shape `(batch,
+    seq_len)`, but for an `attention_mask` that tells of cached tokens, too.
+    """
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -token_type_ids.shape[1] :]
+
+    def so_far(mask: torch.Tensor) -> torch.Tensor:
+        # Of several sequences in a row, and the beginning that they share, each may have a prefix
+        return mask.cumsum(dim=1) if segment_ids is None else segment_positions(segment_ids + 1, mask)
+
+    is_prefix = without_padding(token_type_ids == 0, attention_mask)
+    is_suffix = without_padding(token_type_ids != 0, attention_mask) & (so_far(is_prefix) > 0)
+    check(
+        ~(is_prefix & (so_far(is_suffix) > 0)).any(),
+        "A prefix that is read both ways (`token_type_ids` 0) goes on behind a suffix that is read forwards (1). "
+        "TRL's trainers that write in training (GRPO, RLOO) give 0 to what is written: use a processor with "
+        "`bidirectional_prefix=False`",
+    )
+
+
 def lay_out(
     is_image: torch.Tensor,
     attention_mask: torch.Tensor | None,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from optuna.samplers import RandomSampler
+from peft import LoraConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import (
@@ -21,12 +22,28 @@ from tiny_models import (
     small_config,
     small_model,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from trackio.sqlite_storage import SQLiteStorage
-from transformers import AutoProcessor, LlavaProcessor, Trainer, TrainingArguments
+from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
-from duostream import DuoStreamDataCollator, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
+from duostream import (
+    DuoStreamDataCollator,
+    DuoStreamForConditionalGeneration,
+    DuoStreamForSequenceClassification,
+    DuoStreamProcessor,
+    train_tokenizer,
+)
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many objects are there?"}]}
 PICTURE = Image.new("RGB", (48, 48), "red")
@@ -36,20 +53,37 @@ def reply(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-@pytest.fixture(params=[False, True], ids=["causal", "bidirectional prefix"])
-def parts(request: pytest.FixtureRequest) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
-    """A small model and its processor."""
-    tokenizer = train_tokenizer(["How many objects are there? one two three red"] * 4, 320)
+def make_parts(
+    tokenizer: Any, bidirectional_prefix: bool = False, cls: type = DuoStreamForConditionalGeneration, **kwargs: Any
+) -> tuple[Any, DuoStreamProcessor]:
     stack = {**LLAMA, "vocab_size": len(tokenizer)}
-    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
-    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id)
     processor = DuoStreamProcessor(
         SiglipImageProcessorPil(size={"height": 16, "width": 16}),
         tokenizer,
-        image_seq_length=config.image_seq_length,
-        bidirectional_prefix=request.param,
+        image_seq_length=small_config().image_seq_length,
+        bidirectional_prefix=bidirectional_prefix,
     )
-    return DuoStreamForConditionalGeneration(config), processor
+    image_token_id = processor.image_token_id
+    config = small_config(text_config=stack, fusion_stack_config=stack, image_token_id=image_token_id, **kwargs)
+    return cls(config), processor
+
+
+def small_tokenizer() -> Any:
+    return train_tokenizer(["How many objects are there? one two three red"] * 4, 320)
+
+
+def bytes_tokenizer() -> Any:
+    """One that knows no placeholder, whose number then is the first behind the vocabulary."""
+    vocab = {token: i for i, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(params=[False, True], ids=["causal", "bidirectional prefix"])
+def parts(request: pytest.FixtureRequest) -> tuple[DuoStreamForConditionalGeneration, DuoStreamProcessor]:
+    """A small model and its processor."""
+    return make_parts(small_tokenizer(), bidirectional_prefix=request.param)
 
 
 OPTIONS: dict[str, Any] = {
@@ -78,6 +112,83 @@ def test_trl_fine_tunes_a_checkpoint_on_our_rows_with_the_processor(parts: tuple
         args=SFTConfig(str(tmp_path), max_steps=30, learning_rate=1e-2, **OPTIONS),
         train_dataset=Dataset.from_list([ROWS[form]] * 8),
         processing_class=processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules=r".*q_proj")], ids=["plain", "lora"])
+@pytest.mark.parametrize("tokenizer", [small_tokenizer, bytes_tokenizer], ids=["in the vocabulary", "behind it"])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("messages", {}), ("prompt and completion", {"completion_only_loss": False})],
+    ids=["messages", "prompt, too"],
+)
+def test_trl_has_the_models_loss_which_no_placeholder_is_in(
+    form: str, options: dict, tokenizer: Any, peft_config: Any, tmp_path: Path
+) -> None:
+    model, processor = make_parts(tokenizer())
+    is_behind = processor.image_token_id >= model.config.text_config.vocab_size
+    assert is_behind == (tokenizer is bytes_tokenizer)
+    rows = Dataset.from_list([ROWS[form]] * 2)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(str(tmp_path), max_steps=1, **options, **OPTIONS),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    inputs = trainer.data_collator(list(trainer.train_dataset))
+    is_placeholder = inputs["labels"] == processor.image_token_id
+    assert is_placeholder.any()
+    with torch.no_grad():
+        # Adapters start at nothing
+        expected = model.eval()(**inputs).loss.item()
+        kept = {**inputs, "labels": inputs["labels"].masked_fill(is_placeholder, -100)}
+        assert model(**kept).loss.item() == expected
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+        # `Trainer` counts the placeholders
+        count = (inputs["labels"][:, 1:] != -100).sum()
+        expected = model.eval()(**inputs, num_items_in_batch=count).loss.item()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [pytest.approx(expected, rel=1e-4)]
+
+
+@pytest.mark.parametrize("bidirectional_prefix", [False, True])
+def test_trl_writes_and_learns_or_says_that_it_would_see_what_is_written(
+    bidirectional_prefix: bool, tmp_path: Path
+) -> None:
+    model, processor = make_parts(small_tokenizer(), bidirectional_prefix)
+    options = {name: value for name, value in OPTIONS.items() if name != "max_length"}
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **kwargs: [float(i) for i in range(len(completions))],
+        args=GRPOConfig(str(tmp_path), max_steps=1, num_generations=2, max_completion_length=4, **options),
+        train_dataset=Dataset.from_list([{"images": [PICTURE], "prompt": [QUESTION]}] * 2),
+        processing_class=processor,
+    )
+    if bidirectional_prefix:
+        with pytest.raises(ValueError, match="`bidirectional_prefix=False`"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+
+def test_trl_learns_rewards_of_texts(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    model, processor = make_parts(tokenizer, cls=DuoStreamForSequenceClassification, num_labels=1)
+    tokenizer.chat_template = processor.chat_template
+    question = {"role": "user", "content": "How many objects are there?"}
+    chosen, rejected = ([question, {"role": "assistant", "content": text}] for text in ("two", "one"))
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(str(tmp_path), max_steps=16, learning_rate=1e-2, **OPTIONS),
+        train_dataset=Dataset.from_list([{"chosen": chosen, "rejected": rejected}] * 8),
+        processing_class=tokenizer,
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

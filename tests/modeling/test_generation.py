@@ -526,6 +526,21 @@ def test_a_chunk_that_splits_a_picture_is_right_or_refused(model: Any, chunk: in
             assert write(model, row.inputs, prefill_chunk_size=chunk)[0].tolist() == argmax_by_hand(model, row)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_in_training_with_checkpoints_of_activations_the_same_is_written(options: dict[str, Any]) -> None:
+    model = small_model()
+    for inputs in (batch(ragged_rows(model)), batch([Row(model, PICTURE, 7)] * 2), batch([Row(model, 7)])):
+        model.gradient_checkpointing_disable()
+        expected = write(model.eval(), inputs, num_beams=options.get("num_beams", 1))
+        model.gradient_checkpointing_enable()
+        assert torch.equal(write(model.train(), inputs, **options), expected)
+        with torch.no_grad():
+            # The layers get the cache that is asked for, but fill none
+            assert model(**inputs, use_cache=True, logits_to_keep=1).past_key_values.get_seq_length() == 0
+    with pytest.raises(ValueError, match=r"`model.eval\(\)`"):
+        write(model, inputs, past_key_values=DynamicCache(config=model.config))
+
+
 def test_logits_of_the_last_position_are_those_of_a_whole_forward(model: Any) -> None:
     rows = ragged_rows(model)
     outputs = model.generate(

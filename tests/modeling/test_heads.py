@@ -132,6 +132,15 @@ def test_masked_lm_reads_both_ways_whatever_token_types_say():
     assert difference(before, with_types) == 0
 
 
+@pytest.mark.parametrize("cls", [DuoStreamForMaskedLM, DuoStreamForSequenceClassification])
+@torch.no_grad()
+def test_a_head_that_reads_both_ways_reads_without_a_cache_whatever_it_is_told(cls):
+    model = small_model(cls=cls)
+    inputs = Row(model, PICTURE, 8).inputs
+    for use_cache in (None, False, True):
+        assert difference(model(**inputs, use_cache=use_cache).logits, model(**inputs).logits) == 0
+
+
 def test_masked_lm_loss_is_the_cross_entropy_at_the_masked_positions():
     model = small_model(cls=DuoStreamForMaskedLM)
     inputs = batch([Row(model, PICTURE, 8), Row(model, 5)])

@@ -1217,6 +1217,18 @@ def test_any_layer_of_the_vision_stream_may_be_read(layer: int) -> None:
     assert torch.equal(got, outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vision_feature_layer", -9), ("vision_feature_layer", [0, 9]), ("num_image_update_layers", 7)],
+)
+def test_a_layer_that_is_not_there_is_named_when_a_picture_is_read(field: str, value: int | list[int]) -> None:
+    model = small_model("llama")
+    model.config.update({field: value})
+    number = value[-1] if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=f"`{field}` (is )?{number}"):
+        model(**Row(model, PICTURE, 5).inputs)
+
+
 def test_several_layers_of_the_vision_stream_may_be_read_and_come_back_from_disk(tmp_path: Path) -> None:
     model = small_model("llama", vision_feature_layer=[0, -1])
     row = Row(model, PICTURE, 5)
@@ -1415,6 +1427,29 @@ def test_continuations_give_the_loss_and_gradients_of_rows_of_their_own(attn_imp
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_prefix_in_two_pieces_would_see_what_is_between_and_is_refused(llama: Any, side: str) -> None:
+    rows = [Row(llama, PICTURE, 9), Row(llama, 6)]
+    inputs = batch(rows, side)
+    types = torch.zeros_like(inputs["input_ids"])
+    for i, place in places(rows, side):
+        types[i, place] = (torch.arange(len(rows[i])) >= len(rows[i]) - 4).long()
+    # Padding has any type
+    llama(**inputs, token_type_ids=types)
+    llama(**inputs, token_type_ids=types.masked_fill(inputs["attention_mask"] == 0, 1))
+    for i, place in places(rows, side):
+        two = types.clone()
+        two[i, place.stop - 1] = 0
+        with pytest.raises(ValueError, match=r"`token_type_ids` 0\) goes on behind"):
+            llama(**inputs, token_type_ids=two)
+    # Each of several sequences in a row has its own
+    inputs = {"input_ids": torch.full((1, 8), 5), "token_type_ids": torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1]])}
+    llama(**inputs, segment_ids=torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]]))
+    with pytest.raises(ValueError, match="goes on behind"):
+        llama(**inputs, segment_ids=torch.tensor([[1, 1, 1, 1, 1, 1, 2, 2]]))
 
 
 @torch.no_grad()
