@@ -62,6 +62,7 @@ BUILDERS = {
     "json": {".jsonl", ".json"},
     "webdataset": {".tar"},
 }
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 BLANK_GRAY = (128, 128, 128)
 
@@ -507,7 +508,8 @@ def _warn_of_splits(
     """Warns of files that are in no split by their names, which nobody reads, or, of the wanted ones, in several."""
     known = {str(Path(file).relative_to(path.resolve())) for each in found.values() for file in chain(*each.values())}
     tables = set().union(*BUILDERS.values()) - {".json"}  # JSON often tells of other files
-    relative = [file.relative_to(path) for file in files if tables & set(map(str.lower, file.suffixes))]
+    types = {file: (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix.lower() for file in files}
+    relative = [file.relative_to(path) for file in files if types[file] in tables]
     # What is hidden is meant to be passed over
     shown = [str(file) for file in relative if not any(part.startswith((".", "__")) for part in file.parts)]
     if unread := sorted(set(shown) - known):

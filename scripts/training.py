@@ -229,19 +229,32 @@ class DuoStreamTrainer(LongRunTrainer):
             self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         # The library takes the mean of batches, whatever number of labels is in each, leaves out those whose loss is
         # no number, and of several ranks' last ones keeps some of the losses alone: here all labels weigh the same.
         labels = inputs.get("labels")
         if labels is None or self.has_objectives:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         num_rows = self._leave_out_repeated_rows(labels)
-        outputs = super().prediction_step(model, inputs, *args, **kwargs)
-        weight = float(num_rows if self.num_items is None else torch.as_tensor(self.num_items).sum())
+        are_scores = labels.is_floating_point()
+        loss, logits, own_labels = super().prediction_step(
+            model, inputs, prediction_loss_only and not are_scores, *args, **kwargs
+        )
+        mean, weight = loss, float(num_rows if self.num_items is None else torch.as_tensor(self.num_items).sum())
+        if are_scores:
+            # There is no score that is left out, as -100 is of classes
+            scores = logits[0] if isinstance(logits, tuple) else logits
+            mean, weight = self._loss_of_scores(scores[:num_rows], own_labels[:num_rows]), float(num_rows)
         total, total_weight = self.eval_sums or (0.0, 0.0)
         # Without a label there is no mean
-        self.eval_sums = total + (float(outputs[0]) * weight if weight else 0.0), total_weight + weight
-        return outputs
+        self.eval_sums = total + (float(mean) * weight if weight else 0.0), total_weight + weight
+        return (loss, None, None) if prediction_loss_only else (loss, logits, own_labels)
+
+    def _loss_of_scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.loss_function(labels=labels, pooled_logits=logits, config=model.config)
 
     def _leave_out_repeated_rows(self, labels: torch.Tensor) -> int:
         """Takes the labels from rows that fill up the ranks' last batches; returns how many there are of others."""
@@ -260,25 +273,20 @@ class DuoStreamTrainer(LongRunTrainer):
     ) -> EvalLoopOutput:
         self.eval_sums = None
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.eval_sums is not None:
+        if self.eval_sums is not None and description != "Prediction":
             sums = torch.tensor([self.eval_sums], device=self.args.device)
             total, weight = self.accelerator.gather(sums).sum(dim=0).tolist()
             if not weight:
-                raise ValueError("There is nothing to measure the loss by: `max_length` cuts off all answers")
+                raise ValueError("There is no label to measure the loss by: `max_length` may cut off all answers")
             output.metrics[f"{metric_key_prefix}_loss"] = total / weight
         # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits. What is
         # added here is what callbacks see, such as those that stop early, and what finds the best checkpoint.
         if self.metric_rows is not None and description != "Prediction":
             figures = self.measure(self.metric_rows)
             named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-            # The loss is that of the rows to evaluate on, of which there may be more
-            output.metrics.update(
-                {
-                    name: value
-                    for name, value in named.items()
-                    if isinstance(value, int | float) and name not in output.metrics
-                }
-            )
+            # That of the rows to evaluate on, of which there may be more, is there already
+            named.pop(f"{metric_key_prefix}_loss", None)
+            output.metrics.update({name: value for name, value in named.items() if isinstance(value, int | float)})
             if self.is_in_train:
                 self.check_is_measured([name.removeprefix(f"{metric_key_prefix}_") for name in output.metrics])
         return output
@@ -293,9 +301,10 @@ class DuoStreamTrainer(LongRunTrainer):
             num_missing = -(-len(rows) // self.args.world_size) - len(own)
             asked = rows.select(own + [0] * num_missing)
             options: dict[str, Any] = {"max_new_tokens": self.args.max_new_tokens}
-            if self.is_fsdp_enabled and self.args.world_size > 1:
-                # Of FSDP2 by `accelerate` the library's `generate` doesn't know
-                options["synced_gpus"] = True
+            if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.world_size > 1:
+                if self.is_fsdp_enabled:
+                    # Of FSDP2 by `accelerate` the library's `generate` doesn't know
+                    options["synced_gpus"] = True
                 if self.answer_room is not None and self.answer_room < self.args.max_new_tokens:
                     # A rank whose answers are ended reads on until the others' are, as far as theirs may go
                     options["max_new_tokens"] = self.answer_room

@@ -534,6 +534,7 @@ def test_files_that_are_left_out_for_their_names_are_named(tmp_path, monkeypatch
     write_lines(tmp_path / "validation.jsonl", [row])
     write_lines(tmp_path / ".cache" / "train.jsonl", [row])
     (tmp_path / "notes.json").write_text("{}")
+    write_lines(tmp_path / "train.jsonl.bak", [row])
     assert len(load(tmp_path, task="translation")) == 1 and not warned
     write_lines(tmp_path / "more.jsonl", [row])
     with gzip.open(tmp_path / "train2.jsonl.gz", "wt", encoding="utf-8") as file:

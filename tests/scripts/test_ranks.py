@@ -236,6 +236,48 @@ def test_what_two_ranks_measure_is_what_they_save_though_each_has_statistics_of_
     assert told == pytest.approx(saved.evaluate()["eval_loss"], abs=TOLERANCE)
 
 
+EVALUATE = """
+import sys
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from duostream import DuoStreamConfig, DuoStreamForSequenceClassification
+from duostream.scripts.arguments import DuoStreamTrainingArguments
+from duostream.scripts.training import DuoStreamTrainer
+
+for problem_type, num_labels, label in (
+    ("regression", 1, lambda i: i * i / 9),
+    ("multi_label_classification", 2, lambda i: [i / 9, 1 - i / 9]),
+    ("single_label_classification", 2, lambda i: i % 2),
+):
+    set_seed(0)
+    config = DuoStreamConfig.from_preset("tiny", vocab_size=99, image_token_id=98)
+    config.num_labels, config.problem_type = num_labels, problem_type
+    trainer = DuoStreamTrainer(
+        model=DuoStreamForSequenceClassification(config),
+        args=DuoStreamTrainingArguments(sys.argv[1], per_device_eval_batch_size=2, use_cpu=True, report_to="none"),
+        data_collator=lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]},
+        eval_dataset=Dataset.from_list([{"input_ids": [3 + i, 5, 6], "labels": label(i)} for i in range(7)]),
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        print("loss", loss)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_loss_of_one_though_some_rows_are_read_twice(tmp_path):
+    script = tmp_path / "evaluate.py"
+    script.write_text(EVALUATE)
+    losses = []
+    for num_ranks in (1, 2):
+        run = launch([*TORCHRUN[:-1], str(num_ranks)], script, tmp_path / "out")
+        assert run.returncode == 0, run.stderr[-3000:]
+        losses.append([float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("loss ")])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_within_a_minute(rows, checkpoint, tmp_path):
     args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "", "--max_steps", "100000"]
