@@ -48,7 +48,8 @@ def pictures_read(past_key_values: Cache | None, past_len: int | torch.Tensor) -
         read = read._replace(differ=is_filled & read.differ, end=is_filled * read.end)
     elif past_len == 0:
         read = None
-    if not torch.compiler.is_compiling():
+    if not (isinstance(past_len, torch.Tensor) and torch.compiler.is_compiling()):
+        # Else it would be what a graph gives: see [`note_pictures`]
         past_key_values.pictures_read = read
     return read
 

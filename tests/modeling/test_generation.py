@@ -270,6 +270,22 @@ def test_a_compiled_forward_over_a_static_cache_writes_the_same_and_is_compiled_
 
 @torch.no_grad()
 @pytest.mark.slow
+def test_a_cache_that_was_emptied_and_filled_with_text_by_a_compiled_forward_knows_of_no_picture() -> None:
+    model = small_model("llama")
+    torch._dynamo.reset()
+    cache = DynamicCache(config=model.config)
+    model(**batch([Row(model, PICTURE, 4), Row(model, 3, PICTURE, 1)]), past_key_values=cache)
+    cache.reset()
+    text = {"input_ids": torch.full((2, 6), 5)}
+    torch.compile(model.forward, backend="eager")(**text, past_key_values=cache)
+    plain = model(**text, use_cache=True).past_key_values
+    new = torch.full((2, 1), 7)
+    got, expected = (model(input_ids=new, past_key_values=each).logits for each in (cache, plain))
+    assert difference(got, expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_compiled_forward_reads_prompts_into_a_static_cache_that_is_emptied_and_filled_again(kind: str) -> None:
     model = small_model(kind)
