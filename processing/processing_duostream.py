@@ -18,7 +18,12 @@ import torch
 from huggingface_hub.utils import httpx
 from transformers import BatchFeature
 from transformers.image_transforms import convert_to_rgb, to_pil_image
-from transformers.image_utils import ImageInput, is_valid_image, make_flat_list_of_images
+from transformers.image_utils import (
+    ImageInput,
+    infer_channel_dimension_format,
+    is_valid_image,
+    make_flat_list_of_images,
+)
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.utils import PROCESSOR_NAME, logging
@@ -41,7 +46,7 @@ def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch
     Args:
         image (`str`, `os.PathLike`, `PIL.Image.Image`, or an array of `uint8`): An address, a path and base64 are
             opened as the library's `load_image` opens them. What it then makes of 16 bits is white, and of
-            transparency the colours that it hides. An array of two dimensions is grayscale.
+            transparency the colours that it hides. An array of two dimensions is grayscale, one of four channels RGBA.
 
     Raises:
         TypeError, ValueError: It is no picture, its pixels are no known brightness, or one side is more than
@@ -53,7 +58,11 @@ def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch
         pixels = np.asarray(picture)
         if pixels.dtype != np.uint8:
             raise ValueError(f"an array of {pixels.dtype}; expected a picture's pixels in `uint8`")
-        picture = PIL.Image.fromarray(pixels) if pixels.ndim == 2 else to_pil_image(pixels)
+        if pixels.ndim == 2:
+            picture = PIL.Image.fromarray(pixels)
+        else:
+            channels = infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+            picture = to_pil_image(pixels, input_data_format=channels)
     if not isinstance(picture, PIL.Image.Image):
         raise TypeError(f"expected a picture, or where to find one, not {picture!r:.100}")
     width, height = picture.size

@@ -156,6 +156,16 @@ class LongRunTrainer(Trainer):
         if missing:
             raise ValueError(f"The checkpoint to resume from lacks weights: {', '.join(sorted(missing))}")
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            # torch names groups of parameters, and no option
+            raise ValueError(
+                f"{checkpoint} was saved while other weights were trained, or at other rates: resume with `freeze`, "
+                f"`learning_rates` and `weight_decay` as they were ({error})"
+            ) from error
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED) if self.is_saving else folder

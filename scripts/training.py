@@ -187,9 +187,24 @@ class DuoStreamTrainer(LongRunTrainer):
             folder = Path(str(self.args.output_dir))
             write_card(folder, repo_id=self.hub_model_id, license=license, language=language)
 
+    def _run_epoch(self, *, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
+        self.num_labels: Any = None
+        super()._run_epoch(steps_trained_in_current_epoch=steps_trained_in_current_epoch, **kwargs)
+        # The rest of an epoch may have none
+        is_whole = not steps_trained_in_current_epoch and self.num_labels is not None
+        if is_whole and not self.has_objectives and not self.num_labels.sum():
+            raise ValueError(
+                "Nothing was learnt: none of the rows has a label. `max_length` may cut off all answers, of which "
+                "the warnings tell"
+            )
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         self.steps_since_log += 1
-        return super().get_batch_samples(*args, **kwargs)
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if num_items is not None:
+            # On its device, for which nothing waits
+            self.num_labels = num_items if self.num_labels is None else self.num_labels + num_items
+        return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         # The library counts the labels of all accumulated batches and ranks, so that each token weighs the same

@@ -361,6 +361,15 @@ def test_pictures_may_be_arrays(processor):
     )
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
+def test_arrays_with_a_transparency_are_read_on_white_as_pictures_are(processor, axes):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 4), dtype=np.uint8)
+    row = dialogue("What?", "That.")
+    expected = DuoStreamDataCollator(processor)([{**row, "images": [Image.fromarray(pixels)]}])["pixel_values"]
+    array = pixels.transpose(axes)
+    assert torch.equal(DuoStreamDataCollator(processor)([{**row, "images": [array]}])["pixel_values"], expected)
+
+
 def test_pictures_of_any_mode_and_size_fit_together(processor):
     rows = [dialogue("What?", "That.") for _ in range(3)]
     rows[1]["images"] = [Image.new("L", (7, 30), 90)]
