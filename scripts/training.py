@@ -124,6 +124,7 @@ class DuoStreamTrainer(LongRunTrainer):
         self.objective_sums = torch.zeros(len(self.objectives))
         self.steps_since_log = 0
         self.num_items: torch.Tensor | None = None
+        self.num_labels: torch.Tensor | None = None
         self.eval_sums: tuple[float, float] | None = None
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -188,11 +189,11 @@ class DuoStreamTrainer(LongRunTrainer):
             write_card(folder, repo_id=self.hub_model_id, license=license, language=language)
 
     def _run_epoch(self, *, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
-        self.num_labels: Any = None
+        self.num_labels = None
         super()._run_epoch(steps_trained_in_current_epoch=steps_trained_in_current_epoch, **kwargs)
         # The rest of an epoch may have none
-        is_whole = not steps_trained_in_current_epoch and self.num_labels is not None
-        if is_whole and not self.has_objectives and not self.num_labels.sum():
+        is_told = not steps_trained_in_current_epoch and not self.has_objectives
+        if is_told and self.num_labels is not None and not self.num_labels.any():
             raise ValueError(
                 "Nothing was learnt: none of the rows has a label. `max_length` may cut off all answers, of which "
                 "the warnings tell"

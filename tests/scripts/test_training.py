@@ -302,14 +302,14 @@ def test_resuming_with_other_weights_to_train_names_the_options(new_parts, rows,
     train(*new_parts(), options(tmp_path, **saving), rows)
     model, processor = new_parts()
     model.freeze("text")
-    with pytest.raises(ValueError, match="checkpoint-2 was saved while other weights .*: resume with `freeze`"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 was saved while other weights .*: resume with `freeze`"):
         train(model, processor, options(tmp_path, **{**saving, "max_steps": 4}), rows)
 
 
 def test_an_epoch_without_any_label_is_told_of(new_parts, rows, tmp_path):
     model, processor = new_parts()
     collator = DuoStreamDataCollator(processor, max_length=model.config.image_seq_length + 2)
-    with pytest.raises(ValueError, match="Nothing was learnt: none of the rows has a label. `max_length`"):
+    with pytest.raises(ValueError, match=r"Nothing was learnt: .* `max_length`"):
         train(model, processor, options(tmp_path), rows, collator=collator)
 
 
