@@ -407,6 +407,9 @@ def _patient(rows: IterableDataset) -> IterableDataset:
     source = rows._ex_iterable
     while hasattr(source, "ex_iterable"):
         source = source.ex_iterable
+    if isinstance(files := getattr(source, "kwargs", {}).get("metadata_files"), set):
+        # An image folder's, which each process, and one that resumes, would read in an order of its own
+        source.kwargs = {**source.kwargs, "metadata_files": sorted(files, key=str)}
     for name in ("generate_tables_fn", "generate_examples_fn"):
         if hasattr(source, name):
             setattr(source, name, partial(read_patiently, getattr(source, name)))

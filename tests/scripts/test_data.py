@@ -305,6 +305,16 @@ def test_streaming_gives_the_same_rows(photographs):
         assert {**a, "images": None} == {**b, "images": None}
 
 
+def test_a_stream_of_several_metadata_files_has_one_order_in_every_process(tmp_path):
+    captions = list("abcdefg")
+    for i, caption in enumerate(captions):
+        write_image_folder(tmp_path / "train" / caption, [{"captions": [caption]}], first=i)
+    rows = load(tmp_path, answer_column="captions", streaming=True)
+    assert [said(row)[2] for row in rows] == captions
+    # Of so many shards each rank and each worker takes its own
+    assert rows.num_shards == len(captions)
+
+
 def test_rows_of_photographs_are_numbered(photographs):
     for streaming in (False, True):
         rows = load(photographs, answer_column="captions", streaming=streaming)
