@@ -48,6 +48,14 @@ SMALL_PHI = {
     "qk_layernorm": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }
+BASE_STACK: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 4096,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About a million parameters, to train from scratch on a CPU. The vision stream is convolutional: on 2 cores it
@@ -73,31 +81,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # About 200 million parameters: SigLIP-B/16 beside a Llama of 8 + 4 layers.
     "base": {
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": 32000,
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
-        },
+        "text_config": {**BASE_STACK, "num_hidden_layers": 8, "tie_word_embeddings": True},
         "vision_config": {
             "model_type": "siglip_vision_model",
             "image_size": 224,
             "patch_size": 16,
             "vision_use_head": False,
         },
-        "fusion_stack_config": {
-            "model_type": "llama",
-            "vocab_size": 32000,
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 4096,
-        },
+        "fusion_stack_config": {**BASE_STACK, "num_hidden_layers": 4},
     },
 }
 

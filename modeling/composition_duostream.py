@@ -47,6 +47,36 @@ def stack_of(model: nn.Module) -> nn.Module:
     return getattr(model, "decoder", model)
 
 
+class NoPositions(nn.Module):
+    """Stands where the fusion stack would add learned positions, which its inputs already carry."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def remove_final_norm(model: PreTrainedModel) -> None:
+    """Takes the last norm off a decoder, in place: the fusion stack goes on where its layers end."""
+    stack = stack_of(model)
+    for name in FINAL_NORMS:
+        if hasattr(stack, name):
+            setattr(stack, name, nn.Identity())
+            return
+
+
+def remove_embeddings(model: PreTrainedModel) -> None:
+    """Takes token and position embeddings off a decoder, in place: it starts from the states of the two streams."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    if model._tp_plan:
+        # The library checks that each entry of the plan is there
+        model._tp_plan.pop(name, None)
+    model.set_input_embeddings(None)
+    stack = stack_of(model)
+    for name in POSITION_EMBEDDINGS:
+        if hasattr(stack, name):
+            setattr(stack, name, NoPositions())
+
+
 def config_of(backbone: Backbone) -> PreTrainedConfig:
     """The config of a backbone that is a loaded model, a local folder or a Hub id."""
     return backbone.config if isinstance(backbone, PreTrainedModel) else AutoConfig.from_pretrained(backbone)

@@ -18,12 +18,15 @@ from .modeling_duostream import (
     DuoStreamModel,
     DuoStreamPreTrainedModel,
     check_can_write,
+)
+from .objectives_duostream import (
+    contrastive_loss,
     count_items,
-    find_labelled,
+    hard_negatives,
+    num_ranks,
     shift_labels,
     take_num_items,
 )
-from .objectives_duostream import contrastive_loss, hard_negatives, num_ranks
 from .stream_layout_duostream import check
 
 
@@ -159,11 +162,9 @@ class DuoStreamForMaskedLM(DuoStreamLMHeadModel):
                 of shape `(batch, targets_per_row, vocab_size)`.
         """
         num_items_in_batch = take_num_items(kwargs)
-        states_to_keep: int | torch.Tensor = 0
         if labels is not None:
             labels = self.without_placeholders(labels)
-        if self.training and labels is not None and targets_per_row is not None:
-            states_to_keep, labels = find_labelled(labels, targets_per_row)
+        states_to_keep, labels = self.keep_labelled(labels, targets_per_row)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -467,7 +468,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 for language modelling. Default to what is in this batch; with `num_items_in_batch`, as `Trainer` gives
                 it, such a loss then counts for the share of its labels that this batch has.
         """
-        weights = self.config
+        config = self.config
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
         num_items_in_batch = take_num_items(kwargs)
         share: float | torch.Tensor = 1.0
@@ -483,66 +484,77 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             **kwargs,
         }
         outputs = DuoStreamForPreTrainingOutput()
-        losses: list[torch.Tensor] = []
-        if weights.lm_weight or labels is None:
-            states_to_keep: int | torch.Tensor = 0
-            shifted = None
-            if labels is not None:
-                shifted = shift_labels(self.without_placeholders(labels), attention_mask)
-                if self.training and targets_per_row is not None:
-                    states_to_keep, shifted = find_labelled(shifted, targets_per_row)
+        if config.lm_weight or labels is None:
+            shifted = None if labels is None else shift_labels(self.without_placeholders(labels), attention_mask)
+            states_to_keep, shifted = self.keep_labelled(shifted, targets_per_row)
             states = self.model(
                 input_ids=input_ids, token_type_ids=token_type_ids, states_to_keep=states_to_keep, **common
             )
-            hidden_states = states.last_hidden_state
             outputs.hidden_states, outputs.attentions = states.hidden_states, states.attentions
             if shifted is None:
-                outputs.logits = self.compute_logits(hidden_states)
+                outputs.logits = self.compute_logits(states.last_hidden_state)
             else:
-                outputs.logits, lm_loss = self.logits_and_loss(hidden_states, shifted, num_items_in_batch)
-                outputs.lm_loss = lm_loss
-                losses.append(weights.lm_weight * lm_loss)
-        if weights.mlm_weight and masked_input_ids is not None:
-            states_to_keep = 0
-            if self.training and masked_per_row is not None:
-                states_to_keep, masked_labels = find_labelled(masked_labels, masked_per_row)
+                outputs.logits, outputs.lm_loss = self.logits_and_loss(
+                    states.last_hidden_state, shifted, num_items_in_batch
+                )
+        if config.mlm_weight and masked_input_ids is not None:
+            states_to_keep, masked_labels = self.keep_labelled(masked_labels, masked_per_row)
             states = self.model(
                 input_ids=masked_input_ids,
                 token_type_ids=whole_prefix(input_ids, None),
                 states_to_keep=states_to_keep,
                 **common,
             )
-            _, mlm_loss = self.logits_and_loss(states.last_hidden_state, masked_labels, num_masked_in_batch)
-            outputs.mlm_loss = mlm_loss
-            losses.append(weights.mlm_weight * mlm_loss * (share if num_masked_in_batch is None else 1))
-        if (weights.itc_weight or weights.itm_weight) and paired_input_ids is not None:
-            if images is None:
-                check_pairs(len(paired_input_ids), 0)
-            chosen = slice(None) if paired_images is None else paired_images
-            features, image_states = images.last_hidden_state[chosen], images.pooler_output[chosen]
-            check_pairs(len(paired_input_ids), len(features))
-            text_states = self.model.read_text(paired_input_ids, paired_attention_mask).last_hidden_state
-            head = self.image_text_head
-            pair_share = share if num_pairs_in_batch is None else 1
-            text_embeds = head.embed_text(text_states, paired_attention_mask)
-            image_embeds = head.embed_images(features)
-            if weights.itc_weight:
-                outputs.itc_loss = head.contrastive_loss(text_embeds, image_embeds, num_pairs_in_batch)
-                losses.append(weights.itc_weight * outputs.itc_loss * pair_share)
-            if weights.itm_weight and len(text_embeds) > 1:
-                scores = (head.logit_scale.exp() * text_embeds @ image_embeds.T).detach()
-                outputs.itm_loss = self.matching_loss(
-                    scores, text_states, paired_attention_mask, image_states, num_pairs_in_batch
-                )
-                losses.append(weights.itm_weight * outputs.itm_loss * pair_share)
-        elif weights.itc_weight and num_ranks() > 1:
-            # The other ranks wait for this one's pairs, if there are none, too
-            nothing = self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
-            no_texts = self.image_text_head.embed_text(nothing, None)
-            no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
-            losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1))
+            _, outputs.mlm_loss = self.logits_and_loss(states.last_hidden_state, masked_labels, num_masked_in_batch)
+        if (config.itc_weight or config.itm_weight) and paired_input_ids is not None:
+            outputs.itc_loss, outputs.itm_loss = self.pair_losses(
+                images, paired_input_ids, paired_attention_mask, paired_images, num_pairs_in_batch
+            )
+        masked_share = share if num_masked_in_batch is None else 1
+        pair_share = share if num_pairs_in_batch is None else 1
+        parts = (
+            (config.lm_weight, outputs.lm_loss, 1),
+            (config.mlm_weight, outputs.mlm_loss, masked_share),
+            (config.itc_weight, outputs.itc_loss, pair_share),
+            (config.itm_weight, outputs.itm_loss, pair_share),
+        )
+        losses = [weight * loss * part for weight, loss, part in parts if loss is not None]
+        if config.itc_weight and paired_input_ids is None and num_ranks() > 1:
+            losses.append(self.loss_of_no_pairs())
         outputs.loss = torch.stack(losses).sum() if losses else None
         return outputs
+
+    def pair_losses(
+        self,
+        images: BaseModelOutputWithPooling | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        paired_images: torch.Tensor | None,
+        num_pairs: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Losses of pictures and the texts that belong to them: contrastive, and of matching; see [`forward`]."""
+        if images is None:
+            check_pairs(len(input_ids), 0)
+        chosen = slice(None) if paired_images is None else paired_images
+        features, image_states = images.last_hidden_state[chosen], images.pooler_output[chosen]
+        check_pairs(len(input_ids), len(features))
+        text_states = self.model.read_text(input_ids, attention_mask).last_hidden_state
+        head, itc_loss, itm_loss = self.image_text_head, None, None
+        text_embeds = head.embed_text(text_states, attention_mask)
+        image_embeds = head.embed_images(features)
+        if self.config.itc_weight:
+            itc_loss = head.contrastive_loss(text_embeds, image_embeds, num_pairs)
+        if self.config.itm_weight and len(text_embeds) > 1:
+            scores = (head.logit_scale.exp() * text_embeds @ image_embeds.T).detach()
+            itm_loss = self.matching_loss(scores, text_states, attention_mask, image_states, num_pairs)
+        return itc_loss, itm_loss
+
+    def loss_of_no_pairs(self) -> torch.Tensor:
+        """Zero, for which this rank gathers with those that have pairs, which would else wait for it."""
+        nothing = self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
+        no_texts = self.image_text_head.embed_text(nothing, None)
+        no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
+        return self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1)
 
     def matching_loss(
         self,

@@ -94,7 +94,7 @@ def locate_images(
     past_len: int | torch.Tensor,
     past_text_len: int | torch.Tensor,
     has_new_images: bool,
-    noted: PicturesRead | None = None,
+    noted: PicturesRead | None,
 ) -> torch.Tensor | None:
     """
     Where the image tokens stand among the cached and the new tokens.

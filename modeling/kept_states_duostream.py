@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.generic import is_flash_attention_requested
 
 from .composition_duostream import stack_of
 from .stream_layout_duostream import first_where
@@ -113,6 +114,14 @@ class _CacheOfOneLayer(Cache):
         return self.cache.update(keys, values, *args, **kwargs)
 
 
+def refuses_cache(part: PreTrainedModel) -> bool:
+    """
+    Whether the library takes the cache from a part's layers: in training with checkpoints of activations, without
+    gradients, too.
+    """
+    return part.training and part.is_activation_checkpointing
+
+
 def layers_of(stack: PreTrainedModel) -> list[nn.Module]:
     """A decoder's layers; none, if its type isn't a known one or something is wrapped around it."""
     if getattr(getattr(stack, "config", None), "model_type", None) not in KNOWN_TYPES:
@@ -154,6 +163,50 @@ def is_worth_it(kept: int | torch.Tensor, states: torch.Tensor, layer: nn.Module
         return True
     operations = 2 * sum(weight.numel() for weight in layer.parameters()) + 4 * seq_len * states.shape[-1]
     return operations * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
+
+
+def states_to_make(
+    stack: PreTrainedModel,
+    hidden_states: torch.Tensor,
+    states_to_keep: int | torch.Tensor,
+    text_index: torch.Tensor | None,
+    num_image_update_layers: int | None,
+) -> dict[nn.Module, int | torch.Tensor]:
+    """
+    The layers that need not make all states, with those that they need make: the last one those that are read
+    (`states_to_keep`), and those that only read image tokens the text's (`text_index`, if there are any).
+    """
+    # All make the state of a single token
+    layers = layers_of(stack) if hidden_states.shape[1] > 1 else []
+    kept: dict[nn.Module, int | torch.Tensor] = {}
+    if layers and text_index is not None and is_worth_it(text_index, hidden_states, layers[-1]):
+        kept = dict.fromkeys(layers[num_image_update_layers:], text_index)
+    if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
+        kept[layers[-1]] = states_to_keep
+    return kept
+
+
+def keeping(
+    kept: dict[nn.Module, int | torch.Tensor],
+    stack: PreTrainedModel,
+    config: PreTrainedConfig,
+    cache: Cache | None,
+    has_own_mask: bool,
+    kwargs: dict[str, Any],
+) -> Cache | None:
+    """The cache, telling what is kept where nothing else is asked of the layers and they may be run twice."""
+    # Flash attention may read off the positions that a row holds several sequences, for which one position is too few
+    if torch.compiler.is_compiling() or is_flash_attention_requested(config):
+        return cache
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if kwargs.get(name) or getattr(config, name, False):
+            return cache
+    if cache is None:
+        # The library would make the masks by the sizes of a cache that isn't there
+        may_cut = has_own_mask and not stack.is_activation_checkpointing
+    else:
+        may_cut = not (torch.is_grad_enabled() or cache.offloading or refuses_cache(stack))
+    return CacheOfKeptStates(cache, config, kept) if may_cut else cache
 
 
 def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.Tensor:

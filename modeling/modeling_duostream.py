@@ -20,14 +20,6 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import (
-    CandidateGenerator,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PromptLookupCandidateGenerator,
-)
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
@@ -44,8 +36,6 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
 from ..configuration.image_tokens_duostream import image_size_of, image_tokens, patch_grid
 from .composition_duostream import (
-    FINAL_NORMS,
-    POSITION_EMBEDDINGS,
     Backbone,
     check_found,
     check_is_unchanged,
@@ -53,32 +43,38 @@ from .composition_duostream import (
     compose_state_dict,
     config_of,
     load_backbones,
-    stack_of,
+    remove_embeddings,
+    remove_final_norm,
 )
+from .generation_duostream import DuoStreamGenerationMixin
 from .image_locations_duostream import locate_images, note_pictures, pictures_read
 from .kept_states_duostream import (
     KNOWN_TYPES,
-    CacheOfKeptStates,
-    is_worth_it,
+    keeping,
     layers_of,
     make_kept_states_alone,
+    states_to_make,
     take,
 )
+from .masks_duostream import (
+    check_prefix,
+    check_segment_windows,
+    check_segments,
+    fusion_mask,
+    text_segment_mask,
+    tokens_that_see_each_other,
+)
+from .objectives_duostream import count_items, find_labelled, shift_labels, take_num_items
 from .stream_layout_duostream import (
     StreamLayout,
-    block_sequence_ids,
     check,
-    check_prefix,
-    check_segments,
+    check_one_sequence,
     count_text,
-    first_where,
+    default_segment_positions,
     lay_out,
     prefix_length_of,
     restart_positions,
-    see_own_segment,
-    segment_positions,
     text_padding_mask,
-    without_padding,
 )
 
 logger = logging.get_logger(__name__)
@@ -151,7 +147,7 @@ class DuoStreamProjector(nn.Module):
         return hidden_states
 
 
-def without_graph(
+def no_grad_if_frozen(
     part: nn.Module, *inputs: torch.Tensor | None, past_key_values: Cache | None = None
 ) -> AbstractContextManager:
     """
@@ -168,56 +164,21 @@ def without_graph(
     return nullcontext() if any(each.requires_grad for each in tensors) else no_grad()
 
 
-def refuse_flash_attention(config: DuoStreamConfig, stream: str) -> None:
-    """Raises `ValueError` where flash attention would see what a mask hides, or hide what it shows, without a word."""
-    if is_flash_attention_requested(getattr(config, stream)):
-        raise ValueError(
-            "Flash attention knows neither tokens that see each other both ways (`token_type_ids`, masked language "
-            "modelling, image-text matching) nor `segment_ids`: use "
-            f'`model.set_attn_implementation({{"{stream}": "sdpa"}})`'
-        )
-
-
-def refuses_cache(part: PreTrainedModel) -> bool:
-    """
-    Whether the library takes the cache from a part's layers: in training with checkpoints of activations, without
-    gradients, too.
-    """
-    return part.training and part.is_activation_checkpointing
-
-
-class NoPositions(nn.Module):
-    """Stands where the fusion stack would add learned positions, which its inputs already carry."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
-
-
-def remove_final_norm(model: PreTrainedModel) -> None:
-    """Takes the last norm off a decoder, in place: the fusion stack goes on where its layers end."""
-    stack = stack_of(model)
-    for name in FINAL_NORMS:
-        if hasattr(stack, name):
-            setattr(stack, name, nn.Identity())
-            return
-
-
-def remove_embeddings(model: PreTrainedModel) -> None:
-    """Takes token and position embeddings off a decoder, in place: it starts from the states of the two streams."""
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    if model._tp_plan:
-        # The library checks that each entry of the plan is there
-        model._tp_plan.pop(name, None)
-    model.set_input_embeddings(None)
-    stack = stack_of(model)
-    for name in POSITION_EMBEDDINGS:
-        if hasattr(stack, name):
-            setattr(stack, name, NoPositions())
+def own_attention(config: DuoStreamConfig, attn_implementation: str | None) -> dict[str, str]:
+    """What is used by streams that can't take the implementation which is chosen for all, by the config's names."""
+    own = {}
+    if not MODEL_MAPPING[type(config.vision_config)]._supports_sdpa:
+        # A convolutional stream has no attention to choose, but would refuse whatever is chosen for the others
+        own["vision_config"] = "eager"
+    is_flash = is_flash_attention_requested(requested_attention_implementation=attn_implementation)
+    if is_flash and config.bidirectional_images:
+        # Flash kernels know causal and padding masks only; a picture's tokens see each other both ways
+        own["fusion_stack_config"] = "sdpa"
+    return own
 
 
 class DuoStreamPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and saving, common to all DuoStream models."""
+    """Common to all DuoStream models: first weights, loading, composing from backbones, what is trained."""
 
     config_class = DuoStreamConfig
     config: DuoStreamConfig
@@ -242,14 +203,10 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
-        # One name is for all streams, but some can't take it: see `DuoStreamModel.__init__`
+        # One name is for all streams, but some can't take it
         if isinstance(attn_implementation, str):
             by_stream = dict.fromkeys(("", "text_config", "vision_config", "fusion_stack_config"), attn_implementation)
-            if not MODEL_MAPPING[type(self.config.vision_config)]._supports_sdpa:
-                by_stream["vision_config"] = "eager"
-            if attn_implementation.startswith("flash_attention") and self.config.bidirectional_images:
-                by_stream["fusion_stack_config"] = "sdpa"
-            attn_implementation = by_stream
+            attn_implementation = by_stream | own_attention(self.config, attn_implementation)
         super().set_attn_implementation(attn_implementation, **kwargs)
 
     @classmethod
@@ -341,7 +298,7 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         ... )
         ```
         """
-        writes = issubclass(cls, GenerationMixin)
+        writes = cls.can_generate()
         config = compose_config(
             config_of(text), config_of(vision), num_fusion_layers, fusion_config, image_size, writes, **kwargs
         )
@@ -374,16 +331,14 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         config.check_fields()
         config.check_layers()
         super().__init__(config)
-        if is_flash_attention_requested(config.fusion_stack_config) and config.bidirectional_images:
-            # Flash kernels know causal and padding masks only; a picture's tokens see each other both ways.
+        own = own_attention(config, config.fusion_stack_config._attn_implementation)
+        if "fusion_stack_config" in own:
             logger.warning_once(
                 "The fusion stack's masks are beyond flash attention: it uses `sdpa` instead. With "
                 "`bidirectional_images=False` they are not."
             )
-            config.fusion_stack_config._attn_implementation = "sdpa"
-        if not MODEL_MAPPING[type(config.vision_config)]._supports_sdpa:
-            # A convolutional stream has no attention to choose, but would refuse whatever is chosen for the others
-            config.vision_config._attn_implementation = "eager"
+        for name, implementation in own.items():
+            getattr(config, name)._attn_implementation = implementation
         self.text_model = AutoModel.from_config(config.text_config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.projector = DuoStreamProjector(config)
@@ -440,7 +395,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         if layer != -1:
             kwargs["output_hidden_states"] = True
-        with without_graph(self.vision_model, pixel_values):
+        with no_grad_if_frozen(self.vision_model, pixel_values):
             outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
         grid = patch_grid(self.config.vision_config)
         features = image_tokens(outputs, layer, self.config.spatial_merge_size, grid)  # (num_images, tokens, width)
@@ -585,7 +540,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         }
         return {"attention_mask": masks, "text_position_ids": count_text(position_ids, is_image)}
 
-    def lay_out(
+    def _deal_out(
         self,
         is_image: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
@@ -594,7 +549,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         num_image_tokens: int,
         text_cache: Cache | None,
         images_per_row: int | None,
-        segment_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None,
     ) -> StreamLayout:
         """Deals out this forward's tokens to the two streams: see `stream_layout_duostream`."""
         if is_image is None:
@@ -694,26 +649,15 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 f"`attention_mask` is of shape {tuple(attention_mask.shape)}; expected (batch, past_len + seq_len): "
                 "the two streams need different masks, and make them"
             )
-        if use_cache is None:
-            # The library's models fill a cache in training, too. Without one the text is packed closer, and rows of
-            # which `images_per_row` was told, as the collator does, may have their pictures at different places.
-            is_told = images_per_row is not None and past_key_values is None
-            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training and not is_told
-        # Asked for once: at a decoding step of one row the host is what takes time
-        is_text_causal = self.config.is_text_causal
-        use_cache = use_cache and is_text_causal and segment_ids is None
-        if segment_ids is not None and (past_key_values is not None or not is_text_causal):
-            raise ValueError("`segment_ids` are for a text stream that is a decoder, and go without `past_key_values`")
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        elif past_key_values is not None and not is_text_causal:
-            raise ValueError("`past_key_values` can't be used: an encoder's text states change with every new token")
+        past_key_values = self._open_cache(past_key_values, use_cache, images_per_row, segment_ids)
         fusion_cache, text_cache = (None, None) if past_key_values is None else self.split_cache(past_key_values)
+        past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
+        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
+        given = input_ids if input_ids is not None else inputs_embeds
+        batch_size, seq_len = given.shape[:2]
 
         images = self.read_images(pixel_values, mm_encoder_outputs)
         image_states = None if images is None else images.pooler_output
-        past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
-        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
         unused = None
         # Decoding reads no pictures on any rank. With a static cache only the device knows whether it decodes, and is
         # asked last.
@@ -721,19 +665,18 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if image_states is None and may_be_first and self._are_weights_shared_out and past_len == 0:
             unused = self._read_unused_picture()
         num_image_tokens = 0 if image_states is None else image_states.shape[:-1].numel()
-        batch_size, seq_len = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        has_new_images = num_image_tokens > 0
 
         fusion_attention_mask, block_ids, image_mask = attention_mask, None, None
         if isinstance(attention_mask, dict):
             layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
             fusion_attention_mask = attention_mask["fusion"]
         else:
-            if not num_image_tokens and seq_len > 1 and input_ids is not None:
+            if not has_new_images and seq_len > 1 and input_ids is not None:
                 has_placeholder = (input_ids == self.config.image_token_id).any()
                 check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
-            has_new_images = num_image_tokens > 0
             is_image = locate_images(
-                input_ids if input_ids is not None else inputs_embeds,
+                given,
                 partial(self.image_placeholders, input_ids, inputs_embeds),
                 attention_mask,
                 mm_token_type_ids,
@@ -749,15 +692,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
             if segment_ids is not None and position_ids is None:
-                is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask.long()
-                # Padding has the position of the token before it: behind the last one there may be none
-                position_ids = (segment_positions(segment_ids, is_valid) - 1 + is_valid).clamp(min=0)
+                position_ids = default_segment_positions(segment_ids, attention_mask)
             elif segment_ids is None and position_ids is not None and has_new_images:
-                goes_on = position_ids.diff(dim=1) >= 0  # (batch, seq_len - 1)
-                if attention_mask is not None:
-                    is_valid = attention_mask[:, -seq_len:].to(torch.bool)
-                    goes_on = goes_on | ~(is_valid[:, 1:] & is_valid[:, :-1])
-                check(goes_on.all(), "`position_ids` start anew, for several sequences in a row: give `segment_ids`")
+                check_one_sequence(position_ids, attention_mask)
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:
@@ -765,7 +702,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # Without a cache text is packed to the left: its positions are the default ones
             packed = has_new_images and text_cache is None
             layout_position_ids = given_position_ids if packed else position_ids
-            layout = self.lay_out(
+            layout = self._deal_out(
                 is_image,
                 attention_mask,
                 layout_position_ids,
@@ -775,7 +712,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 images_per_row,
                 segment_ids,
             )
-            if text_cache is not None and is_image is not None and layout.text_index is not None:
+            if text_cache is not None and layout.text_index is not None:
                 num_left_out = seq_len - layout.text_index.shape[1]
                 num_untold = 0 if mm_token_type_ids is None else is_image.shape[1] - mm_token_type_ids.shape[1]
                 note_pictures(
@@ -787,36 +724,19 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if needs_mask or token_type_ids is not None:
                 if is_image is None:
                     is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=self.device)
-                block_ids = self._block_sequence_ids(is_image, token_type_ids, attention_mask, seq_len, segment_ids)
+                block_ids = tokens_that_see_each_other(
+                    self.config, is_image, token_type_ids, attention_mask, seq_len, segment_ids
+                )
 
         if self.config.restart_positions:
             if prefix_length is None:
                 prefix_length = self._count_prefix(token_type_ids, attention_mask, past_len, seq_len, segment_ids)
             position_ids = restart_positions(position_ids, prefix_length)
 
-        text_attention_mask = layout.text_attention_mask
         if segment_ids is not None:
-            text_len = seq_len if layout.text_index is None else layout.text_index.shape[1]
-            self._check_segment_windows(segment_ids, attention_mask, seq_len, text_len)
-            text_attention_mask = self._text_segment_mask(segment_ids, layout)
-        if layout.text_index is not None:
-            if inputs_embeds is None:
-                input_ids = input_ids.gather(1, layout.text_index)  # (batch, text_len)
-                # Slots behind a row's text may hold placeholders, which need not have an embedding
-                input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
-            else:
-                index = layout.text_index.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
-                inputs_embeds = inputs_embeds.gather(1, index)  # (batch, text_len, hidden)
+            check_segment_windows(self.config, segment_ids, attention_mask, layout)
         if layout.text_index is None or layout.text_index.shape[1] > 0:
-            with without_graph(self.text_model, inputs_embeds, past_key_values=text_cache):
-                hidden_states = self.text_model(
-                    input_ids=input_ids,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=text_attention_mask,
-                    position_ids=self._as_the_text_stream_counts(layout.text_position_ids),
-                    past_key_values=text_cache,
-                    use_cache=text_cache is not None,
-                ).last_hidden_state  # (batch, text_len, hidden)
+            hidden_states = self._read_new_text(input_ids, inputs_embeds, layout, segment_ids, text_cache)
         else:
             hidden_states = image_states.new_empty(batch_size, 0, image_states.shape[-1])
         if unused is not None:
@@ -830,24 +750,26 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             # The library takes positions that start anew for another row packed into this one
             fusion_attention_mask = attention_mask = torch.ones_like(position_ids)
         if has_own_mask:
-            fusion_attention_mask = self._fusion_mask(
-                hidden_states, attention_mask, fusion_cache, block_ids, segment_ids
+            fusion_attention_mask = fusion_mask(
+                self.config, hidden_states, attention_mask, fusion_cache, block_ids, segment_ids
             )
 
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        kept = self._states_to_make(hidden_states, states_to_keep, None if image_mask is None else layout.text_index)
-        may_cut = bool(kept) and self._may_cut_layers(fusion_cache, has_own_mask, kwargs)
+        text_index = None if image_mask is None else layout.text_index
+        fusion, num_update_layers = self.fusion_model, self.config.num_image_update_layers
+        kept = states_to_make(fusion, hidden_states, states_to_keep, text_index, num_update_layers)
+        cache = fusion_cache
+        if kept and not self._are_weights_shared_out:
+            cache = keeping(kept, fusion, self.config.fusion_stack_config, fusion_cache, has_own_mask, kwargs)
         if image_mask is not None:
             kwargs |= {"image_mask": image_mask, "num_image_update_layers": self.config.num_image_update_layers}
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
             position_ids=position_ids,
-            past_key_values=CacheOfKeptStates(fusion_cache, self.config.fusion_stack_config, kept)
-            if may_cut
-            else fusion_cache,
+            past_key_values=cache,
             use_cache=fusion_cache is not None,
             **kwargs,
         )
@@ -859,84 +781,60 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             image_hidden_states=image_states,
         )
 
-    def _states_to_make(
-        self, hidden_states: torch.Tensor, states_to_keep: int | torch.Tensor, text_index: torch.Tensor | None
-    ) -> dict[nn.Module, int | torch.Tensor]:
-        """
-        The fusion layers that need not make all states, with those that they need make: the last one those that are
-        read (`states_to_keep`), and those that only read image tokens the text's (`text_index`, if there are any).
-        """
-        # All make the state of a single token
-        layers = layers_of(self.fusion_model) if hidden_states.shape[1] > 1 else []
-        kept: dict[nn.Module, int | torch.Tensor] = {}
-        if layers and text_index is not None and is_worth_it(text_index, hidden_states, layers[-1]):
-            kept = dict.fromkeys(layers[self.config.num_image_update_layers :], text_index)
-        if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
-            kept[layers[-1]] = states_to_keep
-        return kept
-
-    def _may_cut_layers(self, fusion_cache: Cache | None, has_own_mask: bool, kwargs: dict[str, Any]) -> bool:
-        """Whether nothing but the states that are kept is asked of the fusion layers, and they may be run twice."""
-        if self._are_weights_shared_out or torch.compiler.is_compiling():
-            return False
-        config = self.config.fusion_stack_config
-        if is_flash_attention_requested(config):
-            # It may read off the positions that a row holds several sequences, for which one position is too few
-            return False
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if kwargs.get(name) or getattr(config, name, False):
-                return False
-        if fusion_cache is None:
-            # The library would make the masks by the sizes of a cache that isn't there
-            return has_own_mask and not self.fusion_model.is_activation_checkpointing
-        return not (torch.is_grad_enabled() or fusion_cache.offloading or refuses_cache(self.fusion_model))
-
-    def _fusion_mask(
+    def _open_cache(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
-        block_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-    ) -> Any:
-        """Masks of the fusion stack that are more than causal and padding masks, which its layers make themselves."""
-        refuse_flash_attention(self.config, "fusion_stack_config")
-        return create_masks_for_generate(
-            config=self.config.fusion_stack_config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=None if segment_ids is None else see_own_segment(segment_ids),
-            block_sequence_ids=block_ids,
-        )
-
-    def _check_segment_windows(
-        self, segment_ids: torch.Tensor, attention_mask: torch.Tensor | None, seq_len: int, text_len: int
-    ) -> None:
-        """Raises `ValueError` where sequences share a beginning that those in between would push out of a window."""
-        for name, length in (("text_config", text_len), ("fusion_stack_config", seq_len)):
-            config = getattr(self.config, name)
-            if "sliding_attention" in layer_types(config) and length > config.sliding_window:
-                check(
-                    ~without_padding(segment_ids == 0, attention_mask).any(),
-                    f"`segment_ids` share a beginning, but windows of {config.sliding_window} tokens "
-                    f"(`{name}.sliding_window`) slide over rows of {length}: give shorter rows, or each a row of its "
-                    "own",
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        images_per_row: int | None,
+        segment_ids: torch.Tensor | None,
+    ) -> Cache | None:
+        """The cache that a forward pass reads and fills: the one that is given, a new one, or none."""
+        # Asked for once: at a decoding step of one row the host is what takes time
+        is_text_causal = self.config.is_text_causal
+        if segment_ids is not None and (past_key_values is not None or not is_text_causal):
+            raise ValueError("`segment_ids` are for a text stream that is a decoder, and go without `past_key_values`")
+        if past_key_values is not None:
+            if not is_text_causal:
+                raise ValueError(
+                    "`past_key_values` can't be used: an encoder's text states change with every new token"
                 )
+            return past_key_values
+        if use_cache is None:
+            # The library's models fill a cache in training, too. Without one the text is packed closer, and rows of
+            # which `images_per_row` was told, as the collator does, may have their pictures at different places.
+            is_wanted = getattr(self.config.text_config, "use_cache", True)
+            use_cache = is_wanted and not self.training and images_per_row is None
+        return DynamicCache(config=self.config) if use_cache and is_text_causal and segment_ids is None else None
 
-    def _text_segment_mask(self, segment_ids: torch.Tensor, layout: StreamLayout) -> Any:
-        """Masks by which the text stream, too, reads each continuation apart from the others."""
-        refuse_flash_attention(self.config, "text_config")
+    def _read_new_text(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        layout: StreamLayout,
+        segment_ids: torch.Tensor | None,
+        text_cache: Cache | None,
+    ) -> torch.Tensor:
+        """What the text stream makes of the tokens that are dealt out to it: states `(batch, text_len, hidden)`."""
+        text_attention_mask = layout.text_attention_mask
+        if segment_ids is not None:
+            text_attention_mask = text_segment_mask(self.config, segment_ids, layout, self.dtype)
         if layout.text_index is not None:
-            segment_ids = segment_ids.gather(1, layout.text_index)  # (batch, text_len)
-        return create_masks_for_generate(
-            config=self.config.text_config,
-            # Only the shape, dtype and device count
-            inputs_embeds=torch.empty((*segment_ids.shape, 0), dtype=self.dtype, device=segment_ids.device),
-            attention_mask=layout.text_attention_mask,
-            past_key_values=None,
-            and_mask_function=see_own_segment(segment_ids),
-        )
+            if inputs_embeds is None:
+                input_ids = input_ids.gather(1, layout.text_index)  # (batch, text_len)
+                # Slots behind a row's text may hold placeholders, which need not have an embedding
+                input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+            else:
+                index = layout.text_index.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[-1])
+                inputs_embeds = inputs_embeds.gather(1, index)  # (batch, text_len, hidden)
+        with no_grad_if_frozen(self.text_model, inputs_embeds, past_key_values=text_cache):
+            return self.text_model(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=text_attention_mask,
+                position_ids=self._as_the_text_stream_counts(layout.text_position_ids),
+                past_key_values=text_cache,
+                use_cache=text_cache is not None,
+            ).last_hidden_state
 
     def read_text(
         self,
@@ -946,7 +844,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     ) -> BaseModelOutput:
         """What the text stream makes of text on its own, padded on either side: states `(batch, text_len, hidden)`."""
         position_ids = None if attention_mask is None else self._count_tokens(attention_mask, 0, *input_ids.shape)
-        with without_graph(self.text_model):
+        with no_grad_if_frozen(self.text_model):
             return self.text_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -994,7 +892,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         prefix = torch.zeros(batch_size, seq_len, dtype=torch.long, device=hidden_states.device)
         return self.fusion_model(
             inputs_embeds=hidden_states,
-            attention_mask=self._fusion_mask(hidden_states, attention_mask, block_ids=prefix),
+            attention_mask=fusion_mask(self.config, hidden_states, attention_mask, block_ids=prefix),
             position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len),
             use_cache=False,
             **kwargs,
@@ -1028,26 +926,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             return torch.zeros(1, dtype=torch.long, device=self.device)
         return prefix_length_of(token_type_ids, attention_mask, segment_ids)
 
-    def _block_sequence_ids(
-        self,
-        is_image: torch.Tensor,
-        token_type_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        seq_len: int,
-        segment_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if not self.config.bidirectional_images:
-            is_image = torch.zeros_like(is_image)
-        if token_type_ids is not None and token_type_ids.shape[1] < is_image.shape[1]:
-            # Types of the new tokens alone: what is cached has been read, and is seen by all of them anyway
-            num_past = is_image.shape[1] - token_type_ids.shape[1]
-            token_type_ids = nn.functional.pad(token_type_ids, (num_past, 0), value=1)
-        elif token_type_ids is not None and token_type_ids.shape[1] > seq_len:
-            is_prefix = without_padding(token_type_ids == 0, attention_mask)
-            is_cut = is_prefix[:, :-seq_len].any(dim=1) & is_prefix[:, -seq_len:].any(dim=1)
-            check(~is_cut.any(), "A prefix that is read both ways (`token_type_ids` 0) must be read at once")
-        return block_sequence_ids(is_image, self.config.image_seq_length, token_type_ids, segment_ids)
-
 
 class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
     """What the models with a language-model head have in common."""
@@ -1074,18 +952,6 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
             # matrix: ranks would put together what none of them has split
             self._tp_plan.pop("lm_head", None)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
@@ -1095,6 +961,14 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
     def without_placeholders(self, labels: torch.Tensor) -> torch.Tensor:
         """`labels` of tokens that can be written: placeholders never are."""
         return labels.masked_fill(labels == self.config.image_token_id, -100)
+
+    def keep_labelled(
+        self, labels: torch.Tensor | None, targets_per_row: int | None
+    ) -> tuple[int | torch.Tensor, torch.Tensor | None]:
+        """`states_to_keep` and their labels: all, or in training, with `targets_per_row`, those that have one."""
+        if not self.training or labels is None or targets_per_row is None:
+            return 0, labels
+        return find_labelled(labels, targets_per_row)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores of the vocabulary, of shape `(batch, seq_len, vocab_size)`."""
@@ -1170,57 +1044,6 @@ def check_can_write(config: DuoStreamConfig) -> None:
             )
 
 
-def shift_labels(labels: torch.Tensor, attention_mask: torch.Tensor | dict[str, Any] | None) -> torch.Tensor:
-    """
-    Labels in the place of the state that predicts them, of shape `(batch, seq_len)`: the last predicts none, and
-    neither does padding, whose states are anything, that of the very label among them.
-    """
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, seq_len)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        is_padding = attention_mask[:, -shifted.shape[1] :].to(shifted.device) == 0
-        shifted = shifted.masked_fill(is_padding, -100)
-    return shifted
-
-
-def take_num_items(kwargs: dict[str, Any]) -> torch.Tensor | int | None:
-    """Takes `num_items_in_batch` out: a tensor, as `Trainer` gives it, would go through all layers for nothing."""
-    num_items = kwargs.pop("num_items_in_batch", None)
-    # `Trainer` counts none in rows whose answers were all cut away, from which nothing is learnt
-    return None if num_items is None else num_items + (num_items == 0)
-
-
-def count_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
-    """What a sum over labels is divided by."""
-    if num_items_in_batch is None:
-        return (labels != -100).sum().clamp(min=1)
-    # Layers may be spread over devices
-    return num_items_in_batch.to(labels.device) if isinstance(num_items_in_batch, torch.Tensor) else num_items_in_batch
-
-
-def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The positions that have a label, so that no logits are made of the others, which are most of them: a picture's
-    tokens, the prompt and padding. Nothing waits for the device.
-
-    Args:
-        labels (`torch.Tensor` of shape `(batch, seq_len)`): What the state in the same place predicts; -100 = nothing.
-        targets_per_row (`int`): How many labels a row has at most.
-
-    Returns:
-        Positions and their labels, both of shape `(batch, targets_per_row)`, in order.
-
-    Raises:
-        ValueError: A row has more labels.
-    """
-    has_label = labels != -100
-    check(
-        (has_label.sum(dim=1) <= targets_per_row).all(),
-        f"A row has more labels than `targets_per_row`, which is {targets_per_row}",
-    )
-    index = first_where(has_label)[:, :targets_per_row]  # (batch, targets_per_row)
-    return index, labels.gather(1, index)  # (batch, targets_per_row)
-
-
 def leaving_out_placeholders(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput]:
     """A `forward` that is put in the place of a model's own and makes the loss itself, of tokens that are written."""
 
@@ -1234,25 +1057,7 @@ def leaving_out_placeholders(forward: Callable[..., ModelOutput]) -> Callable[..
     return call
 
 
-class SuppressPlaceholder(LogitsProcessor):
-    """
-    Keeps the placeholder of pictures from being written. The library's `SuppressTokensLogitsProcessor` looks through
-    the vocabulary at each step: of 49152 tokens that took 0.3 ms on a CPU, this 0.01 ms (docs/speed.md).
-
-    Args:
-        image_token_id (`int`): Within the vocabulary.
-    """
-
-    def __init__(self, image_token_id: int):
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[..., self.image_token_id] = -math.inf
-        return scores
-
-
-class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
+class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, DuoStreamGenerationMixin):
     """DuoStream with a language-model head: it reads text and pictures and writes text."""
 
     def __init__(self, config: DuoStreamConfig):
@@ -1334,12 +1139,11 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             shifted = self.without_placeholders(shifted)
         num_items_in_batch = take_num_items(kwargs)
         states_to_keep: int | torch.Tensor = 0
-        if labels is None and type(logits_to_keep) is int and logits_to_keep > 0:
+        if labels is not None:
+            shifted = shift_labels(labels, attention_mask) if shifted is None else shifted
+            states_to_keep, shifted = self.keep_labelled(shifted, targets_per_row)
+        elif type(logits_to_keep) is int and logits_to_keep > 0:
             states_to_keep = logits_to_keep
-        if labels is not None and shifted is None:
-            shifted = shift_labels(labels, attention_mask)
-        if self.training and labels is not None and targets_per_row is not None:
-            states_to_keep, shifted = find_labelled(shifted, targets_per_row)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1365,15 +1169,15 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             loss = self.chunked_loss(hidden_states, shifted, num_items_in_batch)
         else:
             logits = self.compute_logits(slice_logits_to_keep(hidden_states, logits_to_keep))
-        if labels is not None and logits is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shifted,
-                **kwargs,
-            )
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shifted,
+                    **kwargs,
+                )
         return DuoStreamCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1382,174 +1186,6 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        # `generate` calls this once, before the first step. From here on it carries along what every step needs:
-        # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; their number, where
-        # rows are alike, without padding and with pictures at the same places, so that no step need look at those; and
-        # the length of the prefix, behind which positions may start anew.
-        last_ids = input_ids[:, -1:] if self.config.num_image_reading_layers and input_ids is not None else None
-        if last_ids is not None and (last_ids == self.config.image_token_id).any():
-            raise ValueError(
-                "With `num_image_update_layers` a picture's tokens don't go through all layers, so no word can be "
-                "written from their states: the prompt must end on text, as those of the chat template do"
-            )
-        images = self.model.read_images(None, model_kwargs.get("mm_encoder_outputs"))
-        if images is not None:
-            # The library repeats them in place, for several sequences or beams: not those of whoever calls
-            model_kwargs["mm_encoder_outputs"] = {"image": copy.copy(images)}
-        if model_kwargs.get("mm_token_type_ids") is None and images is not None:
-            inputs_embeds = model_kwargs.get("inputs_embeds")
-            ids = input_ids if inputs_embeds is None else None
-            model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
-        types, mask = model_kwargs.get("mm_token_type_ids"), model_kwargs.get("attention_mask")
-        if mask is None and types is not None and model_kwargs.get("past_key_values") is None:
-            mask = torch.ones_like(types)
-        if types is not None and mask is not None and mask.shape == types.shape:
-            are_alike = ((types == types[:1]) & (mask != 0)).all()
-            model_kwargs["image_tokens_per_row"] = int((types[0] == 1).sum()) if are_alike else None
-        if self.config.restart_positions and model_kwargs.get("prefix_length") is None:
-            token_type_ids = model_kwargs.get("token_type_ids")
-            if token_type_ids is None:
-                given = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
-                model_kwargs["prefix_length"] = torch.zeros(len(given), dtype=torch.long, device=given.device)
-            else:
-                model_kwargs["prefix_length"] = prefix_length_of(token_type_ids, model_kwargs.get("attention_mask"))
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        image_tokens_per_row: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        # The library's version cuts the token types to the new tokens, and makes one 4D mask for the layers of a
-        # static cache; here the two streams need different ones, and the types of the cached tokens, too.
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if past_key_values is None or is_first_iteration:
-            # Generated tokens are causal; so the prefix matters only while it is read
-            model_inputs["token_type_ids"] = token_type_ids
-        if past_key_values is not None and past_key_values.is_compileable and not is_first_iteration:
-            if mm_token_type_ids is None:
-                mm_token_type_ids = torch.zeros_like(kwargs["position_ids"])
-            new_position_ids = model_inputs["position_ids"]
-            model_inputs |= self.model.prepare_decoding(
-                past_key_values, attention_mask, new_position_ids, mm_token_type_ids, batch_size=input_ids.shape[0]
-            )
-        elif (
-            image_tokens_per_row is not None
-            and past_key_values is not None
-            and not is_first_iteration
-            # More is cached where PEFT has put virtual tokens in front
-            and 0 < past_key_values.get_seq_length() < kwargs["position_ids"].shape[1]
-        ):
-            # Nothing that is cached is hidden from the new tokens
-            model_inputs["attention_mask"] = {"text": None, "fusion": None}
-            text_position_ids = model_inputs["position_ids"] - image_tokens_per_row
-            model_inputs["text_position_ids"] = text_position_ids.clamp(min=0)
-        elif mm_token_type_ids is not None:
-            # Assisted decoding appends candidates without telling their type: they are text
-            num_untold = max(kwargs["position_ids"].shape[1] - mm_token_type_ids.shape[1], 0)
-            model_inputs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_untold))
-        return model_inputs
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        # The library would hand in one new token at a time to layers that it takes the cache from
-        if generation_config.use_cache and any(map(refuses_cache, (self.model.text_model, self.model.fusion_model))):
-            advice = "call `model.eval()` before `generate`"
-            if model_kwargs.get("past_key_values") is not None:
-                raise ValueError(f"In training, layers with gradient checkpointing can't read a cache: {advice}")
-            logger.warning_once(
-                "In training, layers with gradient checkpointing fill no cache, without which each token takes as "
-                f"long as the whole text: {advice}"
-            )
-            generation_config.use_cache = False
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        ids = kwargs.get("encoder_input_ids")
-        if ids is not None and ids.ndim == 2:
-            # `encoder_repetition_penalty` looks up scores of the prompt's tokens: a placeholder may have none
-            tokens = ids.amin(dim=1, keepdim=True)  # (batch, 1)
-            kwargs["encoder_input_ids"] = torch.where(ids == self.config.image_token_id, tokens, ids)
-        # Whatever the generation config says: a placeholder that was generated would have no picture
-        processors = super()._get_logits_processor(*args, **kwargs)
-        if self.config.image_token_id < self.config.text_config.vocab_size:
-            processors.insert(0, SuppressPlaceholder(self.config.image_token_id))
-        return processors
-
-    def _maybe_initialize_input_ids_for_generation(
-        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        # The library counts the rows of whichever tensor was named first, which may be the pictures
-        inputs_embeds = model_kwargs.get("inputs_embeds")
-        if inputs is None and inputs_embeds is not None:
-            return torch.ones(len(inputs_embeds), 0, dtype=torch.long, device=inputs_embeds.device)
-        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
-
-    def _get_candidate_generator(
-        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
-    ) -> CandidateGenerator:
-        if generation_config.assistant_early_exit is not None:
-            # The library cuts the layers of one stack; here the lower ones know no pictures
-            raise ValueError("`assistant_early_exit` doesn't go with DuoStream's two stacks: use an `assistant_model`")
-        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
-        number = self.config.image_token_id
-        if isinstance(generator, PromptLookupCandidateGenerator) and number >= self.config.text_config.vocab_size:
-            # It looks up scores of what it copies from the prompt, of placeholders, too, which then have none
-            generator.vocab_size = number + 1
-            generator.logits_processor = LogitsProcessorList(
-                [*generator.logits_processor, SuppressPlaceholder(number)]
-            )
-        return generator
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        # The library's paged cache knows layers by their numbers, and both stacks count theirs from 0
-        raise ValueError("DuoStream's two stacks don't go with continuous batching (`generate_batch`): use `generate`")
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
-        # The library's hook makes one set of masks for all layers: `prepare_decoding` makes one for each stream
-        return attention_mask
-
-    def _update_model_kwargs_for_generation(
-        self,
-        outputs: ModelOutput,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
-    ) -> dict[str, Any]:
-        token_type_ids = model_kwargs.get("token_type_ids")
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        if token_type_ids is not None:
-            # The library repeats the last type, which may be the prefix's; a generated token belongs to the suffix
-            model_kwargs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, num_new_tokens), value=1)
-        return model_kwargs
 
 
 __all__ = [

@@ -1,8 +1,63 @@
-"""Losses that compare pictures with texts, over the rows of all ranks."""
+"""Losses: which state predicts which label, and how badly pictures and texts of all ranks find each other."""
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.nn.functional import all_gather
+
+from .stream_layout_duostream import check, first_where
+
+
+def shift_labels(labels: torch.Tensor, attention_mask: torch.Tensor | dict[str, Any] | None) -> torch.Tensor:
+    """
+    Labels in the place of the state that predicts them, of shape `(batch, seq_len)`: the last predicts none, and
+    neither does padding, whose states are anything, that of the very label among them.
+    """
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, seq_len)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        is_padding = attention_mask[:, -shifted.shape[1] :].to(shifted.device) == 0
+        shifted = shifted.masked_fill(is_padding, -100)
+    return shifted
+
+
+def take_num_items(kwargs: dict[str, Any]) -> torch.Tensor | int | None:
+    """Takes `num_items_in_batch` out: a tensor, as `Trainer` gives it, would go through all layers for nothing."""
+    num_items = kwargs.pop("num_items_in_batch", None)
+    # `Trainer` counts none in rows whose answers were all cut away, from which nothing is learnt
+    return None if num_items is None else num_items + (num_items == 0)
+
+
+def count_items(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
+    """What a sum over labels is divided by."""
+    if num_items_in_batch is None:
+        return (labels != -100).sum().clamp(min=1)
+    # Layers may be spread over devices
+    return num_items_in_batch.to(labels.device) if isinstance(num_items_in_batch, torch.Tensor) else num_items_in_batch
+
+
+def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The positions that have a label, so that no logits are made of the others, which are most of them: a picture's
+    tokens, the prompt and padding. Nothing waits for the device.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch, seq_len)`): What the state in the same place predicts; -100 = nothing.
+        targets_per_row (`int`): How many labels a row has at most.
+
+    Returns:
+        Positions and their labels, both of shape `(batch, targets_per_row)`, in order.
+
+    Raises:
+        ValueError: A row has more labels.
+    """
+    has_label = labels != -100
+    check(
+        (has_label.sum(dim=1) <= targets_per_row).all(),
+        f"A row has more labels than `targets_per_row`, which is {targets_per_row}",
+    )
+    index = first_where(has_label)[:, :targets_per_row]  # (batch, targets_per_row)
+    return index, labels.gather(1, index)  # (batch, targets_per_row)
 
 
 def num_ranks() -> int:

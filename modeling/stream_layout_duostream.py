@@ -1,6 +1,5 @@
-"""Where each token goes: which positions the text stream reads, how the two streams are joined, who sees whom."""
+"""Where each token goes: which positions the text stream reads, and how the two streams are joined."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,90 +52,6 @@ def first_where(mask: torch.Tensor) -> torch.Tensor:
 def without_padding(mask: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """A mask of tokens, and of none that are padding; both of shape `(batch, total_len)`."""
     return mask if attention_mask is None else mask & attention_mask.to(torch.bool)
-
-
-def number_pictures(is_image: torch.Tensor, image_seq_length: int) -> torch.Tensor:
-    """Of shape `(batch, total_len)`: 1, 2, ... where a row's first, second, ... picture stands, -1 elsewhere."""
-    picture = (is_image.cumsum(dim=1) - 1).div(image_seq_length, rounding_mode="floor") + 1  # (batch, total_len)
-    return torch.where(is_image, picture, -1)
-
-
-def block_sequence_ids(
-    is_image: torch.Tensor,
-    image_seq_length: int,
-    token_type_ids: torch.Tensor | None = None,
-    segment_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Numbers the tokens that see each other both ways: a picture's tokens, and all tokens of the prefix.
-
-    Args:
-        is_image (`torch.BoolTensor` of shape `(batch, total_len)`): Where the image tokens stand.
-        image_seq_length (`int`): Tokens a picture.
-        token_type_ids (`torch.LongTensor` of shape `(batch, total_len)`, *optional*):
-            0 = bidirectional prefix, 1 = causal suffix (prefix-LM: Raffel et al. 2020, section 3.2.1).
-        segment_ids (`torch.LongTensor` of shape `(batch, total_len)`, *optional*):
-            Sequences that share a row, each with a prefix of its own: see [`segment_positions`].
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, total_len)`: 0 in the prefix, 1, 2, ... in the pictures outside of it, -1
-        in causal text; with `segment_ids` each prefix has a number of its own.
-    """
-    blocks = number_pictures(is_image, image_seq_length)
-    if token_type_ids is not None:
-        # There are fewer pictures than tokens
-        prefix = 0 if segment_ids is None else segment_ids + is_image.shape[1]
-        blocks = torch.where(token_type_ids == 0, prefix, blocks)
-    return blocks
-
-
-def check_segments(
-    segment_ids: torch.Tensor,
-    is_image: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    image_seq_length: int,
-) -> None:
-    """
-    All of shape `(batch, seq_len)`.
-
-    Raises:
-        ValueError: A picture, or a prefix that is read both ways, stands partly in what all sequences of a row share.
-    """
-    if is_image is not None:
-        picture = number_pictures(is_image, image_seq_length)
-        is_inner = is_image[:, 1:] & (picture[:, 1:] == picture[:, :-1])
-        is_cut = is_inner & (segment_ids[:, 1:] != segment_ids[:, :-1])
-        check(~is_cut.any(), "A picture must stand where `segment_ids` are equal")
-    if token_type_ids is not None:
-        is_prefix = without_padding(token_type_ids == 0, attention_mask)
-        is_shared = segment_ids == 0
-        is_split = (is_prefix & is_shared).any(dim=1) & (is_prefix & ~is_shared).any(dim=1)
-        check(~is_split.any(), "A prefix (`token_type_ids` 0) must stand where all `segment_ids` are 0, or none")
-
-
-def check_prefix(
-    token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None
-) -> None:
-    """
-    Raises `ValueError` where a prefix goes on behind a suffix, whose future it then shows. All of shape `(batch,
-    seq_len)`, but for an `attention_mask` that tells of cached tokens, too.
-    """
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, -token_type_ids.shape[1] :]
-
-    def so_far(mask: torch.Tensor) -> torch.Tensor:
-        # Of several sequences in a row, and the beginning that they share, each may have a prefix
-        return mask.cumsum(dim=1) if segment_ids is None else segment_positions(segment_ids + 1, mask)
-
-    is_prefix = without_padding(token_type_ids == 0, attention_mask)
-    is_suffix = without_padding(token_type_ids != 0, attention_mask) & (so_far(is_prefix) > 0)
-    check(
-        ~(is_prefix & (so_far(is_suffix) > 0)).any(),
-        "A prefix that is read both ways (`token_type_ids` 0) goes on behind a suffix that is read forwards (1). "
-        "TRL's trainers that write in training (GRPO, RLOO) give 0 to what is written: use a processor with "
-        "`bidirectional_prefix=False`",
-    )
 
 
 def lay_out(
@@ -273,8 +188,8 @@ def count_text(
     position_ids: torch.Tensor, is_image: torch.Tensor, segment_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Positions of text that count text alone, of shape `(batch, seq_len)`, from those that count all tokens. With
-    `segment_ids` only the pictures count that a token sees.
+    Positions of text that count text alone, of shape `(batch, seq_len)`, from those that count all tokens. `is_image`
+    may tell of cached tokens, too. With `segment_ids` only the pictures count that a token sees.
     """
     if segment_ids is not None:
         images_so_far = segment_positions(segment_ids, is_image)
@@ -342,11 +257,17 @@ def segment_positions(segment_ids: torch.Tensor, is_counted: torch.Tensor) -> to
     return torch.where(segment_ids == 0, before, shared + before - start)
 
 
-def see_own_segment(segment_ids: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A mask function, as the library combines them: a token sees a beginning that all share, and its own sequence."""
+def default_segment_positions(segment_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions as they would be with a row for each sequence; all of shape `(batch, seq_len)`."""
+    is_valid = torch.ones_like(segment_ids) if attention_mask is None else attention_mask.long()
+    # Padding has the position of the token before it: behind the last one there may be none
+    return (segment_positions(segment_ids, is_valid) - 1 + is_valid).clamp(min=0)
 
-    def mask(batch_idx: int, head_idx: int, q_idx: int, kv_idx: int) -> torch.Tensor:
-        kv_segment = segment_ids[batch_idx, kv_idx]
-        return (kv_segment == 0) | (kv_segment == segment_ids[batch_idx, q_idx])
 
-    return mask
+def check_one_sequence(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raises `ValueError` where `position_ids` start anew within a row, as where it holds several sequences."""
+    goes_on = position_ids.diff(dim=1) >= 0  # (batch, seq_len - 1)
+    if attention_mask is not None:
+        is_valid = attention_mask[:, -position_ids.shape[1] :].to(torch.bool)
+        goes_on = goes_on | ~(is_valid[:, 1:] & is_valid[:, :-1])
+    check(goes_on.all(), "`position_ids` start anew, for several sequences in a row: give `segment_ids`")

@@ -168,43 +168,9 @@ class DuoStreamDataCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
-        if self.packing and not self.can_pack:
-            raise ValueError(f"`packing` is for models that write: {type(self).__name__} takes rows as they are")
-        # A row may hold several conversations; `owners` are their rows
-        owned: list[tuple[int, dict[str, Any]]] = []
-        for i, row in enumerate(rows):
-            try:
-                owned += [(i, each) for each in conversations_of(row)]
-            except ValueError as error:
-                raise ValueError(f"{names[i]}: {error}") from error
-        owners, conversations = [i for i, _ in owned], [each for _, each in owned]
-        if self.packing and len(owned) > len(rows):
-            name = next(name for i, name in enumerate(names) if owners.count(i) > 1)
-            raise ValueError(f"{name} has several `conversations`, which go without `packing`: expected one a row")
-        pieces: list[tuple[int, str, bool]] = []
-        for n, (i, conversation) in enumerate(owned):
-            if is_plain_text(conversation):
-                continue
-            try:
-                pieces += [(n, text, is_answer) for text, is_answer in self.render({**rows[i], **conversation})]
-            except Exception as error:
-                raise ValueError(f"{names[i]}: {error}") from error
-
-        input_ids: list[list[int]] = [[] for _ in conversations]
-        labels: list[list[int]] = [[] for _ in conversations]
-        continues = [k > 0 and pieces[k - 1][0] == n for k, (n, _, _) in enumerate(pieces)]
-        encoded = self.tokenize([text for _, text, _ in pieces], continues) if pieces else []
-        for (n, _, is_answer), ids in zip(pieces, encoded, strict=True):
-            input_ids[n] += ids
-            labels[n] += ids if is_answer else [IGNORE_INDEX] * len(ids)
+        owned = self.conversations(rows, names)
         marker = self.processor.answer_marker() if self.processor.bidirectional_prefix else None
-        if marker is not None:
-            written = [""] * len(owned)
-            for n, text, _ in pieces:
-                written[n] += text
-            for (i, _), ids, text in zip(owned, input_ids, written, strict=True):
-                # What is rendered has an answer
-                self.processor.check_marker(ids, text, marker, names[i], at_least=1 if text else 0)
+        input_ids, labels = self.encode_chats(rows, owned, names, marker)
         images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
         for n, (i, conversation) in enumerate(owned):
             frame = None
@@ -220,7 +186,8 @@ class DuoStreamDataCollator:
             input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i], frame)
 
         segment_ids, types = None, None
-        if len(owners) > len(rows):
+        if len(owned) > len(rows):
+            owners = [i for i, _ in owned]
             groups = [[n for n, owner in enumerate(owners) if owner == i] for i in range(len(rows))]
             shared = [
                 self.shared_length([input_ids[n] for n in group], [labels[n] for n in group], name, marker)
@@ -244,6 +211,55 @@ class DuoStreamDataCollator:
             if len(counts) == 1:
                 batch["images_per_row"] = counts.pop()
         return batch
+
+    def conversations(self, rows: list[dict[str, Any]], names: list[str]) -> list[tuple[int, dict[str, Any]]]:
+        """The conversations of all rows, of which one may hold several, each with the number of its row."""
+        if self.packing and not self.can_pack:
+            raise ValueError(f"`packing` is for models that write: {type(self).__name__} takes rows as they are")
+        owned: list[tuple[int, dict[str, Any]]] = []
+        for i, row in enumerate(rows):
+            try:
+                several = conversations_of(row)
+            except ValueError as error:
+                raise ValueError(f"{names[i]}: {error}") from error
+            if self.packing and len(several) > 1:
+                raise ValueError(
+                    f"{names[i]} has several `conversations`, which go without `packing`: expected one a row"
+                )
+            owned += [(i, each) for each in several]
+        return owned
+
+    def encode_chats(
+        self,
+        rows: list[dict[str, Any]],
+        owned: list[tuple[int, dict[str, Any]]],
+        names: list[str],
+        marker: tuple[str, str] | None,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of conversations, a marker for each picture, and their labels; of plain texts both are empty."""
+        pieces: list[tuple[int, str, bool]] = []
+        for n, (i, conversation) in enumerate(owned):
+            if is_plain_text(conversation):
+                continue
+            try:
+                pieces += [(n, text, is_answer) for text, is_answer in self.render({**rows[i], **conversation})]
+            except Exception as error:
+                raise ValueError(f"{names[i]}: {error}") from error
+        input_ids: list[list[int]] = [[] for _ in owned]
+        labels: list[list[int]] = [[] for _ in owned]
+        continues = [k > 0 and pieces[k - 1][0] == n for k, (n, _, _) in enumerate(pieces)]
+        encoded = self.tokenize([text for _, text, _ in pieces], continues) if pieces else []
+        for (n, _, is_answer), ids in zip(pieces, encoded, strict=True):
+            input_ids[n] += ids
+            labels[n] += ids if is_answer else [IGNORE_INDEX] * len(ids)
+        if marker is not None:
+            written = [""] * len(owned)
+            for n, text, _ in pieces:
+                written[n] += text
+            for (i, _), ids, text in zip(owned, input_ids, written, strict=True):
+                # What is rendered has an answer
+                self.processor.check_marker(ids, text, marker, names[i], at_least=1 if text else 0)
+        return input_ids, labels
 
     def shared_length(
         self, input_ids: list[list[int]], labels: list[list[int]], name: str, marker: tuple[str, str] | None
@@ -448,12 +464,11 @@ class DuoStreamDataCollator:
         """
         processor = self.processor
         repeats = [processor.image_seq_length if token == processor.image_token_id else 1 for token in input_ids]
-        input_ids = [token for token, n in zip(input_ids, repeats, strict=True) for _ in range(n)]
-        labels = [label for label, n in zip(labels, repeats, strict=True) for _ in range(n)]
-        if special_tokens_mask is not None:
-            special_tokens_mask = [
-                mark for mark, n in zip(special_tokens_mask, repeats, strict=True) for _ in range(n)
-            ]
+
+        def expanded(row: list[int]) -> list[int]:
+            return [each for each, n in zip(row, repeats, strict=True) for _ in range(n)]
+
+        input_ids, labels = expanded(input_ids), expanded(labels)
         num_text_tokens = sum(token != processor.image_token_id for token in input_ids)
         limit = processor.tokenizer.model_max_length
         if self.max_length is None and num_text_tokens > limit:
@@ -461,15 +476,15 @@ class DuoStreamDataCollator:
                 f"{name} has {num_text_tokens} tokens of text, more than the {limit} of the tokenizer's "
                 "`model_max_length`: `max_length` cuts such rows"
             )
-        if self.max_length is None or len(input_ids) <= self.max_length:
-            return input_ids, self.without_image_predictions(input_ids, labels)
-        kept = processor.truncated_positions(input_ids, self.max_length, name, special_tokens_mask)
-        num_labels = sum(label != IGNORE_INDEX for label in labels)
-        input_ids, labels = [input_ids[i] for i in kept], [labels[i] for i in kept]
-        num_lost = num_labels - sum(label != IGNORE_INDEX for label in labels)
-        logger.warning(
-            f"{name} was cut to `max_length={self.max_length}` tokens; {num_lost} tokens of answers are lost"
-        )
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            frame = None if special_tokens_mask is None else expanded(special_tokens_mask)
+            kept = processor.truncated_positions(input_ids, self.max_length, name, frame)
+            num_labels = sum(label != IGNORE_INDEX for label in labels)
+            input_ids, labels = [input_ids[i] for i in kept], [labels[i] for i in kept]
+            num_lost = num_labels - sum(label != IGNORE_INDEX for label in labels)
+            logger.warning(
+                f"{name} was cut to `max_length={self.max_length}` tokens; {num_lost} tokens of answers are lost"
+            )
         return input_ids, self.without_image_predictions(input_ids, labels)
 
     def without_image_predictions(self, input_ids: list[int], labels: list[int]) -> list[int]:

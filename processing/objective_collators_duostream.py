@@ -132,10 +132,8 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
         for pictures, name in zip(images, names, strict=True):
             if len(pictures) != 1:
                 raise ValueError(f"{name}: expected one picture that the text belongs to, not {len(pictures)}")
-        flat = [picture for pictures in images for picture in pictures]
-        pixel_values = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         texts = [self.answer_text(row, name) for row, name in zip(rows, names, strict=True)]
-        return {**self.tokenize_texts(texts), "pixel_values": pixel_values, "return_loss": True}
+        return {**self.tokenize_texts(texts), **self.model_inputs(images, names), "return_loss": True}
 
     def answer_text(self, row: dict[str, Any], name: str) -> str:
         """

@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from ..modeling.stream_layout_duostream import block_sequence_ids
+from ..modeling.masks_duostream import block_sequence_ids
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import parse
 from .comparison import (

@@ -50,7 +50,8 @@ from duostream import (
     DuoStreamForSequenceClassification,
     DuoStreamModel,
 )
-from duostream.modeling.modeling_duostream import find_labelled
+from duostream.modeling.modeling_duostream import own_attention
+from duostream.modeling.objectives_duostream import find_labelled
 
 # float32, with logits of up to ten; an error of layout is of the order of one
 CLOSE = 2e-4
@@ -800,6 +801,15 @@ def test_flash_attention_leaves_the_fusion_stack_to_sdpa(caplog: pytest.LogCaptu
         logger.removeHandler(caplog.handler)
     assert model.model.fusion_model.config._attn_implementation == "sdpa"
     assert "flash" in caplog.text and "sdpa" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/vllm-flash-attn3", "sdpa", "eager", None])
+def test_flash_attention_by_any_name_leaves_the_fusion_stack_to_sdpa(name: str | None) -> None:
+    # The kernels themselves show where they are installed only
+    both_ways, forwards = (small_config("llama", bidirectional_images=value) for value in (True, False))
+    is_flash = name is not None and "flash" in name
+    assert own_attention(both_ways, name) == ({"fusion_stack_config": "sdpa"} if is_flash else {})
+    assert own_attention(forwards, name) == {}
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from duostream.modeling.masks_duostream import block_sequence_ids
 from duostream.modeling.stream_layout_duostream import (
     StreamLayout,
-    block_sequence_ids,
     count_text,
     first_where,
     kept_columns,
