@@ -1,6 +1,6 @@
 """
-Measures quality at equal cost: DuoStream and a model of `transformers` as large, from scratch, on the same rows with
-the same tokenizer, optimizer, schedule and batch size for the same minutes.
+Measures quality at equal cost: DuoStream and a model of `transformers` as large, from scratch or with the same
+pretrained parts, on the same rows with the same tokenizer, optimizer, schedule and batch size for the same minutes.
 
 Example:
 
@@ -24,7 +24,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -63,7 +66,7 @@ from .. import (
 from ..configuration.image_tokens_duostream import image_token_shape, image_tokens
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
-from .compose import load_vision, take_vision
+from .compose import check_answers_end, load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, read_classes, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
@@ -73,6 +76,11 @@ from .training import DuoStreamTrainer, collator_of
 from .vision_cache import check_cacheable, with_states
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+HEADS: dict[str, type[DuoStreamPreTrainedModel]] = {
+    "classification": DuoStreamForSequenceClassification,
+    "retrieval": DuoStreamForImageTextRetrieval,
+}
 
 
 @dataclass
@@ -110,9 +118,23 @@ class QualityArguments:
     )
     image_size: int = field(default=48, metadata={"help": "Side of the pictures in pixels, for both."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer, which is trained on the rows."})
+    text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Local folder or Hub id of a pretrained language model that, with its tokenizer, serves both: "
+            "the upper layers of DuoStream read pictures, and all of LLaVA's. It goes with `vision`, and "
+            "`num_fusion_layers` or `duostream-N`; sizes of layers and of the vocabulary are then its own."
+        },
+    )
+    text_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Of that language model's weights, while what is new has `learning_rate`."}
+    )
     vision: str | None = field(
         default=None,
-        metadata={"help": "Local folder or Hub id of a convolutional vision model that serves both sides, frozen."},
+        metadata={
+            "help": "Local folder or Hub id of a vision model that serves both sides, frozen: a convolutional one, or "
+            "with `text` any."
+        },
     )
     vision_size: int | None = field(
         default=None, metadata={"help": "Side of that model's pictures in pixels, if not the one it was trained with."}
@@ -134,7 +156,12 @@ class QualityArguments:
     config_overrides: str = field(
         default="{}", metadata={"help": "Other fields of DuoStream's configuration, as JSON."}
     )
-    bidirectional_prefix: bool = field(default=True, metadata={"help": "Whether DuoStream reads prompts both ways."})
+    bidirectional_prefix: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether DuoStream reads prompts both ways: by default where there is no pretrained `text`."
+        },
+    )
     vision_config: str = field(
         default="{}", metadata={"help": "Fields of DuoStream's vision stream, where no `vision` is given, as JSON."}
     )
@@ -173,6 +200,40 @@ class QualityArguments:
     output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
 
     def __post_init__(self) -> None:
+        if self.bidirectional_prefix is None:
+            self.bidirectional_prefix = self.text is None
+        if self.cache_vision and self.vision is None:
+            raise ValueError("`cache_vision` keeps what a frozen vision model gives: it goes with `vision`")
+        if self.peer_num_layers is not None and self.peer_num_layers < 1:
+            raise ValueError(f"`peer_num_layers` is {self.peer_num_layers}; expected 1 or more")
+        if self.text is None:
+            self.check_layers()
+            return
+        if self.vision is None:
+            raise ValueError("`text` goes with `vision`: a pretrained model that serves both sides, too")
+        if self.num_fusion_layers is None and {"duostream", "blind"} & set(self.sides):
+            raise ValueError(
+                "`text` needs `num_fusion_layers`: how many of its layers read pictures in DuoStream; or `sides` of "
+                "the kind 'duostream-4'"
+            )
+        self.llava = True
+
+    def take_layers(self, num_layers: int) -> None:
+        """
+        Deals out the layers of `text`, of which there are so many.
+
+        Raises:
+            ValueError: There are fewer than an option says.
+        """
+        if self.num_fusion_layers is not None and not 0 < self.num_fusion_layers < num_layers:
+            raise ValueError(
+                f"`num_fusion_layers` is {self.num_fusion_layers}; expected 1 to {num_layers - 1}, as `text` has "
+                f"{num_layers} layers"
+            )
+        self.num_layers, self.num_text_layers = num_layers, num_layers - (self.num_fusion_layers or 1)
+        self.check_layers()
+
+    def check_layers(self) -> None:
         depths = {f"duostream-{depth}" for depth in range(1, self.num_layers)}
         unknown = set(self.sides) - {"duostream", "peer", "blind"} - depths
         if unknown:
@@ -180,8 +241,6 @@ class QualityArguments:
                 f"`sides` has {sorted(unknown)}; there are 'duostream', 'peer', 'blind', and 'duostream-1' to "
                 f"'duostream-{self.num_layers - 1}'"
             )
-        if self.cache_vision and self.vision is None:
-            raise ValueError("`cache_vision` keeps what a frozen vision model gives: it goes with `vision`")
         if not 0 < self.num_text_layers < self.num_layers:
             raise ValueError(
                 f"`num_text_layers` is {self.num_text_layers}; expected at least 1 and fewer than `num_layers`, "
@@ -190,8 +249,6 @@ class QualityArguments:
         most = self.num_layers - self.num_text_layers
         if self.num_fusion_layers is not None and not 0 < self.num_fusion_layers <= most:
             raise ValueError(f"`num_fusion_layers` is {self.num_fusion_layers}; expected 1 to {most}")
-        if self.peer_num_layers is not None and self.peer_num_layers < 1:
-            raise ValueError(f"`peer_num_layers` is {self.peer_num_layers}; expected 1 or more")
 
     @property
     def num_peer_layers(self) -> int:
@@ -240,11 +297,17 @@ class Clock(TrainerCallback):
 
 
 class TimedTrainer(DuoStreamTrainer):
-    """A trainer whose learning rate goes by the clock, so that both sides have the same schedule in the same time."""
+    """
+    A trainer whose learning rate goes by the clock, so that both sides have the same schedule in the same time, and is
+    another one for `rates`' weights.
+    """
 
-    def __init__(self, *args: Any, clock: Clock, **kwargs: Any):
+    def __init__(self, *args: Any, clock: Clock, rates: dict[nn.Parameter, float] | None = None, **kwargs: Any):
         super().__init__(*args, callbacks=[clock], **kwargs)
-        self.clock = clock
+        self.clock, self.rates = clock, rates or {}
+
+    def weight_rates(self) -> dict[nn.Parameter, float]:
+        return self.rates
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LambdaLR:
         # The library's schedules count steps, and how many there will be isn't known
@@ -257,13 +320,14 @@ class TimedTrainer(DuoStreamTrainer):
 @dataclass
 class Side:
     """
-    A model, what makes its batches, what measures it on rows, and what makes of rows those it is trained on, which
-    takes of its time.
+    A model, what makes its batches, what measures it on rows, its parts that are a pretrained language model's, and
+    what makes of rows those it is trained on, which takes of its time.
     """
 
     model: PreTrainedModel
     collator: Collator
     measure: Callable[[Rows], dict[str, Any]]
+    pretrained: tuple[nn.Module, ...] = ()
     prepare: Callable[[Rows, DuoStreamTrainingArguments, str], Rows] = lambda rows, args, folder: rows
 
 
@@ -303,9 +367,10 @@ def num_heads(args: QualityArguments) -> int:
     return max(1, args.hidden_size // 32)
 
 
-def duostream_side(
+def new_duostream(
     args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, options: dict[str, Any]
-) -> Side:
+) -> DuoStreamPreTrainedModel:
+    """DuoStream with new weights, but for those of `vision`."""
     stack = {
         "hidden_size": args.hidden_size,
         "intermediate_size": 4 * args.hidden_size,
@@ -332,23 +397,42 @@ def duostream_side(
         classifier_dropout=args.dropout,
         **{**options, **json.loads(args.config_overrides)},
     )
-    processor.image_seq_length = config.image_seq_length
-    heads: dict[str, type[DuoStreamPreTrainedModel]] = {
-        "classification": DuoStreamForSequenceClassification,
-        "retrieval": DuoStreamForImageTextRetrieval,
-    }
-    model = heads.get(data_args.task, DuoStreamForConditionalGeneration)(config)
+    model = HEADS.get(data_args.task, DuoStreamForConditionalGeneration)(config)
     if args.vision is not None:
         take_vision(model, args.vision)
+    return model
+
+
+def duostream_side(
+    args: QualityArguments, data_args: DataArguments, processor: DuoStreamProcessor, options: dict[str, Any]
+) -> Side:
+    pretrained: tuple[nn.Module, ...] = ()
+    if args.text is None:
+        model = new_duostream(args, data_args, processor, options)
+    else:
+        check_answers_end(processor)
+        model = DuoStreamForConditionalGeneration.from_backbones(
+            args.text,
+            args.vision,
+            num_fusion_layers=args.num_fusion_layers,
+            image_size=load_vision(args.vision, args.vision_size)[1].image_size,
+            image_token_id=processor.image_token_id,
+            dtype=torch.float32,
+            **json.loads(args.config_overrides),
+        )
+        pretrained = (model.model.text_model, model.model.fusion_model, model.lm_head)
+    processor.image_seq_length = model.config.image_seq_length
+    if args.vision is not None:
         model.freeze("vision")
     generation = {}
-    if data_args.task not in heads:
+    if data_args.task not in HEADS:
         generation = {"max_new_tokens": args.max_new_tokens}
         stop_at_the_end(model, processor.tokenizer)
     side = Side(
         model,
         collator_of(data_args, processor, model),
         lambda rows: evaluate(model, processor, rows, data_args.task, **generation)[0],
+        pretrained,
     )
     if args.cache_vision:
         side.prepare = lambda rows, training_args, folder: with_states(rows, model, processor, training_args, folder)
@@ -503,17 +587,26 @@ def llava_side(
 ) -> Side:
     """LLaVA: image tokens go through all layers."""
     num_tokens, _ = image_token_shape(vision.config)
-    text_config = LlamaConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=args.hidden_size,
-        # Three matrices of this size weigh as much as two of four times the width
-        intermediate_size=args.hidden_size * 8 // 3,
-        num_attention_heads=num_heads(args),
-        num_hidden_layers=args.num_peer_layers,
-        initializer_range=args.peer_initializer_range,
-        attention_dropout=args.dropout,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
+    language: PreTrainedModel | None = None
+    if args.text is not None:
+        language = AutoModelForCausalLM.from_pretrained(args.text, dtype=torch.float32, use_safetensors=True)
+        # It looks up its placeholders' embeddings
+        language.resize_token_embeddings(max(len(processor.tokenizer), language.config.vocab_size))
+    text_config = (
+        language.config
+        if language is not None
+        else LlamaConfig(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=args.hidden_size,
+            # Three matrices of this size weigh as much as two of four times the width
+            intermediate_size=args.hidden_size * 8 // 3,
+            num_attention_heads=num_heads(args),
+            num_hidden_layers=args.num_peer_layers,
+            initializer_range=args.peer_initializer_range,
+            attention_dropout=args.dropout,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=processor.tokenizer.eos_token_id,
+        )
     )
     # A ViT's first token is no part of the picture
     has_first_token = isinstance(vision, ViTModel)
@@ -524,10 +617,13 @@ def llava_side(
         image_seq_length=num_tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if has_first_token else "full",
-        tie_word_embeddings=True,
+        tie_word_embeddings=language is None or language.config.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = vision
+    if language is not None:
+        model.model.language_model, model.lm_head = language.base_model, language.get_output_embeddings()
+        model.generation_config.suppress_tokens = [processor.image_token_id]
     stop_at_the_end(model, processor.tokenizer)
     own = DuoStreamProcessor(
         processor.image_processor, processor.tokenizer, image_seq_length=num_tokens - has_first_token
@@ -537,6 +633,7 @@ def llava_side(
         model,
         only_what_is_read(collator_of(data_args, own, model), model),
         lambda rows: evaluate(model, own, rows, data_args.task, max_new_tokens=args.max_new_tokens)[0],
+        () if language is None else (language,),
     )
 
 
@@ -622,6 +719,7 @@ def train_and_measure(
             train_dataset=rows,
             eval_dataset=loss_rows if args.curve_points else None,
             clock=clock,
+            rates={weight: args.text_learning_rate for part in side.pretrained for weight in part.parameters()},
         )
         trainer.train()
     # Far below minutes times threads, if other processes were in the way
@@ -649,6 +747,8 @@ def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
+    if quality_args.text is not None:
+        quality_args.take_layers(AutoConfig.from_pretrained(quality_args.text).get_text_config().num_hidden_layers)
     if quality_args.cache_vision:
         check_cacheable(data_args)
     classes = read_classes(data_args) if data_args.task == "classification" else []
@@ -674,7 +774,13 @@ def main(args: list[str] | None = None) -> None:
     is_classification = data_args.task == "classification"
     options = class_options(classes, rows[0]["label"]) if is_classification else {}
     reads_text = any(text.strip() for text, _ in zip(texts_of(rows), range(100), strict=False))
-    tokenizer = train_tokenizer(texts_of(rows), quality_args.vocab_size)
+    if quality_args.text is None:
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts_of(rows), quality_args.vocab_size)
+    elif data_args.task not in ("caption", "chat", "vqa"):
+        raise ValueError(f"`text` is for tasks that write about pictures, not for {data_args.task!r}")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(quality_args.text, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     size = {"height": quality_args.image_size, "width": quality_args.image_size}
     if is_classification and reads_text and "images" in rows.column_names:
         raise ValueError(
@@ -693,7 +799,7 @@ def main(args: list[str] | None = None) -> None:
         side_args = quality_args
         if name.startswith("duostream-"):
             depth = int(name.removeprefix("duostream-"))
-            side_args = replace(quality_args, num_text_layers=quality_args.num_layers - depth, num_fusion_layers=None)
+            side_args = replace(quality_args, num_text_layers=quality_args.num_layers - depth, num_fusion_layers=depth)
         return duostream_side(side_args, data_args, processor, options)
 
     # Before any training: an error now costs nothing

@@ -156,14 +156,16 @@ class DuoStreamTrainer(LongRunTrainer):
             return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
         return super()._get_eval_sampler(eval_dataset)
 
+    def weight_rates(self) -> dict[torch.nn.Parameter, float]:
+        """Learning rates of weights that have one of their own."""
+        rates, model = json.loads(self.args.learning_rates), self.model.base_model
+        return {weight: rate for name, rate in rates.items() for weight in getattr(model, STREAMS[name]).parameters()}
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         # The library has one learning rate for all: each of its groups, with weight decay and without, is parted
         if self.optimizer is None:
             optimizer = super().create_optimizer(*args, **kwargs)
-            rates, model = json.loads(self.args.learning_rates), self.model.base_model
-            rate_of = {
-                weight: rate for name, rate in rates.items() for weight in getattr(model, STREAMS[name]).parameters()
-            }
+            rate_of = self.weight_rates()
             parted: list[dict[str, Any]] = []
             for group in optimizer.param_groups:
                 by_rate: dict[float, list[torch.nn.Parameter]] = defaultdict(list)

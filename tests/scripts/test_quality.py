@@ -9,9 +9,17 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import MobileNetV1Config, MobileNetV1Model, TrainerControl, TrainerState
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MobileNetV1Config,
+    MobileNetV1Model,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.models.mobilenet_v1.image_processing_pil_mobilenet_v1 import MobileNetV1ImageProcessorPil
 
+from duostream import train_tokenizer
 from duostream.scripts import quality, tasks
 from duostream.scripts.arguments import DataArguments, parse
 
@@ -106,6 +114,65 @@ def test_a_pretrained_vision_model_serves_both_sides_and_stays_as_it_is(dataset,
         for key, weight in expected.items():
             (found,) = [name for name in state if name.endswith(key) and "decoder" not in name]
             assert torch.equal(state[found], weight)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = train_tokenizer(["Describe the picture. picture 0 1 2 3 4 5 6 7"], 300)
+    torch.manual_seed(0)
+    stack = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    # Without a token for pictures
+    model = LlamaForCausalLM(LlamaConfig(**stack, vocab_size=tokenizer.vocab_size, tie_word_embeddings=True))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_pretrained_language_model_serves_both_sides(dataset, tmp_path, vision, text, monkeypatch):
+    layers = LlamaForCausalLM.from_pretrained(text).model.layers
+    rates = []
+    train_and_measure = quality.train_and_measure
+
+    def see_before_training(side, *args):
+        model = side.model.model
+        own = [*model.text_model.layers, *model.fusion_model.layers] if side.pretrained[1:] else []
+        for found, expected in zip(own or model.language_model.layers, layers, strict=True):
+            assert torch.equal(found.mlp.up_proj.weight, expected.mlp.up_proj.weight)
+        return train_and_measure(side, *args)
+
+    class Watched(quality.TimedTrainer):
+        def train(self, *args, **kwargs):
+            result = super().train(*args, **kwargs)
+            rates.append({group["initial_lr"] for group in self.optimizer.param_groups})
+            return result
+
+    monkeypatch.setattr(quality, "train_and_measure", see_before_training)
+    monkeypatch.setattr(quality, "TimedTrainer", Watched)
+    options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", "vision": vision, "text": text}
+    options |= {"max_steps": 150, "learning_rate": 2e-3, "text_learning_rate": 1e-3, "batch_size": 8}
+    options |= {"max_train_rows": 4, "max_eval_rows": 4, "max_new_tokens": 12, "dataloader_num_workers": 0}
+    compare(options, "--sides", "duostream-2", "peer")
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [run["model"] for run in runs] == ["DuoStreamForConditionalGeneration", "LlavaForConditionalGeneration"]
+    # Learnt by heart
+    assert all(run["exact_match"] > 0.8 for run in runs), runs
+    assert rates == [{2e-3, 1e-3}] * 2
+
+
+def test_a_pretrained_language_model_is_asked_for_what_it_goes_with(dataset, text, vision):
+    for options, message in (
+        ({}, "`text` goes with `vision`"),
+        ({"vision": vision}, "`text` needs `num_fusion_layers`"),
+        (
+            {"vision": vision, "num_fusion_layers": 3},
+            "`num_fusion_layers` is 3; expected 1 to 2, as `text` has 3 layers",
+        ),
+        ({"vision": vision, "num_fusion_layers": 1, "task": "retrieval"}, "`text` is for tasks that write about"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare({"task": "caption", "dataset": dataset, "text": text, **options})
 
 
 @pytest.mark.slow
