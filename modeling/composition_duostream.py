@@ -1,6 +1,7 @@
 """Composing a DuoStream model out of pretrained backbones: which parts of them go where, and which can't."""
 
 import copy
+import dataclasses
 import inspect
 import os
 import re
@@ -9,8 +10,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
 
@@ -18,6 +26,8 @@ Backbone: TypeAlias = str | os.PathLike | PreTrainedModel
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 POSITION_EMBEDDINGS = ("wpe", "embed_positions")
+# By which backbones are fetched, and no fields of the config, where a token would be for all to see
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 # Of these whole models `AutoModel` reads the vision tower alone, if it is given that one's config
 READ_BY_TOWER = ("clip", "siglip", "chinese_clip")
 
@@ -77,9 +87,9 @@ def remove_embeddings(model: PreTrainedModel) -> None:
             setattr(stack, name, NoPositions())
 
 
-def config_of(backbone: Backbone) -> PreTrainedConfig:
+def config_of(backbone: Backbone, **kwargs: Any) -> PreTrainedConfig:
     """The config of a backbone that is a loaded model, a local folder or a Hub id."""
-    return backbone.config if isinstance(backbone, PreTrainedModel) else AutoConfig.from_pretrained(backbone)
+    return backbone.config if isinstance(backbone, PreTrainedModel) else AutoConfig.from_pretrained(backbone, **kwargs)
 
 
 def check_layers(config: PreTrainedConfig, field: str) -> None:
@@ -196,8 +206,16 @@ def compose_config(
         kwargs: Other fields of [`DuoStreamConfig`].
 
     Raises:
-        ValueError: The parts can't work together.
+        ValueError: The parts can't work together, or `kwargs` has a name that is no field's.
     """
+    # A config keeps whatever it is given
+    known = {field.name for field in dataclasses.fields(DuoStreamConfig)} | {"attn_implementation", "num_labels"}
+    if unknown := sorted(set(kwargs) - known):
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in unknown)}: expected fields of `DuoStreamConfig`, or of "
+            f"{', '.join(f'`{name}`' for name in HUB_OPTIONS)}. A backbone that needs other options of "
+            "`from_pretrained` (`revision`, `quantization_config`) can be loaded by itself, and given as a model"
+        )
     if text_config.model_type == DuoStreamConfig.model_type:
         raise ValueError(
             "`text` is a DuoStream model, whose language model is in two parts: name the one it was composed from"
@@ -235,7 +253,14 @@ def compose_config(
         check_layers(text_config, "text")
         counts = () if text_config.model_type in COUNTS_BY_MASK else ("position_ids",)
         check_inputs(text_config, "text", "inputs_embeds", *counts, "past_key_values")
-    kwargs.setdefault("tie_word_embeddings", bool(getattr(text_config, "tie_word_embeddings", True)))
+    if num_fusion_layers is None and getattr(text_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`text` of type {text_config.model_type!r} is an encoder and a decoder: expected one of them by itself"
+        )
+    # An embedding that is narrower than the layers (ALBERT, ELECTRA) is no head
+    is_narrow = getattr(text_config, "embedding_size", text_config.hidden_size) != text_config.hidden_size
+    is_tied = bool(getattr(text_config, "tie_word_embeddings", True)) and not is_narrow
+    kwargs.setdefault("tie_word_embeddings", is_tied)
     kwargs.setdefault("image_token_id", text_config.vocab_size)
     config = DuoStreamConfig(
         text_config=text_config, vision_config=vision_config, fusion_stack_config=fusion_config, **kwargs
@@ -249,16 +274,20 @@ def load_backbones(
     text: Backbone, vision: Backbone, config: DuoStreamConfig, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Loads what is not loaded yet: the text backbone with its language-model head if it has one. No pickles."""
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     kwargs.setdefault("use_safetensors", True)
     if not isinstance(text, PreTrainedModel):
-        has_head = is_causal(config_of(text).get_text_config(decoder=True))
-        text_class = AutoModelForCausalLM if has_head else AutoModel
+        whole_config = config_of(text, **hub)
+        has_head = is_causal(whole_config.get_text_config(decoder=True))
+        text_class: Any = AutoModelForCausalLM if has_head else AutoModel
+        if has_head and type(whole_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            text_class = AutoModelForImageTextToText  # LLaVA's language model is a part of it
         text, loading = text_class.from_pretrained(text, output_loading_info=True, **kwargs)
         # A head may be missing, where none is needed
         base = f"{text.base_model_prefix}." if has_head else ""
         check_found(name for name in loading["missing_keys"] if name.startswith(base))
     if not isinstance(vision, PreTrainedModel):
-        whole_config = config_of(vision)
+        whole_config = config_of(vision, **hub)
         if not hasattr(whole_config, "vision_config") or whole_config.model_type in READ_BY_TOWER:
             kwargs["config"] = config.vision_config
         vision, loading = AutoModel.from_pretrained(vision, output_loading_info=True, **kwargs)

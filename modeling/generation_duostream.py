@@ -55,12 +55,6 @@ class DuoStreamGenerationMixin(GenerationMixin):
         # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; their number, where
         # rows are alike, without padding and with pictures at the same places, so that no step need look at those; and
         # the length of the prefix, behind which positions may start anew.
-        last_ids = input_ids[:, -1:] if self.config.num_image_reading_layers and input_ids is not None else None
-        if last_ids is not None and (last_ids == self.config.image_token_id).any():
-            raise ValueError(
-                "With `num_image_update_layers` a picture's tokens don't go through all layers, so no word can be "
-                "written from their states: the prompt must end on text, as those of the chat template do"
-            )
         images = self.model.read_images(None, model_kwargs.get("mm_encoder_outputs"))
         if images is not None:
             # The library repeats them in place, for several sequences or beams: not those of whoever calls
@@ -70,6 +64,11 @@ class DuoStreamGenerationMixin(GenerationMixin):
             ids = input_ids if inputs_embeds is None else None
             model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
         types, mask = model_kwargs.get("mm_token_type_ids"), model_kwargs.get("attention_mask")
+        if self.config.num_image_reading_layers and types is not None and (types[:, -1] == 1).any():
+            raise ValueError(
+                "With `num_image_update_layers` a picture's tokens don't go through all layers, so no word can be "
+                "written from their states: the prompt must end on text, as those of the chat template do"
+            )
         if mask is None and types is not None and model_kwargs.get("past_key_values") is None:
             mask = torch.ones_like(types)
         if types is not None and mask is not None and mask.shape == types.shape:
@@ -82,9 +81,21 @@ class DuoStreamGenerationMixin(GenerationMixin):
                 model_kwargs["prefix_length"] = torch.zeros(len(given), dtype=torch.long, device=given.device)
             else:
                 model_kwargs["prefix_length"] = prefix_length_of(token_type_ids, model_kwargs.get("attention_mask"))
-        return super()._expand_inputs_for_generation(
+        encoder_outputs = None
+        if images is not None and expand_size > 1 and model_kwargs.get("inputs_embeds") is not None:
+            # The library would count a row's pictures by the placeholders' embedding, which need not be there
+            images = copy.copy(images)
+            rows = images.pooler_output.split(((types == 1).sum(dim=1) // self.config.image_seq_length).tolist())
+            # (num_images * expand_size, image_seq_length, hidden)
+            images.pooler_output = torch.cat([row for row in rows for _ in range(expand_size)])
+            del model_kwargs["mm_encoder_outputs"]
+            encoder_outputs = {"image": images}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+        if encoder_outputs is not None:
+            model_kwargs["mm_encoder_outputs"] = encoder_outputs
+        return input_ids, model_kwargs
 
     def prepare_inputs_for_generation(
         self,

@@ -73,8 +73,10 @@ def mean_pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None =
     """The mean of the tokens that are not padding, of shape `(batch, hidden)`."""
     if attention_mask is None:
         return hidden_states.mean(dim=1)
-    weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # (batch, seq_len, 1)
-    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    weights = attention_mask.float().unsqueeze(-1)  # (batch, seq_len, 1)
+    # The sum of a long text is beyond the numbers of half precision
+    mean = (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return mean.to(hidden_states.dtype)
 
 
 class DuoStreamImageTextHead(nn.Module):
@@ -467,8 +469,17 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 What the sums of those losses are divided by, where batches are accumulated, as `num_items_in_batch`
                 for language modelling. Default to what is in this batch; with `num_items_in_batch`, as `Trainer` gives
                 it, such a loss then counts for the share of its labels that this batch has.
+
+        Raises:
+            ValueError: In training the labels of language modelling are missing, while others are there.
         """
         config = self.config
+        has_others = masked_input_ids is not None or paired_input_ids is not None
+        if self.training and config.lm_weight and labels is None and has_others:
+            raise ValueError(
+                "`labels` are missing, which `lm_weight` needs in training: `label_smoothing_factor`, which takes "
+                "them away, doesn't go with the objectives of pretraining"
+            )
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
         num_items_in_batch = take_num_items(kwargs)
         share: float | torch.Tensor = 1.0
@@ -521,6 +532,9 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         losses = [weight * loss * part for weight, loss, part in parts if loss is not None]
         if config.itc_weight and paired_input_ids is None and num_ranks() > 1:
             losses.append(self.loss_of_no_pairs())
+        elif not losses and labels is not None and (config.itc_weight or config.itm_weight):
+            # Of a batch in which there is no pair, or none to be told from another, nothing is learnt
+            losses += [0 * weight.sum() for weight in self.image_text_head.parameters()]
         outputs.loss = torch.stack(losses).sum() if losses else None
         return outputs
 

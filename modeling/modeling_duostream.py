@@ -36,6 +36,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
 from ..configuration.image_tokens_duostream import image_size_of, image_tokens, patch_grid
 from .composition_duostream import (
+    HUB_OPTIONS,
     Backbone,
     check_found,
     check_is_unchanged,
@@ -216,6 +217,12 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         # initialise by the library's `initialization`, which needs no such care.
         return False
 
+    def post_init(self) -> None:
+        super().post_init()
+        # FSDP looks for each of these layers, of which some backbones (RegNet, SigLIP) name more than they have
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & kinds
+
     def enable_input_require_grads(self) -> None:
         # The library's hook takes what embeddings give for a tensor, but Swin's and its kin's give a tuple
         def require_grads(module: nn.Module, args: Any, output: Any) -> None:
@@ -283,10 +290,13 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
             image_size (`int`, *optional*): Side of the pictures in pixels, where the vision config has none (ResNet).
             dtype (`str` or `torch.dtype`, *optional*): Of the weights. Defaults to that of `text`.
             kwargs: Other fields of [`DuoStreamConfig`]: `image_token_id` (defaults to the first number behind the
-                vocabulary, so that no row of the embeddings changes), `projector_type`, ...
+                vocabulary, so that no row of the embeddings changes), `projector_type`, ...; or `token`, `cache_dir`,
+                `local_files_only` and `force_download`, by which both backbones are fetched. One that needs other
+                options (`revision`, `quantization_config`) is loaded by itself, and given as a model.
 
         Raises:
-            ValueError: The two can't work together; raised before any weight is loaded, where the configs tell.
+            ValueError: The two can't work together, or an argument is unknown; raised before any weight is loaded,
+                where the configs tell.
 
         Example:
 
@@ -299,10 +309,10 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         ```
         """
         writes = cls.can_generate()
-        config = compose_config(
-            config_of(text), config_of(vision), num_fusion_layers, fusion_config, image_size, writes, **kwargs
-        )
-        text, vision = load_backbones(text, vision, config, **({} if dtype is None else {"dtype": dtype}))
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        configs = config_of(text, **hub), config_of(vision, **hub)
+        config = compose_config(*configs, num_fusion_layers, fusion_config, image_size, writes, **kwargs)
+        text, vision = load_backbones(text, vision, config, **hub, **({} if dtype is None else {"dtype": dtype}))
         state_dict = compose_state_dict(text, vision, config, is_split=num_fusion_layers is not None)
         model, loading = cls.from_pretrained(
             None, config=config, state_dict=state_dict, dtype=dtype or text.dtype, output_loading_info=True
@@ -453,7 +463,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     @property
     def _are_weights_shared_out(self) -> bool:
         """Whether ranks gather each part's weights when it runs, as FSDP2 and DeepSpeed's ZeRO-3 do."""
-        return isinstance(self.projector, FSDPModule) or hasattr(next(self.vision_model.parameters()), "ds_id")
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        # Which parts FSDP2 wraps is for the user to say, and PEFT wraps some once more
+        is_fsdp = any(isinstance(module, FSDPModule) for module in self.modules())
+        return is_fsdp or hasattr(next(self.vision_model.parameters()), "ds_id")
 
     def _read_unused_picture(self) -> torch.Tensor:
         """Zero, from a picture: ranks that share weights gather each stream's together, so none may leave one out."""
@@ -655,6 +669,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
         given = input_ids if input_ids is not None else inputs_embeds
         batch_size, seq_len = given.shape[:2]
+        if segment_ids is not None and inputs_embeds is not None:
+            # PEFT puts virtual tokens in front, which all of a row's sequences share
+            segment_ids = nn.functional.pad(segment_ids, (seq_len - segment_ids.shape[1], 0))
 
         images = self.read_images(pixel_values, mm_encoder_outputs)
         image_states = None if images is None else images.pooler_output
@@ -854,10 +871,18 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             )
 
     def _as_the_text_stream_counts(self, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """RoBERTa and its kin count from behind the number of the padding token, whose row in the table is zero."""
+        """
+        RoBERTa and its kin count from behind the number of the padding token, whose row in the table is zero; others
+        (Nystromformer) from where a table of their own begins.
+        """
         embeddings = getattr(self.text_model, "embeddings", None)
+        if position_ids is None or embeddings is None:
+            return position_ids
         padding_idx = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-        return position_ids if position_ids is None or padding_idx is None else position_ids + padding_idx + 1
+        if padding_idx is not None:
+            return position_ids + padding_idx + 1
+        own_position_ids = getattr(embeddings, "position_ids", None)
+        return position_ids if own_position_ids is None else position_ids + own_position_ids[:, :1]
 
     def fuse(
         self,
@@ -939,8 +964,14 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
         super().__init__(config)
         self.model = DuoStreamModel(config)
         self.lm_head = nn.Linear(config.fusion_stack_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # The name of the embedding matrix is the text backbone's own
         embeddings = self.get_input_embeddings()
+        width = getattr(embeddings, "embedding_dim", self.lm_head.in_features)
+        if config.tie_word_embeddings and width != self.lm_head.in_features:
+            raise ValueError(
+                f"`tie_word_embeddings` is True, but the text stream's embeddings are {width} wide and the head reads "
+                f"states of {self.lm_head.in_features}: expected False"
+            )
+        # The name of the embedding matrix is the text backbone's own
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
 

@@ -115,7 +115,7 @@ def contrastive_loss(
     scores = logit_scale.exp() * text_embeds @ all_images.T + logit_bias  # (num_pairs, all_pairs)
     if loss_type == "sigmoid":
         signs = torch.full_like(scores, -1).scatter(1, own[:, None], 1)
-        loss = -nn.functional.logsigmoid(signs * scores).sum()
+        loss = -nn.functional.logsigmoid(signs * scores.float()).sum()
     else:
         image_scores = logit_scale.exp() * image_embeds @ all_texts.T + logit_bias  # (num_pairs, all_pairs)
         loss = (

@@ -91,6 +91,18 @@ def test_virtual_tokens_are_learnt_and_stand_in_front_of_text_and_pictures(
     assert all(each.abs().sum() > 0 for each in learnt)
 
 
+@pytest.mark.parametrize("name", ["prompt tuning", "p-tuning"])
+def test_behind_virtual_tokens_several_sequences_in_a_row_are_read_as_rows(name: str) -> None:
+    model = small_model("llama")
+    adapted = get_peft_model(model, PROMPTS[name]).eval()
+    first, second = Row(model, PICTURE, 3), Row(model, 5)
+    packed = {"input_ids": torch.cat([first.ids, second.ids])[None], "pixel_values": first.pictures}
+    packed["segment_ids"] = torch.tensor([[1] * len(first.ids) + [2] * len(second.ids)])
+    states = logits(adapted, packed)[0, VIRTUAL_TOKENS:]
+    alone = [logits(adapted, row.inputs)[0, VIRTUAL_TOKENS:] for row in (first, second)]
+    assert difference(states, torch.cat(alone)) < 1e-4
+
+
 @pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
 def test_behind_virtual_tokens_a_row_is_written_as_without_a_cache(config: PeftConfig) -> None:
     model = small_model("llama")

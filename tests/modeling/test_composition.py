@@ -739,3 +739,68 @@ def test_any_other_decoder_is_exactly_itself_or_refused(text: str) -> None:
     row = Row(model, 3, PICTURE, 4)
     cached, uncached = (logits(model, row.inputs, use_cache=use_cache) for use_cache in (True, False))
     assert difference(cached, uncached) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"projector": "linear"},
+        {"num_fusion_layer": 2},
+        {"revision": "main"},
+        {"torch_dtype": torch.bfloat16},
+        {"device_map": "cpu"},
+        {"trust_remote_code": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_arguments_that_would_do_nothing_are_refused(arguments: dict[str, Any], folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=f"^`{next(iter(arguments))}`: expected fields of `DuoStreamConfig`"):
+        compose(folder, **arguments)
+
+
+def test_a_token_by_which_backbones_are_fetched_is_in_no_config(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = compose(folder, token="hf_secret", local_files_only=True)
+    model.save_pretrained(tmp_path)
+    assert "hf_secret" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "nystromformer", "yoso", "mra"])
+@torch.no_grad()
+def test_an_encoder_counts_its_positions_from_where_it_does_by_itself(
+    kind: str, folder: Callable[[str], Path]
+) -> None:
+    sizes: dict[str, Any] = {**COMMON, "num_hidden_layers": 1, "pad_token_id": 1, "max_position_embeddings": 64}
+    sizes |= {"num_landmarks": 64, "segment_means_seq_len": 64} if kind == "nystromformer" else {}
+    backbone = roughen(AutoModel.from_config(transformers.AutoConfig.for_model(kind, **sizes)), scale=0.1).eval()
+    model = DuoStreamForMaskedLM.from_backbones(backbone, folder("siglip"), fusion_config=LLAMA).eval()
+    ids = torch.randint(3, VOCAB_SIZE, (2, 9))
+    for mask in (None, torch.ones_like(ids)):
+        expected = backbone(ids, attention_mask=mask).last_hidden_state
+        assert difference(model.model.read_text(ids, mask).last_hidden_state, expected) < 1e-5
+
+
+def test_embeddings_that_are_narrower_than_the_layers_are_not_the_head(folder: Callable[[str], Path]) -> None:
+    electra = AutoModel.from_config(transformers.ElectraConfig(**COMMON, embedding_size=16))
+    model = DuoStreamForMaskedLM.from_backbones(electra, folder("siglip"), fusion_config=LLAMA)
+    assert not model.config.tie_word_embeddings
+    assert model(torch.randint(3, VOCAB_SIZE, (1, 5))).logits.shape == (1, 5, VOCAB_SIZE)
+    with pytest.raises(ValueError, match=r"`tie_word_embeddings` is True, but .* 16 wide .* of 32: expected False"):
+        DuoStreamForMaskedLM.from_backbones(electra, folder("siglip"), fusion_config=LLAMA, tie_word_embeddings=True)
+
+
+def test_an_encoder_and_decoder_in_one_is_refused(folder: Callable[[str], Path]) -> None:
+    sizes = {"vocab_size": VOCAB_SIZE, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4}
+    t5 = AutoModel.from_config(transformers.T5Config(**sizes))
+    with pytest.raises(ValueError, match="`text` of type 't5' is an encoder and a decoder"):
+        DuoStreamForMaskedLM.from_backbones(t5, folder("siglip"), fusion_config=LLAMA)
+
+
+def test_the_language_model_within_a_multimodal_checkpoint_is_found(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = transformers.LlavaConfig(vision_config=SMALL_VISION, text_config={**LLAMA, "num_hidden_layers": 3})
+    llava = roughen(transformers.LlavaForConditionalGeneration(config), scale=0.1).eval()
+    llava.save_pretrained(tmp_path)
+    model = DuoStreamForConditionalGeneration.from_backbones(tmp_path, folder("siglip"), num_fusion_layers=2).eval()
+    ids = {"input_ids": torch.randint(3, VOCAB_SIZE, (1, 7))}
+    assert difference(logits(model, ids), logits(llava, ids)) == 0.0

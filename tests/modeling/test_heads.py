@@ -35,6 +35,7 @@ from duostream import (
     DuoStreamForPreTraining,
     DuoStreamForSequenceClassification,
 )
+from duostream.modeling.heads_duostream import mean_pool
 from duostream.modeling.objectives_duostream import contrastive_loss, hard_negatives
 
 HEADS = {
@@ -418,6 +419,37 @@ def test_a_single_pair_has_nothing_to_be_mistaken_for():
     outputs = model(**pretraining_inputs(model, num_rows=1))
     assert outputs.itm_loss is None
     assert torch.isclose(outputs.loss, outputs.lm_loss)
+
+
+@pytest.mark.parametrize(("name", "num_pairs"), [("itc", 0), ("itm", 0), ("itm", 1)])
+def test_of_a_batch_without_pairs_to_tell_apart_nothing_is_learnt(name, num_pairs):
+    model = small_model(cls=DuoStreamForPreTraining, **weights(**{name: 1.0})).train()
+    inputs = pretraining_inputs(model, num_rows=1)
+    if not num_pairs:
+        del inputs["paired_input_ids"]
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss == 0 and all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+
+
+def test_smoothed_labels_that_would_take_the_other_objectives_away_are_refused():
+    model = small_model(cls=DuoStreamForPreTraining, **weights(lm=1.0, mlm=1.0)).train()
+    inputs = pretraining_inputs(model)
+    del inputs["labels"]  # as `Trainer` does
+    with pytest.raises(ValueError, match=r"`labels` are missing, .*`label_smoothing_factor`"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
+def test_a_contrastive_loss_is_summed_in_full_precision(loss_type):
+    embeds = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1).bfloat16()
+    scale, bias = torch.tensor(2.0).bfloat16(), torch.tensor(-1.0).bfloat16()
+    assert contrastive_loss(*embeds, scale, bias, loss_type).dtype == torch.float32
+
+
+def test_the_mean_of_a_long_text_is_within_half_precision():
+    states = torch.full((1, 2000, 2), 60.0).half()
+    assert mean_pool(states, torch.ones(1, 2000)).tolist() == [[60.0, 60.0]]
 
 
 def test_an_encoder_is_pretrained_without_language_modelling_only():

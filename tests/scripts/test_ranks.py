@@ -160,6 +160,18 @@ def test_four_ranks_learn_as_one(alone, training, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_that_share_the_weights_of_layers_that_are_named_learn_as_one(alone, training, tmp_path):
+    # The projector is none of them, by which a rank without pictures must still know that weights are shared
+    launcher = [*accelerate("fsdp2", 2), "--fsdp_transformer_layer_cls_to_wrap", "PhiDecoderLayer"]
+    args = [*training, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
+    finished = launch(launcher, __file__, *args)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("shared by FSDP2") == 2
+    assert_same_losses(alone, tmp_path)
+    assert_same_weights(alone, tmp_path)
+
+
+@pytest.mark.slow
 def test_four_ranks_go_on_from_the_shards_of_two_and_learn_as_one(alone, training, tmp_path):
     args = [*training, "--save_strategy", "steps", "--save_steps", "2", "--resume", "true", "--output_dir", tmp_path]
     for num_ranks, first in ((2, 0), (4, 2)):
