@@ -1,5 +1,10 @@
 """The chat templates: DuoStream's own, and a text model's own with pictures added."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.utils.chat_template_utils import _get_template_variables
+
 IMAGE_TOKEN = "<|image|>"
 
 # Role marker, text and pictures as they come; an answer ends with the end-of-sequence token. `generation` marks what
@@ -55,6 +60,22 @@ def default_chat_template(template: str | dict[str, str]) -> str:
             "`chat_template`"
         )
     return template["default"]
+
+
+def check_tools(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> None:
+    """
+    Raises:
+        ValueError: The chat template would leave out `tools`, or the `tool_calls` of a message: an empty turn, which
+            training would teach.
+    """
+    if tools and "tools" not in _get_template_variables(template):
+        raise ValueError(f"the chat template writes no `tools`, which are {tools!r:.100}: expected one that does")
+    for message in messages:
+        if (calls := message.get("tool_calls")) and "tool_calls" not in template:
+            raise ValueError(
+                f"the chat template writes no `tool_calls`, and the {message['role']}'s are {calls!r:.100}: expected "
+                "one that does"
+            )
 
 
 def multimodal_chat_template(text_template: str | dict[str, str] | None, image_token: str = IMAGE_TOKEN) -> str:

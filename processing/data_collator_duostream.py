@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
-from .chat_template_duostream import default_chat_template
+from .chat_template_duostream import check_tools, default_chat_template
 from .processing_duostream import DuoStreamProcessor, check_text, read_picture
 
 logger = logging.get_logger(__name__)
@@ -133,7 +133,8 @@ class DuoStreamDataCollator:
     left in the labels. Or of rows with `images` and `conversations`, a list of any of these that begin alike, such as
     all captions of a picture: their beginning is read once, and the loss is that of a row for each.
 
-    A row's `tools` (a list of JSON schemas, or one written as JSON) are given to the chat template.
+    A row's `tools` (a list of JSON schemas, or one written as JSON) are given to the chat template, which has to write
+    them, and the `tool_calls` of its messages.
 
     Instead of `images` a row may have `image_features`: for each picture the frozen vision stream's states, of shape
     `(image_seq_length, image_hidden_size)`. Its pictures are then not opened.
@@ -314,7 +315,9 @@ class DuoStreamDataCollator:
         (messages,), _ = self.processor._normalize_conversations([messages])
         # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
         tokenizer, template = self.processor.tokenizer, default_chat_template(self.processor.chat_template)
-        marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools_of(row), None, {}, True, False)
+        tools = tools_of(row)
+        check_tools(template, messages, tools)
+        marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools, None, {}, True, False)
         text, answers = self.render_marked(marked[0], tools)
         check_text(text, "the conversation")
         num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])

@@ -30,7 +30,7 @@ from transformers.utils import PROCESSOR_NAME, logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START
 
 from ..configuration.saved_code_duostream import AUTO_MAP, is_foreign, save_code
-from .chat_template_duostream import IMAGE_TOKEN, multimodal_chat_template
+from .chat_template_duostream import IMAGE_TOKEN, check_tools, multimodal_chat_template
 
 logger = logging.get_logger(__name__)
 
@@ -157,8 +157,10 @@ class DuoStreamProcessor(ProcessorMixin):
 
     Args:
         image_processor (`BaseImageProcessor`): Any stock image processor.
-        tokenizer (`PreTrainedTokenizerBase`): Any stock tokenizer. One without an `eos_token` (BERT's) gets its
-            `sep_token` as that: answers end with it.
+        tokenizer (`PreTrainedTokenizerBase`): Any stock tokenizer. It is changed in place: it gets the `image_token`;
+            one without an `eos_token` (BERT's) gets its `sep_token` as that, with which answers end; and one that
+            tells segments apart (BERT's) returns its `token_type_ids` only if asked (`return_token_type_ids=True`),
+            because the model would read them as marks of a prefix.
         chat_template (`str` or `dict`, *optional*): Defaults to the tokenizer's own, with pictures, or else to
             DuoStream's. Of several named ones, rows to train on are rendered by `"default"`.
         image_token (`str`, *optional*, defaults to `"<|image|>"`):
@@ -198,6 +200,10 @@ class DuoStreamProcessor(ProcessorMixin):
         self.bidirectional_prefix = bidirectional_prefix
         if tokenizer.eos_token is None and tokenizer.sep_token is not None:
             tokenizer.eos_token = tokenizer.sep_token
+        if "token_type_ids" in tokenizer.model_input_names:
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+            # Of its attributes a tokenizer saves those that are named here
+            tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
         if chat_template is None:
             chat_template = multimodal_chat_template(tokenizer.chat_template, image_token)
             if tokenizer.chat_template is None and tokenizer.eos_token is None:
@@ -229,6 +235,7 @@ class DuoStreamProcessor(ProcessorMixin):
                 row of `text`.
             text (`str` or `list[str]`, *optional*): Text with `image_token` where a picture stands.
             kwargs: Anything the tokenizer and the image processor take. `truncation` shortens text, never a picture.
+                Of a text and its `text_pair` it cuts what the tokenizer cuts, and nothing beside pictures.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `attention_mask` and `mm_token_type_ids` (1 = image token) of shape
@@ -236,8 +243,9 @@ class DuoStreamProcessor(ProcessorMixin):
             bidirectional prefix, `token_type_ids` (0 = prefix) of shape `(batch, seq_len)`.
 
         Raises:
-            ValueError: Markers and pictures of a row differ in number, pictures alone exceed `max_length`, there is
-                something that is no text, no picture or no length, or the end of a prefix can't be found.
+            ValueError: Markers and pictures of a row differ in number, pictures or texts that `truncation` doesn't
+                cut exceed `max_length`, there is something that is no text, no picture or no length, or the end of a
+                prefix can't be found.
         """
         rows = [text] if isinstance(text, str) else text
         if text is not None and not (isinstance(rows, list | tuple) and rows):
@@ -258,11 +266,23 @@ class DuoStreamProcessor(ProcessorMixin):
         for name in ("stride", "return_overflowing_tokens"):
             if text_kwargs.get(name):
                 raise ValueError(f"`{name}` is {text_kwargs[name]}; what is cut off a text is not returned")
+        if text_kwargs.get("is_split_into_words"):
+            raise ValueError("`is_split_into_words` is True; expected texts, not the words of a text")
         truncation = text_kwargs.get("truncation")
         marker = self.answer_marker() if self.bidirectional_prefix and rows is not None else None
         # Role markers in a text that is read without special tokens are none
         checked = None if text_kwargs.get("split_special_tokens") else marker
-        if text is not None and truncation and truncation != "do_not_truncate":
+        is_cut = rows is not None and truncation and truncation != "do_not_truncate"
+        if is_cut and text_kwargs.get("text_pair") is not None and not any(self.image_token in row for row in rows):
+            try:
+                # The tokenizer knows where the second text begins, which its tokens don't tell
+                outputs = super().__call__(images=images, text=text, **kwargs)
+            except Exception as error:
+                raise ValueError(
+                    f"`text` and `text_pair` can't be read with `truncation`={truncation!r}: {error}"
+                ) from error
+            self._check_markers(outputs, rows, checked)
+        elif is_cut:
             outputs = self._call_truncated(images, text, text_kwargs, kwargs, checked)
         else:
             outputs = super().__call__(images=images, text=text, **kwargs)
@@ -300,6 +320,13 @@ class DuoStreamProcessor(ProcessorMixin):
             early["return_special_tokens_mask"] = True
         outputs = super().__call__(images=images, text=text, truncation=False, padding=False, **early)
         self._check_markers(outputs, [text] if isinstance(text, str) else text, marker)
+        for row, ids in enumerate(outputs["input_ids"]):
+            if len(ids) > max_length:
+                too_long = f"Row {row} has {len(ids)} tokens, more than `max_length`={max_length}"
+                if text_kwargs.get("text_pair") is not None:
+                    raise ValueError(f"{too_long}, and beside pictures neither `text` nor `text_pair` is cut")
+                if text_kwargs["truncation"] == "only_second":
+                    raise ValueError(f"{too_long}, and `truncation`='only_second' cuts only a `text_pair`")
         # Without one where text is what a chat template wrote
         frames = outputs.get("special_tokens_mask") or [None] * len(outputs["input_ids"])
         kept = [
@@ -432,7 +459,14 @@ class DuoStreamProcessor(ProcessorMixin):
         tokens or the picture marker stays text (`sanitize_control_tokens`), no special tokens are added to those the
         template writes (neither holds with `return_assistant_tokens_mask`), and prompts that are to be written on are
         padded on the left.
+
+        Raises:
+            ValueError: There is no conversation of text and pictures, or the chat template would leave out `tools`, or
+                `tool_calls` in a message.
         """
+        template = self._resolve_chat_template(chat_template)
+        for messages in self._normalize_conversations(conversation)[0]:
+            check_tools(template, messages, kwargs.get("tools"))
         if kwargs.get("tokenize"):
             given = kwargs.get("processor_kwargs") or {}
             defaults: dict[str, Any] = {}

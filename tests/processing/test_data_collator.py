@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -611,6 +612,7 @@ def test_any_prompt_in_training_is_the_prompt_in_use(processor, first, reply, se
 
 TOOLS = [{"type": "function", "function": {"name": "color_of", "description": "The color <|image|> of a thing."}}]
 WRITES_TOOLS = "{% if tools %}Tools: {{ tools | tojson }}{% endif %}"
+WRITES_CALLS = "{{ message['tool_calls'] | tojson if message['tool_calls'] }}"
 
 
 @pytest.mark.parametrize("kind", ["own", "chatml without generation"])
@@ -632,11 +634,14 @@ def test_tools_of_a_row_are_given_to_the_template_as_in_use(kind, tools):
     assert learnt(processor, given).startswith("It is red.<|")
     turns = {"images": [], "tools": tools, "conversations": [{"messages": row["messages"]}]}
     assert torch.equal(DuoStreamDataCollator(processor)([turns])["input_ids"], given["input_ids"])
+    with pytest.raises(ValueError, match=r"^Row 0 of the batch: Tools should either be a JSON schema"):
+        DuoStreamDataCollator(processor)([{**row, "tools": ["weather"]}])
 
 
 @pytest.mark.parametrize("kind", ["own", "chatml"])
 def test_calls_and_pictures_in_openais_form_are_read_as_in_use(kind):
     processor = make_processor(kind)
+    processor.chat_template = re.sub(r"{%-? generation -?%}", r"\g<0>" + WRITES_CALLS, processor.chat_template)
     call = {"type": "function", "function": {"name": "color_of", "arguments": {"thing": "square"}}}
     messages = [
         {
@@ -652,7 +657,25 @@ def test_calls_and_pictures_in_openais_form_are_read_as_in_use(kind):
     batch = DuoStreamDataCollator(processor)([{"images": [picture()], "messages": messages}])
     assert messages == before
     assert read(processor, batch) == processor.apply_chat_template(messages)
-    assert "It is red." in learnt(processor, batch) and "color" not in learnt(processor, batch)
+    assert "It is red." in learnt(processor, batch)
+    assert '"square"' in learnt(processor, batch) and "What color" not in learnt(processor, batch)
+
+
+@pytest.mark.parametrize("kind", ["own", "chatml without generation"])
+def test_tools_that_the_template_would_leave_out_name_their_row(kind):
+    processor = make_processor(kind)
+    several = make_processor(kind)
+    several.chat_template = {"default": processor.chat_template, "tool_use": WRITES_TOOLS + WRITES_CALLS}
+    call = {"type": "function", "function": {"name": "color_of", "arguments": {"thing": "square"}}}
+    asked = dialogue("What color is it?", "It is red.", num_images=0)["messages"]
+    called = [*asked[:1], {"role": "assistant", "content": None, "tool_calls": [call]}, *asked[1:]]
+    for collate in (DuoStreamDataCollator(processor), DuoStreamDataCollator(several)):
+        for tools in (TOOLS, json.dumps(TOOLS)):
+            with pytest.raises(ValueError, match=r"^Row 7: the chat template writes no `tools`"):
+                collate([{"images": [], "messages": asked, "tools": tools, "row": 7}])
+        for row in ({"messages": called}, {"prompt": called[:2], "completion": called[2:]}):
+            with pytest.raises(ValueError, match=r"^Row 7: the chat template writes no `tool_calls`"):
+                collate([{"images": [], **row, "row": 7}])
 
 
 def broken(**columns):
@@ -692,7 +715,7 @@ class NotAPicture:
         ),
         (broken(tools='[{"type"'), "`tools` is .* no JSON"),
         (broken(tools={"type": "function"}), "`tools` is .* expected a list of JSON schemas"),
-        (broken(tools=["weather"]), "Tools should either be a JSON schema"),
+        (broken(tools=["weather"]), r"the chat template writes no `tools`, which are \['weather'\]"),
         (broken(images=[NotAPicture()]), "a picture can't be read"),
         (broken(messages=None), ""),
         (broken(messages="What?"), ""),

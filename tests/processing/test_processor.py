@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import small_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoProcessor, BertTokenizer, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -350,6 +351,46 @@ def test_of_several_chat_templates_the_default_one_is_kept():
         DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
 
 
+CALL = {"type": "function", "function": {"name": "color_of", "arguments": {"thing": "square"}}}
+TOOLS = [{"type": "function", "function": {"name": "color_of", "description": "The color of a thing."}}]
+WRITES_CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}{{ message['tool_calls'] | tojson if message['tool_calls'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("make", [chatml_tokenizer, lambda: train_tokenizer(TEXTS, 300)], ids=["chatml", "own"])
+def test_tools_that_a_template_would_leave_out_are_refused(make):
+    processor = DuoStreamProcessor(image_processor(), make(), image_seq_length=NUM_TOKENS)
+    asked = [user(text("What color?"))]
+    called = [*asked, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    beside = [*asked, {**assistant("Let me see."), "tool_calls": [CALL]}]
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match=r"^the chat template writes no `tools`, which are \[\{'type'"):
+            processor.apply_chat_template(asked, tools=TOOLS, tokenize=tokenize)
+        for conversation in (called, beside, [asked, called]):
+            with pytest.raises(ValueError, match=r"^the chat template writes no `tool_calls`, and the assistant's"):
+                processor.apply_chat_template(conversation, tokenize=tokenize)
+    idle = [*asked, {**assistant("Red."), "tool_calls": []}, {**asked[0], "tool_calls": None}]
+    for tools in (None, []):
+        assert processor.apply_chat_template(idle, tools=tools) == processor.apply_chat_template(
+            [*asked, assistant("Red."), *asked]
+        )
+
+
+def test_tools_are_left_to_a_template_that_writes_them(processor):
+    called = [user(text("What color?")), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    assert "color of a thing" in processor.apply_chat_template(called, WRITES_CALLS, tools=TOOLS)
+    assert '"square"' in processor.apply_chat_template(called, chat_template=WRITES_CALLS)
+    several = {"default": processor.chat_template, "tool_use": WRITES_CALLS}
+    named = DuoStreamProcessor(
+        image_processor(), processor.tokenizer, chat_template=several, image_seq_length=NUM_TOKENS
+    )
+    assert '"square"' in named.apply_chat_template(called, chat_template="tool_use", tools=TOOLS)
+    with pytest.raises(ValueError, match=r"^the chat template writes no `tools`"):
+        named.apply_chat_template(called, tools=TOOLS)
+
+
 def test_several_chat_templates_read_the_same_once_saved(tmp_path):
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
@@ -386,14 +427,21 @@ def test_answers_without_an_end_are_warned_of(has_template, caplog):
 
 
 @pytest.mark.parametrize(
-    "option", [{"stride": 2}, {"return_overflowing_tokens": True}, {"videos": [[]]}, {"audio": [0.0]}]
+    "option",
+    [
+        {"stride": 2},
+        {"return_overflowing_tokens": True},
+        {"is_split_into_words": True},
+        {"videos": [[]]},
+        {"audio": [0.0]},
+    ],
 )
 def test_what_would_be_left_out_is_refused(processor, option):
     (name,) = option
     for options in ({}, {"truncation": True, "max_length": 4}):
         with pytest.raises(ValueError, match=f"^`{name}` is "):
             processor(text="abcdefgh", **options, **option)
-        processor(text="abcdefgh", **options, videos=None, audio=None, stride=0)
+        processor(text="abcdefgh", **options, videos=None, audio=None, stride=0, is_split_into_words=False)
 
 
 @pytest.mark.parametrize("truncation", [False, True])
@@ -427,6 +475,47 @@ def test_what_the_tokenizer_puts_around_a_text_stays_where_the_text_is_cut(side)
     ids = with_picture["input_ids"][0].tolist()
     assert len(ids) == 8 and ids.count(processor.image_token_id) == NUM_TOKENS
     assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+
+PAIR = {"text": ["a b c red a", "a"], "text_pair": ["c b a", "b"]}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("truncation", [True, "longest_first", "only_first", "only_second"])
+def test_two_texts_are_cut_as_the_tokenizer_cuts_them(truncation, side):
+    tokenizer = bert_tokenizer()
+    tokenizer.truncation_side = side
+    processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    options = {"truncation": truncation, "max_length": 9, "padding": True, "return_tensors": "pt"}
+    expected = tokenizer(**PAIR, **options)["input_ids"]
+    assert expected.shape == (2, 9) and (expected[0] == tokenizer.sep_token_id).sum() == 2
+    for images in (None, [[], []]):
+        assert torch.equal(processor(**PAIR, images=images, **options)["input_ids"], expected)
+    in_a_group = {"text_kwargs": {"text_pair": PAIR["text_pair"], **options}}
+    assert torch.equal(processor(text=PAIR["text"], **in_a_group)["input_ids"], expected)
+
+
+def test_a_text_that_its_strategy_cannot_cut_is_refused():
+    processor = DuoStreamProcessor(image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS)
+    for truncation in ("only_first", "only_second"):
+        with pytest.raises(
+            ValueError, match=f"^`text` and `text_pair` can't be read with `truncation`='{truncation}'"
+        ):
+            processor(text=["a b c"], text_pair=["a b c"], truncation=truncation, max_length=5)
+    options = {"truncation": "only_second", "max_length": 5}
+    assert len(processor(text=["a b c"], **options)["input_ids"][0]) == 5
+    with pytest.raises(ValueError, match=r"^Row 1 has 6 tokens, more than `max_length`=5, and `truncation`='only_s"):
+        processor(text=["a b c", "a b c red"], **options)
+
+
+def test_two_texts_with_pictures_are_not_cut():
+    processor = DuoStreamProcessor(image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS)
+    inputs = {"text": ["<|image|> a b", "c"], "text_pair": ["c", "a"], "images": [[picture()], []]}
+    fits = processor(**inputs, truncation=True, max_length=10, padding=True)
+    assert equal(fits, processor(**inputs, padding=True))
+    for truncation in (True, "only_first", "only_second"):
+        with pytest.raises(ValueError, match=r"^Row 0 has 10 tokens, more than `max_length`=9, and beside pic"):
+            processor(**inputs, truncation=truncation, max_length=9)
 
 
 def test_a_template_given_to_the_processor_wins(processor):
@@ -633,6 +722,30 @@ def test_segment_ids_of_a_bert_tokenizer_are_not_taken_for_types():
     outputs = tokenize(prefix, [user(text("a b"))])
     assert set(outputs["token_type_ids"][0]) == {0, 1}
     assert outputs["token_type_ids"][0] == sorted(outputs["token_type_ids"][0])
+
+
+@pytest.mark.parametrize("bidirectional_prefix", [False, True])
+def test_the_tokenizer_alone_marks_no_prefix_either(tmp_path, bidirectional_prefix):
+    processor = DuoStreamProcessor(
+        image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS, bidirectional_prefix=bidirectional_prefix
+    )
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded.model_input_names == processor.model_input_names
+    for tokenizer in (processor.tokenizer, loaded.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert set(tokenizer("a b")) == {"input_ids", "attention_mask"}
+        assert tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+def test_a_model_reads_the_same_from_a_bert_tokenizer_and_from_its_processor():
+    processor = DuoStreamProcessor(image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS)
+    model = small_model(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id).model
+    with torch.no_grad():
+        states = [
+            model(**read(text=["a b c red"], return_tensors="pt")).last_hidden_state
+            for read in (processor, processor.tokenizer)
+        ]
+    assert torch.equal(*states)
 
 
 def numbered(processor, **kwargs):
