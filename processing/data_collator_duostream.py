@@ -95,8 +95,12 @@ def first_fit_decreasing(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def join(
-    input_ids: list[list[int]], labels: list[list[int]], groups: list[list[int]], shared: list[int]
-) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    input_ids: list[list[int]],
+    labels: list[list[int]],
+    types: list[list[int]],
+    groups: list[list[int]],
+    shared: list[int],
+) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
     """
     Joins sequences to rows: what those of a group have in common, and what follows it in each, one after the other.
 
@@ -105,9 +109,11 @@ def join(
         shared (`list[int]`): How many tokens those of each group have in common at their beginning.
 
     Returns:
-        Token ids, labels and `segment_ids` of each row: 0 in what is shared, then the number of the sequence.
+        Token ids, labels, `token_type_ids`, and `segment_ids` of each row: 0 in what is shared, then the number of the
+        sequence.
     """
     joined_ids = [input_ids[group[0]][:length] for group, length in zip(groups, shared, strict=True)]
+    joined_types = [types[group[0]][:length] for group, length in zip(groups, shared, strict=True)]
     joined_labels = [[IGNORE_INDEX] * length for length in shared]
     segment_ids = [[0] * length for length in shared]
     for i, (group, length) in enumerate(zip(groups, shared, strict=True)):
@@ -115,8 +121,9 @@ def join(
             joined_ids[i] += input_ids[n][length:]
             # Nothing predicts the first token of a sequence without a beginning
             joined_labels[i] += [IGNORE_INDEX, *labels[n][length + 1 :]]
+            joined_types[i] += types[n][length:]
             segment_ids[i] += [number] * (len(input_ids[n]) - length)
-    return joined_ids, joined_labels, segment_ids
+    return joined_ids, joined_labels, joined_types, segment_ids
 
 
 def targets_per_row(labels: torch.Tensor) -> int:
@@ -173,9 +180,10 @@ class DuoStreamDataCollator:
         marker = self.processor.answer_marker() if self.processor.bidirectional_prefix else None
         input_ids, labels = self.encode_chats(rows, owned, names, marker)
         images = [self.load_images(row, name) for row, name in zip(rows, names, strict=True)]
+        types: list[list[int]] = [[] for _ in owned]
         for n, (i, conversation) in enumerate(owned):
-            frame = None
-            if is_plain_text(conversation):
+            frame, is_text = None, is_plain_text(conversation)
+            if is_text:
                 input_ids[n], frame = self.encode_text(conversation["text"], len(images[i]), names[i])
                 image_token_id = self.processor.image_token_id
                 labels[n] = [IGNORE_INDEX if token == image_token_id else token for token in input_ids[n]]
@@ -184,27 +192,28 @@ class DuoStreamDataCollator:
                 raise ValueError(f"{names[i]} has {num_markers} picture markers but {len(images[i])} pictures")
             if not input_ids[n]:
                 raise ValueError(f"{names[i]} has no text and no picture")
-            input_ids[n], labels[n] = self.expand_and_cut(input_ids[n], labels[n], names[i], frame)
+            # Of the whole row: what is cut may hold the marker. A text without a chat has none, whatever it says
+            has_prefix = marker is not None and not is_text
+            types[n] = self.processor.prefix_types(input_ids[n], marker) if has_prefix else [1] * len(input_ids[n])
+            input_ids[n], labels[n], types[n] = self.expand_and_cut(input_ids[n], labels[n], types[n], names[i], frame)
 
-        segment_ids, types = None, None
+        segment_ids = None
         if len(owned) > len(rows):
             owners = [i for i, _ in owned]
             groups = [[n for n, owner in enumerate(owners) if owner == i] for i in range(len(rows))]
-            shared = [
-                self.shared_length([input_ids[n] for n in group], [labels[n] for n in group], name, marker)
-                for group, name in zip(groups, names, strict=True)
-            ]
-            input_ids, labels, segment_ids = join(input_ids, labels, groups, shared)
-        if marker is not None:
-            types = [self.processor.prefix_types(row, marker) for row in input_ids]
+            shared = []
+            for group, name in zip(groups, names, strict=True):
+                own_ids, own_labels, own_types = ([each[n] for n in group] for each in (input_ids, labels, types))
+                shared.append(self.shared_length(own_ids, own_labels, own_types, name))
+            input_ids, labels, types, segment_ids = join(input_ids, labels, types, groups, shared)
         groups = [[i] for i in range(len(rows))]
         packed = first_fit_decreasing([len(row) for row in input_ids]) if self.packing else groups
         if len(packed) < len(rows):
             groups = packed
-            input_ids, labels, segment_ids = join(input_ids, labels, groups, shared=[0] * len(groups))
-            types = None if types is None else [[each for i in group for each in types[i]] for group in groups]
-        batch = self.pad(input_ids, labels, segment_ids, types)
-        batch["targets_per_row"] = targets_per_row(batch["labels"][:, 1:])
+            input_ids, labels, types, segment_ids = join(input_ids, labels, types, groups, [0] * len(groups))
+        batch = self.pad(input_ids, labels, segment_ids, None if marker is None else types)
+        # The first column's, too, which is predicted where PEFT puts virtual tokens in front
+        batch["targets_per_row"] = targets_per_row(batch["labels"])
         if any(images):
             order = [i for group in groups for i in group]
             batch |= self.model_inputs([images[i] for i in order], [names[i] for i in order])
@@ -263,7 +272,7 @@ class DuoStreamDataCollator:
         return input_ids, labels
 
     def shared_length(
-        self, input_ids: list[list[int]], labels: list[list[int]], name: str, marker: tuple[str, str] | None
+        self, input_ids: list[list[int]], labels: list[list[int]], types: list[list[int]], name: str
     ) -> int:
         """
         How many tokens a row's conversations have in common at their beginning.
@@ -279,8 +288,7 @@ class DuoStreamDataCollator:
             shared = min(shared, max(first_label - 1, 0))
         if any(self.processor.image_token_id in ids[shared:] for ids in input_ids):
             raise ValueError(f"{name}: its `conversations` differ before their last picture, which they are to share")
-        may_split = marker is not None and len(input_ids) > 1
-        if may_split and any(0 in self.processor.prefix_types(ids, marker)[shared:] for ids in input_ids):
+        if len(input_ids) > 1 and any(0 in row[shared:] for row in types):
             raise ValueError(
                 f"{name}: its `conversations` ask different things, which a prefix that is read both ways can't "
                 "share: use a processor with `bidirectional_prefix=False`"
@@ -459,8 +467,13 @@ class DuoStreamDataCollator:
         return {"mm_encoder_outputs": {"image": ImageStates(last_hidden_state=torch.stack(flat))}}
 
     def expand_and_cut(
-        self, input_ids: list[int], labels: list[int], name: str, special_tokens_mask: list[int] | None = None
-    ) -> tuple[list[int], list[int]]:
+        self,
+        input_ids: list[int],
+        labels: list[int],
+        types: list[int],
+        name: str,
+        special_tokens_mask: list[int] | None = None,
+    ) -> tuple[list[int], list[int], list[int]]:
         """
         Markers become as many placeholders as a picture has tokens; then text is cut to `max_length`, but for what
         `special_tokens_mask` marks.
@@ -471,7 +484,7 @@ class DuoStreamDataCollator:
         def expanded(row: list[int]) -> list[int]:
             return [each for each, n in zip(row, repeats, strict=True) for _ in range(n)]
 
-        input_ids, labels = expanded(input_ids), expanded(labels)
+        input_ids, labels, types = expanded(input_ids), expanded(labels), expanded(types)
         num_text_tokens = sum(token != processor.image_token_id for token in input_ids)
         limit = processor.tokenizer.model_max_length
         if self.max_length is None and num_text_tokens > limit:
@@ -483,12 +496,12 @@ class DuoStreamDataCollator:
             frame = None if special_tokens_mask is None else expanded(special_tokens_mask)
             kept = processor.truncated_positions(input_ids, self.max_length, name, frame)
             num_labels = sum(label != IGNORE_INDEX for label in labels)
-            input_ids, labels = [input_ids[i] for i in kept], [labels[i] for i in kept]
+            input_ids, labels, types = ([each[i] for i in kept] for each in (input_ids, labels, types))
             num_lost = num_labels - sum(label != IGNORE_INDEX for label in labels)
             logger.warning(
                 f"{name} was cut to `max_length={self.max_length}` tokens; {num_lost} tokens of answers are lost"
             )
-        return input_ids, self.without_image_predictions(input_ids, labels)
+        return input_ids, self.without_image_predictions(input_ids, labels), types
 
     def without_image_predictions(self, input_ids: list[int], labels: list[int]) -> list[int]:
         """Leaves out what an image token would predict, which is not meant."""

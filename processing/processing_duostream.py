@@ -288,8 +288,11 @@ class DuoStreamProcessor(ProcessorMixin):
             outputs = super().__call__(images=images, text=text, **kwargs)
             self._check_markers(outputs, rows, checked)
         if marker is not None:
-            token_type_ids = [self.prefix_types(list(map(int, ids)), marker) for ids in outputs["input_ids"]]
-            outputs["token_type_ids"] = token_type_ids
+            if checked is None:
+                outputs["token_type_ids"] = [[1] * len(ids) for ids in outputs["input_ids"]]
+            elif "token_type_ids" not in outputs:
+                token_type_ids = [self.prefix_types(list(map(int, ids)), marker) for ids in outputs["input_ids"]]
+                outputs["token_type_ids"] = token_type_ids
             outputs.convert_to_tensors(text_kwargs.get("return_tensors"), skip_tensor_conversion=["pixel_values"])
         for name, value in outputs.items():
             if isinstance(value, torch.Tensor) and not value.numel():
@@ -333,10 +336,13 @@ class DuoStreamProcessor(ProcessorMixin):
             self.truncated_positions(ids, max_length, f"Row {row}", frame)
             for row, (ids, frame) in enumerate(zip(outputs["input_ids"], frames, strict=True))
         ]
+        if marker is not None:
+            # Of the whole: what is cut may hold the marker
+            outputs["token_type_ids"] = [self.prefix_types(ids, marker) for ids in outputs["input_ids"]]
         if not wants_mask:
             outputs.pop("special_tokens_mask", None)
         padded_names = ("input_ids", "attention_mask", "special_tokens_mask")
-        for name in (*padded_names, "mm_token_type_ids", "offset_mapping"):
+        for name in (*padded_names, "mm_token_type_ids", "token_type_ids", "offset_mapping"):
             if name in outputs:
                 outputs[name] = [[ids[i] for i in keep] for ids, keep in zip(outputs[name], kept, strict=True)]
         if "length" in outputs:
@@ -353,11 +359,11 @@ class DuoStreamProcessor(ProcessorMixin):
             return_attention_mask=text_kwargs.get("return_attention_mask"),
         )
         outputs.update(padded)
-        if "offset_mapping" in outputs:
-            is_left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
-            for ids, offsets in zip(outputs["input_ids"], outputs["offset_mapping"], strict=True):
-                filler = [(0, 0)] * (len(ids) - len(offsets))
-                offsets[:] = filler + offsets if is_left else offsets + filler
+        is_left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
+        for name, pad in (("offset_mapping", (0, 0)), ("token_type_ids", 1)):
+            for ids, values in zip(outputs["input_ids"], outputs.get(name, ()), strict=name in outputs):
+                filler = [pad] * (len(ids) - len(values))
+                values[:] = filler + values if is_left else values + filler
         if "mm_token_type_ids" in outputs:
             outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
         return BatchFeature(

@@ -1012,3 +1012,45 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_apart(bidirectional_pre
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.fixture
+def prefix_processor():
+    tokenizer = train_tokenizer([], 263)
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    return DuoStreamProcessor(image_processor, tokenizer, image_seq_length=NUM_TOKENS, bidirectional_prefix=True)
+
+
+@pytest.mark.parametrize("max_length", [None, 40, 30, 20, 12, 6])
+def test_nothing_is_learnt_within_a_prefix_whatever_is_cut_off(prefix_processor, max_length):
+    prefix_processor.tokenizer.truncation_side = "left"
+    row = dialogue("what is it", "one two three", "and that", "a dog")
+    batch = DuoStreamDataCollator(prefix_processor, max_length=max_length)([row])
+    is_learnt, types = batch["labels"] != -100, batch["token_type_ids"]
+    assert is_learnt.any() and not (is_learnt & (types == 0)).any()
+    prompt = prefix_processor.apply_chat_template(row["messages"])
+    options = {"truncation": True, "max_length": max_length} if max_length else {}
+    # In use as in training
+    inputs = prefix_processor(
+        images=row["images"], text=prompt, add_special_tokens=False, return_tensors="pt", **options
+    )
+    assert torch.equal(inputs["input_ids"], batch["input_ids"])
+    assert torch.equal(inputs["token_type_ids"], types)
+
+
+def test_a_text_without_a_chat_has_no_prefix_though_it_spells_the_marker_of_answers(prefix_processor):
+    prefix_processor.chat_template = (
+        "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{% for part in m.content %}"
+        "{{ part.text }}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    text = "USER: one two ASSISTANT: three"
+    for collate in (DuoStreamDataCollator(prefix_processor), DuoStreamDataCollator(prefix_processor, packing=True)):
+        batch = collate([{"images": [], "text": text}, {"images": [], "text": "one"}])
+        assert (batch["token_type_ids"] == 1).all()
+    inputs = prefix_processor(text=text, text_kwargs={"split_special_tokens": True})
+    assert inputs["token_type_ids"] == [[1] * len(inputs["input_ids"][0])]
+
+
+def test_labels_of_the_first_column_are_counted_which_virtual_tokens_predict(processor):
+    batch = DuoStreamDataCollator(processor)([{"images": [], "text": "one two three"}])
+    assert batch["targets_per_row"] == (batch["labels"] != -100).sum() == batch["labels"].shape[1]

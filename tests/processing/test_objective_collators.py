@@ -229,9 +229,9 @@ def test_the_most_labels_that_a_row_has_are_told_where_tokens_are_predicted(proc
     assert batch["targets_per_row"] == most(batch["labels"])
     text = [{"text": CAPTIONS[0], "label": 1}]
     assert "targets_per_row" not in DuoStreamClassificationCollator(processor, num_labels=2)(text)
-    # What the first token would be is predicted from nothing
+    # The first token, too, which is predicted where virtual tokens are in front
     batch = DuoStreamPreTrainingCollator(processor, mlm=False)([{"text": CAPTIONS[0]}])
-    assert batch["targets_per_row"] == len(processor.tokenizer(CAPTIONS[0])["input_ids"]) - 1
+    assert batch["targets_per_row"] == len(processor.tokenizer(CAPTIONS[0])["input_ids"])
 
 
 def test_a_text_to_classify_is_encoded_as_the_pipelines_do(processor):
