@@ -62,17 +62,23 @@ def default_chat_template(template: str | dict[str, str]) -> str:
     return template["default"]
 
 
+class ToolsNotWrittenError(ValueError):
+    """A chat template would leave out tools, or calls of them."""
+
+
 def check_tools(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> None:
     """
     Raises:
-        ValueError: The chat template would leave out `tools`, or the `tool_calls` of a message: an empty turn, which
-            training would teach.
+        ToolsNotWrittenError: The chat template would leave out `tools`, or the `tool_calls` of a message: an empty
+            turn, which training would teach.
     """
     if tools and "tools" not in _get_template_variables(template):
-        raise ValueError(f"the chat template writes no `tools`, which are {tools!r:.100}: expected one that does")
+        raise ToolsNotWrittenError(
+            f"the chat template writes no `tools`, which are {tools!r:.100}: expected one that does"
+        )
     for message in messages:
         if (calls := message.get("tool_calls")) and "tool_calls" not in template:
-            raise ValueError(
+            raise ToolsNotWrittenError(
                 f"the chat template writes no `tool_calls`, and the {message['role']}'s are {calls!r:.100}: expected "
                 "one that does"
             )

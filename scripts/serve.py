@@ -18,6 +18,7 @@ import typer
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
+from ..processing.chat_template_duostream import ToolsNotWrittenError
 from ..processing.data_collator_duostream import load_pictures
 from ..processing.processing_duostream import check_messages, check_text
 from .generate import TextRoom
@@ -120,6 +121,12 @@ def answering(base: Any) -> Any:
     from fastapi import HTTPException
 
     class Handler(base):
+        async def handle_request(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super().handle_request(*args, **kwargs)
+            except ToolsNotWrittenError as error:
+                raise HTTPException(400, str(error)) from error
+
         @staticmethod
         def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
             # Where there are tool calls the library leaves the content out, and takes null and [] for some
