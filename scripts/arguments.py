@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,23 @@ RARE = (
 MAX_WIDTH = 119  # columns of help
 # Of all that is measured; of other names the library takes the lowest for the worst, but for losses
 LOWER_IS_BETTER = ("mse", "median_rank")
+
+
+class OptionsLoader(yaml.SafeLoader):
+    """Reads YAML as of version 1.2: `1e-5` is a number, and of words only `true` and `false` are no text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in each if tag != "tag:yaml.org,2002:bool"]
+        for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+OptionsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+OptionsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def check_at_least_one(args: Any, *names: str) -> None:
@@ -296,7 +314,8 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
     """
     Parses options into one object for each of `classes`.
 
-    A YAML or JSON file may come first; what follows it on the command line overrides it.
+    A YAML or JSON file may come first; what follows it on the command line overrides it. There, an option that takes
+    several values may stand once, or the command ends with exit code 2.
 
     Args:
         classes (`type`): Dataclasses of options.
@@ -308,8 +327,13 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
     """
     args = list(sys.argv[1:] if args is None else args)
     parser = parser_of(*classes, doc=doc)
-    if args and args[0].endswith((".yaml", ".yml", ".json")):
-        args = _read_options(Path(args.pop(0)), parser) + args
+    from_file = _read_options(Path(args.pop(0))) if args and args[0].endswith((".yaml", ".yml", ".json")) else []
+    names = [arg.split("=")[0] for arg in args]
+    for action in parser._actions:
+        # The values of the last one would count alone
+        if action.nargs in ("+", "*") and sum(name in action.option_strings for name in names) > 1:
+            parser.error(f"--{action.dest} is given twice; give all of its values at once: --{action.dest} A B")
+    args = from_file + args
     *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -323,16 +347,15 @@ def parse_file(cls: type, path: str) -> Any:
     Raises:
         ValueError: The file is no mapping.
     """
-    return parse(cls, args=_read_options(Path(path), parser_of(cls)))[0]
+    return parse(cls, args=_read_options(Path(path)))[0]
 
 
-def _read_options(path: Path, parser: HfArgumentParser) -> list[str]:
-    options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+def _read_options(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    # A safe loader, with other numbers
+    options = json.loads(text) if path.suffix == ".json" else yaml.load(text, OptionsLoader)
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
-    # YAML reads a bare `no` as false
-    with_no = {action.dest for action in parser._actions if "no" in (action.choices or ())}
-    options = {name: "no" if value is False and name in with_no else value for name, value in options.items()}
     return [text for name, value in options.items() for text in _as_option(name, value)]
 
 

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, ReadInstruction
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -19,29 +19,32 @@ logger = logging.get_logger(__name__)
 BAD_ROW_ERRORS = (ValueError, TypeError, OSError)
 
 
-def broken_lines(place: Path) -> Iterator[tuple[Path, int, ValueError]]:
+def lines_of(file: Path) -> Iterator[bytes]:
+    """The lines of a JSONL file that are rows: empty ones are none."""
+    with file.open("rb") as lines:
+        yield from filter(bytes.strip, lines)
+
+
+def broken_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int, ValueError]]:
     """
-    The lines of a JSONL file, or of those in a folder, that are no JSON, hold half a character (a lone surrogate), or
-    name a picture that isn't there: any of them keeps `datasets` from reading all others.
+    The lines of JSONL files that are no JSON, hold half a character (a lone surrogate), or name a picture that isn't
+    there: any of them keeps `datasets` from reading all others. Files of other types are passed over.
 
     Returns:
-        The file, the row from 0 (empty lines are none), and what is wrong with it.
+        The file, the row of it from 0, and what is wrong with it.
     """
-    for file in [place] if place.is_file() else sorted(place.rglob("*.jsonl")):
-        if file.suffix != ".jsonl":
-            continue
-        with file.open("rb") as lines:
-            for row, line in enumerate(filter(bytes.strip, lines)):
-                try:
-                    fields = json.loads(line)
-                    json.dumps(fields, ensure_ascii=False).encode()
-                    if not isinstance(fields, dict):
-                        raise ValueError("expected an object with columns")
-                    name = fields.get("file_name")
-                    if file.stem == "metadata" and isinstance(name, str) and not (file.parent / name).is_file():
-                        raise ValueError(f"there is no picture {name!r}")
-                except ValueError as error:
-                    yield file, row, ValueError(f"Row {row} of {file}: {error}")
+    for file in files:
+        for row, line in enumerate(lines_of(file) if file.suffix == ".jsonl" else ()):
+            try:
+                fields = json.loads(line)
+                json.dumps(fields, ensure_ascii=False).encode()
+                if not isinstance(fields, dict):
+                    raise ValueError("expected an object with columns")
+                name = fields.get("file_name")
+                if file.stem == "metadata" and isinstance(name, str) and not (file.parent / name).is_file():
+                    raise ValueError(f"there is no picture {name!r}")
+            except ValueError as error:
+                yield file, row, ValueError(f"Row {row} of {file}: {error}")
 
 
 class BadRows:
@@ -60,15 +63,24 @@ class BadRows:
     def __init__(self, path: Path):
         self.path = path
         self.dataset: str | None = None
+        # Of rows that were emptied, by data set and number: what they fail for says nothing of it
+        self.reasons: dict[tuple[str | None, int], str] = {}
         state = PartialState()
+        self.num_ranks = state.num_processes
         if state.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
         state.wait_for_everyone()
 
     def add(self, row: int, error: Exception, content: Any = None, dataset: str | None = None) -> None:
-        told = {"row": row, "reason": str(error) or type(error).__name__}
-        if (dataset := dataset or self.dataset) is not None:
+        dataset = dataset or self.dataset
+        # Of a stream, each of several processes numbers its own part
+        is_alone = content is None or (self.num_ranks == 1 and get_worker_info() is None)
+        reason = self.reasons.get((dataset, row)) if is_alone else None
+        if reason is not None and content is not None:
+            content = reason  # rows that were emptied are else all the same one
+        told = {"row": row, "reason": reason or str(error) or type(error).__name__}
+        if dataset is not None:
             told["dataset"] = dataset
         if content is not None:
             told["content"] = sha256(repr(content).encode("utf-8", "backslashreplace")).hexdigest()[:16]
@@ -76,17 +88,31 @@ class BadRows:
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
-    def without_broken_lines(self, place: Path) -> Path:
+    def number_broken(
+        self, broken: Mapping[Path, Mapping[int, str]], files: Mapping[str, list[Path]], split: str
+    ) -> None:
         """
-        Files of rows as they are, or, if some of their lines can't be read, a copy beside `bad_rows.jsonl` in which
-        these are rows without any column, so that all rows keep their numbers. Pictures are linked, not copied.
+        Keeps the reasons of lines that can't be read for when their rows, which are emptied, are left out.
+
+        Args:
+            broken (`Mapping`): By file and row of it.
+            files (`Mapping`): JSONL files of each split, in the order in which they are read.
+            split (`str`): What is read: splits, or slices of them.
         """
-        broken: dict[Path, set[int]] = defaultdict(set)
-        for file, row, error in broken_lines(place):
-            self.add(row, error)
-            broken[file].add(row)
-        if not broken:
-            return place
+        reasons = {
+            name: [broken.get(file, {}).get(row) for file in each for row, _ in enumerate(lines_of(file))]
+            for name, each in files.items()
+        }
+        lengths = {name: len(each) for name, each in reasons.items()}
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+        read = [reason for part in parts for reason in reasons[part.splitname][part.from_ : part.to]]
+        self.reasons |= {(self.dataset, row): reason for row, reason in enumerate(read) if reason is not None}
+
+    def without_broken_lines(self, place: Path, broken: Mapping[Path, Mapping[int, str]]) -> Path:
+        """
+        A copy of a file or folder, beside `bad_rows.jsonl`, in which lines that can't be read are rows without any
+        column, so that all rows keep their numbers. Pictures are linked, not copied.
+        """
         # The library uploads nothing whose name begins so
         copy = self.path.parent / "_readable" / sha256(str(place.resolve()).encode()).hexdigest()[:16] / place.name
         state = PartialState()
@@ -96,8 +122,7 @@ class BadRows:
             if place.is_dir():
                 shutil.copytree(place.resolve(), copy, copy_function=os.symlink)
             for file, rows in broken.items():
-                with file.open("rb") as lines:
-                    kept = [b"{}\n" if i in rows else line for i, line in enumerate(filter(bytes.strip, lines))]
+                kept = [b"{}\n" if row in rows else line for row, line in enumerate(lines_of(file))]
                 written = copy if place.is_file() else copy / file.relative_to(place)
                 written.unlink(missing_ok=True)
                 written.write_bytes(b"".join(kept))

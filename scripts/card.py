@@ -14,6 +14,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
+from string import Formatter
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from transformers.utils import logging
 from ..configuration import DuoStreamConfig
 from ..processing.data_collator_duostream import load_picture
 from .arguments import DataArguments, parse_file
+from .long_runs import TrainingTime
 from .report import draw_losses, pick
-from .tasks import with_defaults
+from .tasks import WRITER, task_of, with_defaults
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +41,8 @@ PICTURES = (CURVE, "sample_*_*_*.png")
 MARK = "\n<!-- filled by duostream "  # and the hash of what stands before
 PICTURE_SIDE = 192  # pixels at most
 NUM_SPREAD, NUM_WORST = 4, 2
+# Options of `duostream evaluate` that name folders or files
+PATHS = {"checkpoint", "output_dir", "dataset", "image_dir", "mixture"}
 
 # What loads a checkpoint of each class, and what the Hub calls that
 HEADS = {
@@ -78,6 +82,19 @@ def rows_of(rows: Any) -> dict[str, Any] | None:
     return {"num_rows": num_rows, "fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None}
 
 
+def prompt_of(data: DataArguments) -> str:
+    """What is asked in training, with `{name}` where a row's column is filled in."""
+    data = with_defaults(data)
+    if data.prompt_column:
+        return f"{{{data.prompt_column}}}"
+    asked = ""
+    # Of a template, in which braces that are text are written twice
+    for text, name, form, conversion in Formatter().parse(data.prompt or ""):
+        marks = (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+        asked += text if name is None else f"{text}{{{name}{marks}}}"
+    return asked
+
+
 def processor_name(device: torch.device) -> str:
     """What trained: the name of the GPU, or of the CPU with the threads that it was given."""
     if device.type == "cuda":
@@ -100,6 +117,14 @@ def energy_of(trainer: Trainer) -> dict[str, float] | None:
     return {name: float(last[name]) for name in ("energy_consumed", "emissions", "duration")}
 
 
+def time_of(trainer: Trainer) -> dict[str, float] | None:
+    """How long training took, if it was counted, and from which steps on: see [`TrainingTime`]."""
+    for each in trainer.callback_handler.callbacks:
+        if isinstance(each, TrainingTime):
+            return {name: getattr(each, name) for name in ("seconds", "since_step", "resumed_at")}
+    return None
+
+
 def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     """
     Writes what a card tells of a training run into `run.json` in its folder. The library's `trainer_state.json` names
@@ -110,6 +135,8 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
         data (`DataArguments`, *optional*): Where the rows came from, which the rows themselves don't tell.
     """
     args, config, rows = trainer.args, trainer.model.config, trainer.train_dataset
+    metric_rows = getattr(trainer, "metric_rows", None)
+    is_written = metric_rows is not None and task_of(trainer.task).auto_class is WRITER
     # What was loaded and is no folder here came from the Hub
     name = str(config.name_or_path)
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
@@ -117,10 +144,13 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     record = {
         "base_models": [name] if is_on_hub else getattr(config, "base_models", None) or [],
         "sources": [{**source_of(part, part.train_split), "task": part.task} for part in parts],
-        "prompt": with_defaults(data).prompt if data is not None else None,
+        "prompt": prompt_of(data) if data is not None else None,
+        "images_last": data is not None and data.images_last,
         "reads_pictures": "images" in (getattr(rows, "column_names", None) or ["images"]),
         "train": rows_of(rows),
         "evaluation": rows_of(trainer.eval_dataset),
+        "metric_rows": None if metric_rows is None else len(metric_rows),
+        "max_new_tokens": args.max_new_tokens if is_written else None,
         "hyperparameters": extract_hyperparameters_from_trainer(trainer)
         | {
             name: value
@@ -130,6 +160,7 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
         "log_history": trainer.state.log_history,
         "hardware": processor_name(args.device),
         "ranks": args.world_size,
+        "time": time_of(trainer),
         "energy": energy_of(trainer),
         "num_parameters": trainer.model.num_parameters(),
         "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "datasets")},
@@ -198,11 +229,19 @@ def _as_code(text: str) -> str:
     return fence + pad + text + pad + fence
 
 
-def without_folders(argument: str) -> str:
-    """An argument of a command. Of a path that begins at the root, at home or above, its last name alone."""
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    is_outside = value.startswith(("~", "..")) or Path(value).is_absolute()
-    return option + equals + (Path(value).name if is_outside else value)
+def without_folders(command: Sequence[str]) -> list[str]:
+    """
+    Arguments of `duostream evaluate`. Of a path that begins at the root, at home or above, its last name alone; what
+    other options have is text, which may begin so, too.
+    """
+    shown, is_path = [], True  # a file of options may come first
+    for argument in command:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if option:
+            is_path = option.removeprefix("--").replace("-", "_") in PATHS
+        is_outside = is_path and (value.startswith(("~", "..")) or Path(value).is_absolute())
+        shown.append(option + equals + (Path(value).name if is_outside else value))
+    return shown
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -225,7 +264,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     is_figure = {name: isinstance(value, float) and math.isfinite(value) for name, value in record.items()}
     return {
         **record,
-        "command": shlex.join(["duostream", "evaluate", *map(without_folders, record["command"])]),
+        "command": shlex.join(["duostream", "evaluate", *without_folders(record["command"])]),
         "figures": {name: record[name] for name in record if is_figure[name] and name != "seconds"},
         "samples": samples,
     }
@@ -337,7 +376,9 @@ def _header(
         # All of it is ours: of other data, the license of the weights is for whoever trained them to say
         fields |= {"license": "apache-2.0", "language": ["en"]}
     if energy is not None:
-        fields["co2_eq_emissions"] = {"emissions": round(1000 * energy["emissions"], 3), "source": "CodeCarbon"}
+        resumed_at = (run.get("time") or {}).get("resumed_at")
+        source = f"CodeCarbon, from step {resumed_at} on" if resumed_at else "CodeCarbon"
+        fields["co2_eq_emissions"] = {"emissions": round(1000 * energy["emissions"], 3), "source": source}
     if results := [result for record in records for result in eval_results(record)]:
         fields |= {"model_name": name, "eval_results": results}
     return ModelCardData(**fields | {name: value for name, value in metadata.items() if value})
@@ -357,11 +398,21 @@ def _draw_curve(run: dict[str, Any], output_dir: Path) -> str | None:
     return CURVE
 
 
-def _measured(run: dict[str, Any]) -> dict[str, float]:
-    """The last figures of the evaluations while training."""
-    return {
+def _measured(run: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The last figures of the evaluations while training, by the rows that they are of."""
+    figures = {
         name.removeprefix("eval_"): value
         for entry in run.get("log_history", [])
         for name, value in entry.items()
         if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
     }
+    of_all = "the evaluation rows"
+    of_some = of_all
+    if num_rows := run.get("metric_rows"):
+        of_some = f"the first {num_rows} rows of the evaluation split"
+        if run["max_new_tokens"] is not None:
+            of_some += f", with answers of at most {run['max_new_tokens']} tokens"
+    measured: dict[str, dict[str, float]] = {}
+    for name, value in figures.items():
+        measured.setdefault(of_all if name.endswith("loss") else of_some, {})[name] = value
+    return measured

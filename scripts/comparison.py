@@ -105,6 +105,12 @@ def check_clock(clock: str) -> None:
         raise ValueError(f"`clock` is {clock!r}; there are {', '.join(map(repr, CLOCKS))}")
 
 
+def check_repeats(repeats: int) -> None:
+    """Raises `ValueError` if a ratio that is measured so often has no quartiles."""
+    if repeats < 2:
+        raise ValueError(f"`repeats` is {repeats}; expected 2 or more, for quartiles")
+
+
 def write_rows(path: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
     """
     Writes `record` with the rows as JSON, and beside it a Markdown table, which is printed, too, and a plot.

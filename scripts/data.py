@@ -390,15 +390,7 @@ def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> R
     if not path.exists():
         rows = load_dataset(args.dataset, args.dataset_config, **options)
     else:
-        if bad_rows is not None:
-            path = bad_rows.without_broken_lines(path)
-        try:
-            rows = _load_files(path, options)
-        except (ValueError, OSError, DatasetGenerationError) as error:
-            # The library's message names no file, or no row
-            for _, _, reason in broken_lines(path):
-                raise reason from error
-            raise
+        rows = _load_files(path, options, bad_rows)
     return _patient(rows) if args.streaming else rows
 
 
@@ -451,17 +443,78 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
             time.sleep(seconds)
 
 
-def _load_files(path: Path, options: dict[str, Any]) -> Rows:
-    names = {part.split("[")[0] for part in options["split"].split("+")}
+def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -> Rows:
+    builder, splits = _files_of(path, options["split"])
+    if bad_rows is not None:
+        path, splits = _readable(path, builder, splits, options, bad_rows)
+    # `datasets` takes names for patterns: of `a[1].jsonl` it would read `a1.jsonl`
+    data_files = {name: [glob.escape(file) for file in files] for name, files in splits.items()}
+    is_image_folder = builder == "imagefolder"
+    source: dict[str, Any] = {"data_dir": glob.escape(str(path))} if is_image_folder else {"data_files": data_files}
+    try:
+        rows = load_dataset(builder, **source, **options)
+        if builder == "json" and isinstance(rows, Dataset):
+            # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
+            rows.data.validate(full=True)
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        # The library's message names no file, or no row
+        for _, _, reason in broken_lines(chain(*_lines_read(path, builder, splits).values())):
+            raise reason from error
+        raise
+    return rows
+
+
+def _lines_read(path: Path, builder: str, splits: dict[str, list[str]]) -> dict[str, list[Path]]:
+    """The files with lines that are read for each split. Of an image folder these are all splits."""
+    if path.is_file():
+        return {name: [path] for name in splits}
+    is_image_folder = builder == "imagefolder"
+    splits = _splits_of(path, {".jsonl", *ImageFolder.EXTENSIONS}) if is_image_folder else splits
+    return {
+        name: [
+            path / file.relative_to(path.resolve())
+            for file in map(Path, files)
+            if builder == "json" or (is_image_folder and file.name == "metadata.jsonl")
+        ]
+        for name, files in splits.items()
+    }
+
+
+def _readable(
+    path: Path, builder: str, splits: dict[str, list[str]], options: dict[str, Any], bad_rows: BadRows
+) -> tuple[Path, dict[str, list[str]]]:
+    """Where the rows are and the files of each split, or, if some of their lines can't be read, those of a copy."""
+    lines = _lines_read(path, builder, splits)
+    broken: dict[Path, dict[int, str]] = defaultdict(dict)
+    for file, row, error in broken_lines(dict.fromkeys(chain(*lines.values()))):
+        broken[file][row] = str(error)
+    if not broken:
+        return path, splits
+    wanted = {part.split("[")[0] for part in options["split"].split("+")}
+    files = {name: each for name, each in lines.items() if name in wanted}
+    # Of JSON it isn't known how many rows it holds, nor in which order an image folder's metadata files are read
+    is_ordered = all(file.suffix == ".jsonl" for file in chain(*files.values()))
+    if is_ordered and (builder == "json" or options["streaming"] or all(len(each) == 1 for each in files.values())):
+        bad_rows.number_broken(broken, files, options["split"])
+    else:
+        for reason in chain(*(broken[file].values() for file in chain(*files.values()) if file in broken)):
+            logger.warning(reason)
+    copy = bad_rows.without_broken_lines(path, broken)
+    return copy, _files_of(copy, options["split"])[1]
+
+
+def _files_of(path: Path, split: str) -> tuple[str, dict[str, list[str]]]:
+    """Which builder of `datasets` reads a file or folder, and the files of each split; none of an image folder."""
+    names = {part.split("[")[0] for part in split.split("+")}
     files = [path] if path.is_file() else list(_data_files(file for file in path.rglob("*") if file.is_file()))
     suffixes = {file.suffix.lower() for file in files}
     # Pictures lie beside the tables that name them. JSON may be such a table, but often tells of other things
     has_table = any(suffixes & known - {".json"} for known in BUILDERS.values())
     has_metadata = any(file.name in ImageFolder.METADATA_FILENAMES for file in files)
     if path.is_dir() and suffixes & set(ImageFolder.EXTENSIONS) and (has_metadata or not has_table):
-        return load_dataset("imagefolder", data_dir=glob.escape(str(path)), **options)
+        return "imagefolder", {}
     if path.is_file() and len(names) > 1:
-        raise ValueError(f"`dataset` {str(path)!r} is a file, which is one split, not {options['split']!r}")
+        raise ValueError(f"`dataset` {str(path)!r} is a file, which is one split, not {split!r}")
     found = {
         # A file is one split, whatever its name
         builder: {name: [str(path)] for name in names} if path.is_file() else _splits_of(path, known)
@@ -492,13 +545,7 @@ def _load_files(path: Path, options: dict[str, Any]) -> Rows:
             logger.warning(
                 f"`dataset` {str(path)!r} has files of several types, of which {builder} is read; not read: {left_out}"
             )
-    # `datasets` takes names for patterns: of `a[1].jsonl` it would read `a1.jsonl`
-    data_files = {name: [glob.escape(file) for file in files_of_split] for name, files_of_split in splits.items()}
-    rows = load_dataset(builder, data_files=data_files, **options)
-    if builder == "json" and isinstance(rows, Dataset):
-        # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
-        rows.data.validate(full=True)
-    return rows
+    return builder, splits
 
 
 def _warn_of_splits(

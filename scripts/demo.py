@@ -7,6 +7,7 @@ Example:
     duostream demo runs/finetuned --port 7860
 """
 
+import json
 import platform
 import sys
 from collections.abc import Iterator
@@ -26,10 +27,12 @@ import PIL.Image
 import torch
 from huggingface_hub import SpaceCardData
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
+from transformers.utils import cached_file
 
 from ..processing import DuoStreamProcessor, DuoStreamRetrievalCollator
 from ..processing.data_collator_duostream import load_picture
 from .arguments import parse
+from .card import RUN
 from .checkpoints import load_model
 from .data import columns_in
 from .evaluate import evaluation_loss, to_device
@@ -67,6 +70,13 @@ class DemoArguments:
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 lets other machines in."})
     port: int | None = field(default=None, metadata={"help": "By default the first that is free from 7860 on."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    images_last: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put pictures behind the words, as `images_last` in training. By default as the checkpoint's "
+            f"`{RUN}` says, and in front of them where there is none."
+        },
+    )
 
 
 def read_picture(path: str | Path) -> PIL.Image.Image:
@@ -101,21 +111,19 @@ def place_in(task: str) -> str:
     return f"{{{names[0]}}}" if names else ""
 
 
-def user_turn(text: str, files: list[str]) -> dict[str, Any]:
+def user_turn(text: str, files: list[str], images_last: bool = False) -> dict[str, Any]:
     """
-    A turn as Gradio keeps it, who shows text as HTML.
+    A turn as Gradio keeps it, who shows text as HTML. Pictures stand in front of the words, or behind.
 
     Raises:
         ValueError: There is nothing in it.
     """
     if not text.strip() and not files:
         raise ValueError("Write something, or add a picture")
-    parts = [{"type": "file", "file": {"path": path, "mime_type": guess_type(path)[0]}} for path in files]
+    pictures = [{"type": "file", "file": {"path": path, "mime_type": guess_type(path)[0]}} for path in files]
     # To a picture alone belongs the prompt of a chat
-    return {
-        "role": "user",
-        "content": [*parts, {"type": "text", "text": escape(text.strip() or TASKS["chat"].prompt)}],
-    }
+    words = [{"type": "text", "text": escape(text.strip() or TASKS["chat"].prompt)}]
+    return {"role": "user", "content": words + pictures if images_last else pictures + words}
 
 
 def conversation_of(turns: list[dict]) -> list[dict]:
@@ -197,6 +205,17 @@ def load(checkpoint: str) -> tuple[PreTrainedModel | None, PreTrainedModel | Non
     return writer, finder, AutoProcessor.from_pretrained(checkpoint)
 
 
+def recorded_images_last(checkpoint: str) -> bool:
+    """Whether pictures stood behind the words in training, where that was recorded."""
+    path = cached_file(
+        checkpoint,
+        RUN,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path is not None and json.loads(Path(path).read_text(encoding="utf-8")).get("images_last", False)
+
+
 @torch.no_grad()
 def score(
     writer: PreTrainedModel | None,
@@ -204,12 +223,13 @@ def score(
     processor: DuoStreamProcessor,
     text: str,
     picture: PIL.Image.Image,
+    images_last: bool = False,
 ) -> float:
     """How well a picture fits a text: by the image-text head or, without one, the text's mean log-likelihood."""
-    question = [{"type": "image"}, {"type": "text", "text": TASKS["caption"].prompt}]
+    image, words = {"type": "image"}, {"type": "text", "text": TASKS["caption"].prompt}
     row = {
         "images": [picture],
-        "prompt": [{"role": "user", "content": question}],
+        "prompt": [{"role": "user", "content": [words, image] if images_last else [image, words]}],
         "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
     }
     if finder is None:
@@ -240,9 +260,9 @@ def import_gradio() -> Any:
         ) from error
 
 
-def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens) -> Any:
+def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens, images_last: bool | None = None) -> Any:
     """
-    The page of a checkpoint, a `gradio.Blocks`.
+    The page of a checkpoint, a `gradio.Blocks`. Arguments are those of [`DemoArguments`].
 
     Raises:
         ImportError: Gradio isn't installed.
@@ -250,10 +270,11 @@ def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens) -
     """
     gr = import_gradio()
     writer, finder, processor = load(checkpoint)
+    is_behind = recorded_images_last(checkpoint) if images_last is None else images_last
 
     def chat(message: dict, turns: list[dict]) -> Iterator[tuple[list[dict], Any, str]]:
         with told():
-            turns = [*turns, user_turn(message["text"], message["files"])]
+            turns = [*turns, user_turn(message["text"], message["files"], is_behind)]
             conversation = conversation_of(turns)
             yield turns, gr.MultimodalTextbox(None, submit_btn=False, stop_btn=True), ""
             for text, looked in write(writer, processor, conversation, max_new_tokens):
@@ -267,7 +288,7 @@ def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens) -
                 if (place := place_in(task)) not in prompt:
                     raise ValueError(f"The prompt has no {place}, where the text goes")
                 text = text and prompt.replace(place, text)
-            conversation = conversation_of([user_turn(text, message["files"])])
+            conversation = conversation_of([user_turn(text, message["files"], is_behind)])
             yield from write(writer, processor, conversation, max_new_tokens)
 
     def find(text: str, files: list[str] | None, progress: Any = gr.Progress()) -> list:  # noqa: B008 gradio's way
@@ -281,7 +302,7 @@ def build(checkpoint: str, max_new_tokens: int = DemoArguments.max_new_tokens) -
                 except ValueError as error:
                     gr.Warning(escape(f"Left out: {error}"))
                     continue
-                value = score(writer, finder, processor, text, picture)
+                value = score(writer, finder, processor, text, picture, is_behind)
                 picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                 found.append((value, picture, f"{Path(path).name} · {value:.2f}"))
             found.sort(key=lambda each: each[0], reverse=True)
@@ -387,7 +408,7 @@ def main(args: list[str] | None = None) -> None:
     if args and not args[0].startswith("-") and not args[0].endswith((".yaml", ".yml", ".json")):
         args.insert(0, "--checkpoint")
     (demo_args,) = parse(*OPTIONS, args=args, doc=__doc__)
-    page = build(demo_args.checkpoint, demo_args.max_new_tokens)
+    page = build(demo_args.checkpoint, demo_args.max_new_tokens, demo_args.images_last)
     launch(page, server_name=demo_args.host, server_port=demo_args.port)
 
 

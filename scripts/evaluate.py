@@ -35,7 +35,7 @@ from ..processing import (
     DuoStreamRetrievalCollator,
 )
 from ..processing.data_collator_duostream import IGNORE_INDEX, is_plain_text, load_pictures, tools_of
-from ..processing.processing_duostream import parts_of
+from ..processing.processing_duostream import check_messages, parts_of
 from . import metrics
 from .arguments import DataArguments, check_at_least_one, parse
 from .card import save_samples, source_of, weights_fingerprints
@@ -195,9 +195,26 @@ def references_of(result: dict[str, Any]) -> list[str]:
 
 
 def check_rows(rows: Rows, task: str) -> None:
-    """Raises `ValueError` if there are too few rows for a task's figures, before the model has answered them."""
-    if metrics.cider_d in task_of(task).scorers and isinstance(rows, Dataset):
+    """
+    Raises:
+        ValueError: A task's figures can't be had of the rows, which the model has yet to answer: there are too few, or
+            one has nothing to compare an answer with. A stream isn't looked at.
+    """
+    scorers = task_of(task).scorers
+    if not scorers or not isinstance(rows, Dataset):
+        return
+    if metrics.cider_d in scorers:
         metrics.check_number_of_rows(len(rows))
+    columns = [name for name in ("references", "messages", "completion") if name in rows.column_names]
+    references = []
+    for index, row in enumerate(rows.with_format(None).select_columns(columns)):
+        messages = row.get("messages") or row.get("completion")
+        try:
+            check_messages(messages)
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
+        references.append(references_of({"reference": text_of(messages[-1]), **row}))
+    metrics.check_references([""] * len(references), references)
 
 
 def score_answers(results: list[dict[str, Any]], task: str) -> dict[str, Any]:
@@ -400,6 +417,9 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
+    for name in ("mixture", "conversations_per_row", "on_bad_rows"):
+        if getattr(data_args, name) != getattr(DataArguments(), name):
+            raise ValueError(f"`{name}` would do nothing: it is for rows to train on")
     output_dir = Path(evaluate_args.output_dir)
     there = next(each for each in (output_dir, *output_dir.parents) if each.exists())
     if not there.is_dir():

@@ -20,7 +20,7 @@ from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
 from .places import check_place
 from .tasks import WRITER, task_of
-from .training import bad_rows_of, check_output_dir, collator_of, train
+from .training import bad_rows_of, check_output_dir, collator_of, prepare, train
 from .vision_cache import check_cacheable
 
 logger = logging.get_logger(__name__)
@@ -108,7 +108,7 @@ def main(args: list[str] | None = None) -> None:
     auto_class = task_of(data_args.task).auto_class
     model = load_model(auto_class, finetune_args.checkpoint, may_have_new_head=True, **options)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
-    model.freeze(*training_args.freeze)
+    prepare(model, processor, training_args.freeze)
     collator = collator_of(data_args, processor, model)
     collator.packing = training_args.packing
     train(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets import IterableDataset
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -91,6 +93,43 @@ class SaveWhenTerminated(TrainerCallback):
             self.is_terminated = control.should_save = control.should_training_stop = True
 
 
+class TrainingTime(TrainerCallback, ExportableState):
+    """
+    Counts how long training takes. Checkpoints keep it, and a run that is resumed counts on; `Trainer` would begin at
+    zero. It has
+
+    - `seconds`: How long the steps took that made the weights, without those that an interruption undid.
+    - `since_step`: Of those after this one. Above zero where the checkpoint to resume from tells no time.
+    - `resumed_at`: The step that training was last resumed from; zero, if it wasn't.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.since_step, self.resumed_at = 0.0, 0, 0
+        self.counted_at = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        name, self.resumed_at = type(self).__name__, state.global_step
+        # Checkpoints of earlier versions have none
+        saved = state.stateful_callbacks.get(name) if self.resumed_at else None
+        before: dict[str, Any] = (
+            {"seconds": 0.0, "since_step": self.resumed_at} if saved is None else saved["attributes"]
+        )
+        self.seconds, self.since_step, self.counted_at = before["seconds"], before["since_step"], time.monotonic()
+        # The library replaces it as it saves, and only if it is there
+        state.stateful_callbacks[name] = self.state()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.count()
+
+    def count(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.counted_at = self.seconds + now - self.counted_at, now
+
+    def state(self) -> dict[str, Any]:
+        self.count()
+        return {"args": {}, "attributes": {"seconds": self.seconds, "since_step": self.since_step}}
+
+
 class LongRunTrainer(Trainer):
     """
     `Trainer` whose run, when it is interrupted and resumed, ends with the weights of one that was not; whose
@@ -99,6 +138,7 @@ class LongRunTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.add_callback(TrainingTime())
         is_stream = isinstance(self.train_dataset, IterableDataset)
         self.data_collator: Any = ReproducibleCollator(self.data_collator, self.args.seed, is_stream)
         self.epoch_sampler: EpochSampler | None = None

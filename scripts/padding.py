@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..processing import DuoStreamDataCollator
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, parse
-from .comparison import Row, check_clock, compare, in_turn, record_of, timer, write_rows
+from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_mixture, texts_of
 from .input_speed import tiny_model
 
@@ -31,7 +31,8 @@ class PaddingArguments:
     How much is trained on.
 
     Raises:
-        ValueError: There are to be fewer rows than four batches have, which is too few to sort.
+        ValueError: There are to be fewer rows than four batches have, which is too few to sort, or fewer than two
+            repeats, or there is no such clock.
     """
 
     rows: int = field(default=128, metadata={"help": "How many rows, drawn at random."})
@@ -46,6 +47,7 @@ class PaddingArguments:
     def __post_init__(self) -> None:
         if self.rows < 4 * self.batch_size:
             raise ValueError(f"`rows` is {self.rows}; expected at least four batches of {self.batch_size}")
+        check_repeats(self.repeats)
         check_clock(self.clock)
 
 

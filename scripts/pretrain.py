@@ -26,7 +26,7 @@ from .. import (
 from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, json_mapping, parse
 from .compose import check_answers_end, load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
-from .training import bad_rows_of, check_output_dir, train
+from .training import bad_rows_of, check_output_dir, prepare, train
 from .vision_cache import check_cacheable
 
 
@@ -139,7 +139,7 @@ def main(args: list[str] | None = None) -> None:
     if training_args.eval_strategy != "no":
         eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
     model, processor = new_model(pretrain_args, rows)
-    model.freeze(*training_args.freeze)
+    prepare(model, processor, training_args.freeze)
     collator = DuoStreamDataCollator(processor, data_args.max_length, packing=training_args.packing)
     if not writes_only(pretrain_args):
         collator = DuoStreamPreTrainingCollator(

@@ -202,7 +202,8 @@ def render(template: str, **kwargs: Any) -> str:
 
 def pick(results: list[dict], number: int) -> list[dict]:
     """Rows spread evenly over all."""
-    return results[:: max(1, len(results) // number)][:number]
+    number = min(number, len(results))
+    return [results[i * len(results) // number] for i in range(number)]
 
 
 def new_figure(*args: int, figsize: tuple[float, float], **kwargs: Any) -> tuple[Figure, Any]:

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .card import write_card, write_run
 from .checkpoints import check_files
 from .data import Rows, with_lengths
 from .evaluate import check_questions, check_rows, evaluate, generate_answers, score_answers
+from .generate import num_positions
 from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .tasks import WRITER, task_of
 from .vision_cache import with_states
@@ -55,6 +57,22 @@ def collator_of(args: DataArguments, processor: DuoStreamProcessor, model: PreTr
         return DuoStreamClassificationCollator(processor, args.max_length, num_labels=model.config.num_labels)
     collators = {"retrieval": DuoStreamRetrievalCollator, "masked": DuoStreamMaskedLMCollator}
     return collators.get(args.task, DuoStreamDataCollator)(processor, args.max_length)
+
+
+def prepare(model: PreTrainedModel, processor: DuoStreamProcessor, freeze: Sequence[str]) -> None:
+    """
+    Freezes parts of a model, and lowers its tokenizer's `model_max_length` to the positions that its text stream has,
+    so that collators name a row with more text, at which the model would fail.
+
+    Raises:
+        ValueError: A part is unknown, or no weight is left to train.
+    """
+    model.freeze(*freeze)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(f"`freeze` is {' '.join(freeze)}, which leaves no weight to train: leave a part out of it")
+    if (positions := num_positions(model)) is not None:
+        tokenizer = processor.tokenizer
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 class DuoStreamTrainer(LongRunTrainer):

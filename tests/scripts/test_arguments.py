@@ -113,6 +113,45 @@ def test_a_wrong_option_ends_the_command_with_code_2_and_is_named(args, message,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("args", [["--paths", "p", "--paths", "q"], ["--paths=p", "--number", "2", "--paths=q"]])
+def test_a_list_that_is_given_twice_is_refused_for_one_of_them_would_be_lost(path, args, capsys):
+    for before in ([], [write(path, {"paths": ["r"]})]):
+        with pytest.raises(SystemExit) as ended:
+            parse(Options, args=[*before, *args])
+        assert ended.value.code == 2
+        assert "--paths is given twice; give all of its values at once: --paths A B" in capsys.readouterr().err
+
+
+def test_of_any_other_option_that_is_given_twice_the_last_counts():
+    assert parse(Options, args=["--number", "2", "--switch", "true", "--number", "3", "--switch", "false"]) == (
+        Options(number=3),
+    )
+
+
+def test_numbers_in_yaml_are_numbers_however_they_are_written_and_words_are_words(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(
+        "rate: 1e-5\nswitch: true\npaths: [no, en, 1e5x]\nname: off\nlimit: 3\n"
+        "scheduler: {rate: 2E+3, steps: 3, is_on: false, when: y}\n"
+    )
+
+    @dataclass
+    class More(Options):
+        scheduler: str = field(default="", metadata={"help": "A mapping."})
+
+    (options,) = parse(More, args=[str(path)])
+    assert (options.rate, options.switch, options.limit) == (1e-5, True, 3)
+    assert (options.paths, options.name) == (["no", "en", "1e5x"], "off")
+    assert json.loads(options.scheduler) == {"rate": 2000.0, "steps": 3, "is_on": False, "when": "y"}
+
+
+def test_learning_rates_in_yaml_may_be_written_as_on_the_command_line(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("learning_rates: {text: 1e-5, projector: 1e-3}\nreport_to: none\nuse_cpu: yes\n")
+    (training_args,) = parse(DuoStreamTrainingArguments, args=[str(path)])
+    assert json.loads(training_args.learning_rates) == {"text": 1e-5, "projector": 1e-3} and training_args.use_cpu
+
+
 def test_a_wrong_option_in_a_file_ends_the_command_with_code_2_and_is_named(path, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(Options, args=[write(path, {"nmae": "b"})])

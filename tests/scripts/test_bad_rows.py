@@ -1,6 +1,8 @@
 """A row that can't be read stops training and is named, or is left out and written down; the others stay."""
 
 import json
+import re
+import shutil
 
 import datasets
 import pytest
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader
 from duostream.scripts import pretrain
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.bad_rows import BadRows
-from duostream.scripts.data import load_rows, number_rows
+from duostream.scripts.data import load_rows, number_rows, read_classes
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no"]
 NUM_ROWS = 12
@@ -144,3 +146,93 @@ def test_all_rows_that_share_a_picture_that_cannot_be_read_are_written_down(tmp_
     written = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
     assert [each["row"] for each in written] == [1, 3, 4]
     assert all("a picture can't be read" in each["reason"] for each in written)
+
+
+def write_lines(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def asked(number, count):
+    return [{"question": f"{number} {i}?", "answer": str(i)} for i in range(count)]
+
+
+def left_out(folder, output_dir, *options):
+    """Rows to train on, and the number and reason of each that was left out."""
+    bad_rows = BadRows(output_dir / "bad_rows.jsonl")
+    args = DataArguments(dataset=str(folder), **{"task": "vqa", "image_column": "", **dict(options)})
+    classes = read_classes(args, bad_rows) if args.task == "classification" else None
+    rows = list(load_rows(args, args.train_split, classes=classes, bad_rows=bad_rows))
+    written = [json.loads(line) for line in bad_rows.path.read_text().splitlines()]
+    assert bad_rows.report() == len(written)
+    return rows, [(each["row"], each["reason"]) for each in written]
+
+
+BROKEN = '{"question": "half'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_a_broken_line_of_another_split_is_no_bad_row_to_train_on(tmp_path, cache, streaming):
+    write_lines(tmp_path / "rows" / "train.jsonl", *asked(0, 4), BROKEN)
+    write_lines(tmp_path / "rows" / "test.jsonl", *asked(1, 3), BROKEN)
+    write_lines(tmp_path / "rows" / "validation.jsonl", *asked(2, 2))
+    rows, bad = left_out(tmp_path / "rows", tmp_path / "out", ("streaming", streaming))
+    assert [row["source"] for row in rows] == [0, 1, 2, 3]
+    ((number, reason),) = bad
+    assert number == 4 and re.search(r"Row 4 of .*train\.jsonl: Invalid control character", reason)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_broken_lines_of_several_files_have_the_numbers_of_their_rows_in_the_split(tmp_path, cache, streaming):
+    for name in ("a", "b"):
+        write_lines(tmp_path / "rows" / "train" / f"{name}.jsonl", *asked(name, 4), BROKEN, *asked(name, 1))
+    rows, bad = left_out(tmp_path / "rows", tmp_path / "out", ("streaming", streaming))
+    assert [row["source"] for row in rows] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 11]
+    assert [number for number, _ in bad] == [4, 10]
+    for (_, reason), name in zip(bad, "ab", strict=True):
+        assert re.search(rf"Row 4 of .*{name}\.jsonl: Invalid control character", reason)
+
+
+def test_broken_lines_of_a_slice_have_the_numbers_of_their_rows_in_it(tmp_path, cache):
+    write_lines(tmp_path / "rows.jsonl", BROKEN, *asked(0, 4), BROKEN)
+    rows, bad = left_out(tmp_path / "rows.jsonl", tmp_path / "out", ("train_split", "train[2:]"))
+    assert [row["source"] for row in rows] == [0, 1, 2]
+    ((number, reason),) = bad
+    assert number == 3 and "Row 5 of" in reason
+
+
+def test_a_broken_line_is_written_down_once_where_classes_are_read_first(tmp_path, cache):
+    write_lines(tmp_path / "rows.jsonl", {"text": "a", "label": "x"}, BROKEN, {"text": "b", "label": "y"})
+    rows, bad = left_out(tmp_path / "rows.jsonl", tmp_path / "out", ("task", "classification"))
+    assert [row["label"] for row in rows] == [0, 1]
+    ((number, reason),) = bad
+    assert number == 1 and "Invalid control character" in reason
+
+
+def test_a_broken_line_about_a_picture_of_another_split_is_no_bad_row(folder, tmp_path):
+    shutil.copytree(folder / "train", folder / "validation")
+    write_lines(folder / "validation" / "metadata.jsonl", '{"file_name": "0.jpg", "captions": ["a"]}', BROKEN)
+    rows, bad = left_out(folder, tmp_path / "out", ("task", "caption"), ("image_column", "image"))
+    assert len(rows) == 2 * (NUM_ROWS - 2) and [number for number, _ in bad] == [8, 9]
+
+
+def test_where_the_order_of_files_is_not_known_a_warning_says_what_is_wrong_with_a_line(folder, tmp_path, caplog):
+    more = [{"file_name": name, "captions": ["a", "b"]} for name in ("0.jpg", "nowhere.jpg")]
+    write_lines(folder / "train" / "more" / "metadata.jsonl", *more)
+    shutil.copy(folder / "train" / "0.jpg", folder / "train" / "more")
+    rows, bad = left_out(folder, tmp_path / "out", ("task", "caption"), ("image_column", "image"))
+    assert len(rows) == 2 * (NUM_ROWS - 2 + 1) and len(bad) == 3
+    assert all("expected text in `answer_column`" in reason for _, reason in bad)
+    assert re.search(r"Row 1 of .*more/metadata\.jsonl: there is no picture 'nowhere\.jpg'", caplog.text)
+
+
+def test_a_line_that_is_broken_in_another_split_is_not_what_an_error_names(tmp_path, cache):
+    write_lines(tmp_path / "rows" / "train.jsonl", *asked(0, 4), BROKEN)
+    write_lines(tmp_path / "rows" / "test.jsonl", BROKEN)
+    with pytest.raises(ValueError, match=r"Row 4 of .*train\.jsonl"):
+        load_rows(DataArguments(task="vqa", dataset=str(tmp_path / "rows")), "train")

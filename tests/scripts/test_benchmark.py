@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import needs_compiler
 
-from duostream.scripts import benchmark
+from duostream.scripts import benchmark, padding
 from duostream.scripts.comparison import compare, in_turn, peak_bytes
 from duostream.scripts.peers import (
     FIRST_TEXT_ID,
@@ -230,8 +230,17 @@ def test_the_peak_is_what_a_run_holds_at_once():
     ],
 )
 def test_options_out_of_range_are_named(options, message, tmp_path):
+    others = dict(zip(TINY[::2], TINY[1::2], strict=True))
+    others.pop(options[0], None)
+    given = [text for name, value in others.items() for text in (name, value)]
     with pytest.raises(ValueError, match=message):
-        benchmark.main(["prefill", *TINY, *options, "--output", str(tmp_path / "out.json")])
+        benchmark.main(["prefill", *given, *options, "--output", str(tmp_path / "out.json")])
+
+
+def test_padding_is_not_measured_once_alone_which_has_no_quartiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(padding, "load_mixture", None)
+    with pytest.raises(ValueError, match="`repeats` is 1; expected 2 or more, for quartiles"):
+        benchmark.main(["padding", "--repeats", "1", "--output", str(tmp_path / "out.json")])
 
 
 def test_an_unknown_benchmark_is_refused(capsys):

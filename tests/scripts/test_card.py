@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import time
+from dataclasses import fields, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import ExifTags, Image
 from tiny_models import small_model
+from transformers import TrainerCallback
 from transformers.integrations import CodeCarbonCallback
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -22,9 +25,11 @@ from duostream.scripts import evaluate
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
 from duostream.scripts.card import (
     HEADS,
+    PATHS,
     are_same_weights,
     as_text,
     is_by_hand,
+    prompt_of,
     read_evaluation,
     weights_fingerprints,
     without_folders,
@@ -33,8 +38,10 @@ from duostream.scripts.card import (
 )
 from duostream.scripts.data import load_rows
 from duostream.scripts.push import PushArguments, push
+from duostream.scripts.report import pick
 from duostream.scripts.training import DuoStreamTrainer
 
+STEP_SECONDS = 0.2
 CAPTIONS = ["a red | circle", "a ![dot](http://evil/p.png)", "<b>two</b> squares"]
 
 
@@ -53,7 +60,16 @@ class Measured(CodeCarbonCallback):
         (Path(args.output_dir) / "emissions.csv").write_text("\n".join([columns, *lines]) + "\n")
 
 
-def train(folder: Path, data: DataArguments, callbacks: list | None = None) -> Path:
+class Slow(TrainerCallback):
+    """Steps that take a while."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(STEP_SECONDS)
+
+
+def train(
+    folder: Path, data: DataArguments, callbacks: list | None = None, resume: bool | str = False, **options: Any
+) -> Path:
     """Two steps, and what a trained folder has then."""
     rows = load_rows(data, "train")
     tokenizer = train_tokenizer(["Describe the picture. a red circle"] * 4, 300)
@@ -64,7 +80,8 @@ def train(folder: Path, data: DataArguments, callbacks: list | None = None) -> P
         image_seq_length=config.image_seq_length,
     )
     config.image_token_id = processor.image_token_id
-    options: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    options = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", **options}
+    num_measured = options.get("metric_rows", 0)
     trainer = DuoStreamTrainer(
         model=duostream.DuoStreamForConditionalGeneration(config),
         args=DuoStreamTrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, learning_rate=3e-4, **options),
@@ -73,8 +90,10 @@ def train(folder: Path, data: DataArguments, callbacks: list | None = None) -> P
         data_collator=DuoStreamDataCollator(processor),
         processing_class=processor,
         callbacks=callbacks,
+        task=data.task,
+        metric_rows=load_rows(data, "train", num_measured, is_evaluation=True) if num_measured else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     trainer.save_model()
     write_run(trainer, data)
@@ -141,19 +160,38 @@ def test_no_folder_of_the_machine_is_in_what_can_be_pushed(
 
 
 @pytest.mark.parametrize(
-    ("argument", "shown"),
+    ("command", "shown"),
     [
-        ("/home/alice/data", "data"),
-        ("~/data", "data"),
-        ("../alice/data", "data"),
-        ("--dataset=/home/alice/data", "--dataset=data"),
-        ("runs/mine", "runs/mine"),
-        ("Is it a cat / a dog?", "Is it a cat / a dog?"),
-        ("--learning_rate=-1", "--learning_rate=-1"),
+        (["--dataset", "/home/alice/data"], ["--dataset", "data"]),
+        (["--image_dir", "~/data"], ["--image_dir", "data"]),
+        (["--output-dir", "../alice/data"], ["--output-dir", "data"]),
+        (["--dataset=/home/alice/data"], ["--dataset=data"]),
+        (["--mixture", "/home/alice/a.yaml", "b.yaml", "~/c.yaml"], ["--mixture", "a.yaml", "b.yaml", "c.yaml"]),
+        (["/home/alice/options.yaml", "--task", "vqa"], ["options.yaml", "--task", "vqa"]),
+        (["--checkpoint", "runs/mine"], ["--checkpoint", "runs/mine"]),
+        (["--prompt", "/no_think {question}"], ["--prompt", "/no_think {question}"]),
+        (["--prompt=../.. is how many / and ~?"], ["--prompt=../.. is how many / and ~?"]),
+        (["--dataset", "/home/alice/data", "--prompt", "/a/b"], ["--dataset", "data", "--prompt", "/a/b"]),
     ],
 )
-def test_a_path_from_outside_is_cut_to_its_last_name(argument: str, shown: str) -> None:
-    assert without_folders(argument) == shown
+def test_a_path_from_outside_is_cut_to_its_last_name_and_text_is_not(command: list[str], shown: list[str]) -> None:
+    assert without_folders(command) == shown
+
+
+def test_each_option_of_evaluating_that_names_a_folder_or_a_file_is_known() -> None:
+    told = {each.name: each.metadata["help"] for cls in evaluate.OPTIONS for each in fields(cls)}
+    places = {
+        name for name, text in told.items() if re.search(r"\b(folder|files?)\b|written here", text, re.IGNORECASE)
+    }
+    assert places == PATHS
+
+
+def test_rows_that_are_shown_are_spread_over_all() -> None:
+    rows = [{"row": row} for row in range(20)]
+    for size, number, shown in ((20, 12, 12), (7, 4, 4), (3, 4, 3), (20, 1, 1), (0, 4, 0)):
+        picked = [each["row"] for each in pick(rows[:size], number)]
+        gaps = {after - before for before, after in zip(picked, [*picked[1:], size], strict=True)} if picked else set()
+        assert len(picked) == len(set(picked)) == shown and (not picked or max(gaps) - min(gaps) <= 1), picked
 
 
 def test_figures_are_those_that_were_measured_and_parse_back(trained: Path, evaluation: Path, tmp_path: Path) -> None:
@@ -234,6 +272,77 @@ def test_energy_is_that_of_this_run_if_it_was_measured(data: DataArguments, tmp_
     train(tmp_path, data)
     write_card(tmp_path)
     assert "Its energy was not measured." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_the_time_of_a_run_that_was_resumed_is_that_of_all_its_parts(
+    data: DataArguments, tmp_path: Path, restores: bool
+) -> None:
+    started = time.monotonic()
+    options = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": restores}
+    train(tmp_path, data, [Slow()], **options)
+    train(tmp_path, data, [Slow(), Measured()], resume=str(tmp_path / "checkpoint-2"), max_steps=3, **options)
+    run = json.loads((tmp_path / "run.json").read_text())
+    last_part = next(each["train_runtime"] for each in run["log_history"] if "train_runtime" in each)
+    assert last_part + STEP_SECONDS < run["time"]["seconds"] < time.monotonic() - started
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert f"; {run['time']['seconds']:.0f} s for training." in card.text
+    # Of what was used before, nothing is known
+    assert "in 36 s from step 2 on, where training was resumed, estimated by CodeCarbon" in card.text
+    assert card.data.co2_eq_emissions["source"] == "CodeCarbon, from step 2 on"
+
+
+def test_a_checkpoint_that_does_not_tell_its_time_is_resumed_and_the_card_says_from_where(
+    data: DataArguments, tmp_path: Path
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    state = train(tmp_path, data, **options) / "checkpoint-1" / "trainer_state.json"
+    told = json.loads(state.read_text())
+    del told["stateful_callbacks"]["TrainingTime"]  # as in those of earlier versions
+    state.write_text(json.dumps(told))
+    train(tmp_path, data, resume=str(state.parent), **options)
+    write_card(tmp_path)
+    assert " s for training from step 1 on." in (tmp_path / "README.md").read_text()
+
+
+def test_figures_of_some_rows_stand_apart_from_those_of_all(data: DataArguments, tmp_path: Path) -> None:
+    train(tmp_path, data, metric_rows=3, max_new_tokens=4)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| evaluation | 2 |" in text
+    of_all, of_some = text.split("On the evaluation rows, ")[1].split(
+        "On the first 3 rows of the evaluation split, with answers of at most 4 tokens, "
+    )
+    assert "| loss |" in of_all and "| cider_d |" not in of_all
+    assert "| cider_d |" in of_some and "| bleu |" in of_some and "| loss |" not in of_some
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"prompt": '{{"q": "{question}"}}'}, '{"q": "{question}"}'),
+        ({"prompt": "{{{question!r:.{width}}}}"}, "{{question!r:.{width}}}"),
+        ({"prompt_column": "question"}, "{question}"),
+        ({}, "Describe the picture."),
+    ],
+)
+def test_what_is_asked_is_the_prompt_before_it_is_filled(options: dict, asked: str) -> None:
+    assert prompt_of(DataArguments(**options)) == asked
+
+
+@pytest.mark.parametrize("images_last", [False, True])
+def test_the_block_about_use_asks_as_the_model_was_trained(
+    images_last: bool, data: DataArguments, tmp_path: Path
+) -> None:
+    trained_on = replace(data, images_last=images_last, prompt='{{"q": "what?"}}')
+    write_card(train(tmp_path, trained_on))
+    parts = load_rows(trained_on, "train")[0]["prompt"][0]["content"]
+    (shown,) = re.findall("content = (.*)", (tmp_path / "README.md").read_text())
+    assert [(part["type"], part.get("text")) for part in eval(shown, {"picture": None})] == [
+        (part["type"], part["text"]) for part in parts
+    ]
+    assert {"type": "text", "text": '{"q": "what?"}'} in parts
 
 
 def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(trained: Path, tmp_path: Path) -> None:

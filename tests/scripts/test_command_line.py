@@ -11,7 +11,7 @@ import yaml
 from command_lines import arguments
 from datasets import Dataset, List
 from PIL import Image
-from tiny_models import save_photographs
+from tiny_models import BERT, LLAMA, save_photographs, small_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -271,6 +271,44 @@ def test_pretraining_takes_fields_that_differ_from_the_preset(tmp_path):
     assert config.text_config.num_hidden_layers == 2
     assert processor.image_processor.size == {"height": 32, "width": 32}
     assert processor.image_seq_length == config.image_seq_length
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_freezing_all_parts_leaves_nothing_to_train_and_is_refused(command, pretrained, photographs, tmp_path):
+    options = {"dataset": photographs, "answer_column": "captions", "output_dir": tmp_path / "run"}
+    options |= {"freeze": ["text", "vision", "projector", "fusion"], **SHORT_TRAINING, **QUIET}
+    options |= {"checkpoint": pretrained} if command == "finetune" else {"vocab_size": 400}
+    with pytest.raises(ValueError, match="`freeze` is text vision projector fusion, which leaves no weight to train"):
+        {"pretrain": pretrain, "finetune": finetune}[command].main(arguments(**options))
+
+
+@pytest.fixture(scope="module")
+def short(workplace):
+    """A checkpoint with 64 positions for text, whose tokenizer knows of no limit."""
+    tokenizer = train_tokenizer(["What is it? A dog."] * 4, 300, model_max_length=int(1e30))
+    config = small_config(
+        text_config={**BERT, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "is_decoder": True},
+        fusion_stack_config={**LLAMA, "vocab_size": len(tokenizer)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+    )
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    processor = DuoStreamProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    for part in (DuoStreamForConditionalGeneration(config), processor):
+        part.save_pretrained(workplace / "short")
+    return workplace / "short"
+
+
+def test_a_row_that_has_more_text_than_the_text_model_has_positions_is_named_or_left_out(short, tmp_path):
+    rows = [{"messages": [message("user", words), message("assistant", "A dog.")]} for words in ("What?", "is " * 111)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"checkpoint": short, "dataset": path, "eval_split": "", **SHORT_TRAINING, **QUIET}
+    with pytest.raises(ValueError, match=r"Row 1 has \d+ tokens of text, more than the 64 "):
+        finetune.main(arguments(**options, output_dir=tmp_path / "named"))
+    finetune.main(arguments(**options, output_dir=tmp_path / "out", on_bad_rows="skip"))
+    assert [each["row"] for each in read_lines(tmp_path / "out" / "bad_rows.jsonl")] == [1]
+    # And so whoever takes the checkpoint is told
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 64
 
 
 def test_frozen_parts_stay_as_they_were(pretrained, photographs, tmp_path):

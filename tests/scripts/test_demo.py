@@ -30,6 +30,7 @@ from duostream import (
     DuoStreamProcessor,
 )
 from duostream.scripts import demo
+from duostream.scripts.evaluate import evaluation_loss
 from duostream.scripts.generate import answer
 from duostream.scripts.report import attention_to_pictures, prompt_inputs, render
 
@@ -169,6 +170,33 @@ def test_turns_that_were_not_answered_are_left_out_and_a_picture_alone_is_descri
     assert [second["content"][0]["text"], third["content"][0]["text"]] == ["red", "And?"]
     with pytest.raises(ValueError, match="Write something"):
         demo.user_turn(" ", [])
+
+
+def test_the_likelihood_of_a_text_is_that_after_pictures_and_words_in_the_order_of_training(loaded, pictures):
+    model, processor = loaded
+    image = demo.read_picture(pictures["red"])
+    for images_last in (False, True):
+        row = answered_row("Describe the picture.", "red")
+        words = row["messages"][0]["content"]
+        parts = [*words, {"type": "image"}] if images_last else [{"type": "image"}, *words]
+        row = {"images": [image], "messages": [{"role": "user", "content": parts}, row["messages"][1]]}
+        expected = -evaluation_loss(model, processor, [row])
+        assert demo.score(model, None, processor, "red", image, images_last) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "option", "images_last"),
+    [(None, None, False), (False, None, False), (True, None, True), (True, False, False), (None, True, True)],
+)
+def test_pictures_stand_where_they_stood_in_training(checkpoint, pictures, tmp_path, recorded, option, images_last):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    if recorded is not None:
+        (tmp_path / "run.json").write_text(json.dumps({"images_last": recorded}))
+    page = demo.build(str(tmp_path), NEW_TOKENS, option)
+    (chat,) = (each.fn for each in page.fns.values() if each.api_name == "chat")
+    turns, *_ = next(chat({"text": ASKED, "files": [pictures["red"]]}, []))
+    assert [part["type"] for part in turns[0]["content"]] == (["text", "file"] if images_last else ["file", "text"])
 
 
 def test_what_fails_while_an_answer_is_written_reaches_the_page(loaded):

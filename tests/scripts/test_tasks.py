@@ -394,6 +394,33 @@ def test_answers_that_are_all_cut_off_are_told_before_any_is_generated(pretraine
         evaluate.main(arguments(**options, output_dir=tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    "options", [{"mixture": ["a.yaml"]}, {"conversations_per_row": 5}, {"on_bad_rows": "skip"}], ids=str
+)
+def test_options_of_rows_to_train_on_are_refused_in_evaluation(options, tmp_path):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` would do nothing: it is for rows to train on"):
+        evaluate.main(arguments(checkpoint="nowhere", output_dir=tmp_path / "out", **options))
+
+
+@pytest.mark.parametrize("is_ready", [False, True], ids=["columns", "messages"])
+def test_an_empty_reference_is_told_before_training_and_answers(pretrained, tmp_path, monkeypatch, is_ready):
+    monkeypatch.setattr(evaluate, "batches_of", None)
+    monkeypatch.setattr(evaluate, "answer", None)
+    pairs = [("a?", "b"), ("b?", " ")]
+    rows = [{"question": question, "answer": text} for question, text in pairs]
+    if is_ready:
+        rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
+    write(tmp_path / "rows" / "train.jsonl", rows[:1] * 4)
+    write(tmp_path / "rows" / "validation.jsonl", rows)
+    options = {"checkpoint": pretrained, "task": "vqa", "dataset": tmp_path / "rows", "output_dir": tmp_path / "out"}
+    told = r"Row 1: expected references with some text in each, not \[' '\]"
+    with pytest.raises(ValueError, match=told):
+        evaluate.main(arguments(**options))
+    with pytest.raises(ValueError, match=told):
+        finetune.main(arguments(**options, metric_rows=2, eval_strategy="steps", **{**SHORT, "logging_steps": 1}))
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
 def test_an_answer_that_is_cut_off_does_not_change_the_loss_of_the_others(pretrained):
     model, processor = (each.from_pretrained(pretrained) for each in (AutoModelForImageTextToText, AutoProcessor))
     rows = [
