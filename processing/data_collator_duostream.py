@@ -485,13 +485,6 @@ class DuoStreamDataCollator:
             return [each for each, n in zip(row, repeats, strict=True) for _ in range(n)]
 
         input_ids, labels, types = expanded(input_ids), expanded(labels), expanded(types)
-        num_text_tokens = sum(token != processor.image_token_id for token in input_ids)
-        limit = processor.tokenizer.model_max_length
-        if self.max_length is None and num_text_tokens > limit:
-            raise ValueError(
-                f"{name} has {num_text_tokens} tokens of text, more than the {limit} of the tokenizer's "
-                "`model_max_length`: `max_length` cuts such rows"
-            )
         if self.max_length is not None and len(input_ids) > self.max_length:
             frame = None if special_tokens_mask is None else expanded(special_tokens_mask)
             kept = processor.truncated_positions(input_ids, self.max_length, name, frame)
@@ -501,7 +494,17 @@ class DuoStreamDataCollator:
             logger.warning(
                 f"{name} was cut to `max_length={self.max_length}` tokens; {num_lost} tokens of answers are lost"
             )
+        self.check_length(sum(token != processor.image_token_id for token in input_ids), name)
         return input_ids, self.without_image_predictions(input_ids, labels), types
+
+    def check_length(self, num_text_tokens: int, name: str) -> None:
+        """Raises `ValueError` if a row has more text than the tokenizer says that the model can read."""
+        limit = self.processor.tokenizer.model_max_length
+        if num_text_tokens > limit:
+            raise ValueError(
+                f"{name} has {num_text_tokens} tokens of text, more than the {limit} of the tokenizer's "
+                "`model_max_length`: `max_length` cuts such rows"
+            )
 
     def without_image_predictions(self, input_ids: list[int], labels: list[int]) -> list[int]:
         """Leaves out what an image token would predict, which is not meant."""

@@ -133,7 +133,7 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
             if len(pictures) != 1:
                 raise ValueError(f"{name}: expected one picture that the text belongs to, not {len(pictures)}")
         texts = [self.answer_text(row, name) for row, name in zip(rows, names, strict=True)]
-        return {**self.tokenize_texts(texts), **self.model_inputs(images, names), "return_loss": True}
+        return {**self.tokenize_texts(texts, names), **self.model_inputs(images, names), "return_loss": True}
 
     def answer_text(self, row: dict[str, Any], name: str) -> str:
         """
@@ -165,10 +165,10 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
         check_text(text, name)
         return text
 
-    def tokenize_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def tokenize_texts(self, texts: list[str], names: list[str]) -> dict[str, torch.Tensor]:
         """Texts on their own, as the library's pipelines encode them: `(batch, text_len)`. Control tokens are text."""
         tokenizer = self.processor.tokenizer
-        return dict(
+        encoded = dict(
             tokenizer(
                 texts,
                 padding=True,
@@ -181,6 +181,9 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
                 return_tensors="pt",
             )
         )
+        for length, name in zip(encoded["attention_mask"].sum(dim=1).tolist(), names, strict=True):
+            self.check_length(length, name)
+        return encoded
 
 
 @dataclass
@@ -215,7 +218,8 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
         paired = [i for i, number in enumerate(numbers) if number == 1]
         if self.pairs and paired:
             names = self.names(rows)
-            encoded = self.tokenize_texts([self.answer_text(rows[i], names[i]) for i in paired])
+            texts = [self.answer_text(rows[i], names[i]) for i in paired]
+            encoded = self.tokenize_texts(texts, [names[i] for i in paired])
             batch["paired_input_ids"] = encoded["input_ids"]
             batch["paired_attention_mask"] = encoded["attention_mask"]
             if len(paired) < len(rows):

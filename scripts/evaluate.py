@@ -322,8 +322,9 @@ def retrieve(
             if not all(text and text.strip() for text in each):
                 raise ValueError(f"{name}: expected texts that belong to the picture, found an empty one in {each}")
         flat = [text for each in own for text in each]
-        inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat).items()}
-        room.check(inputs, [name for name, each in zip(names, own, strict=True) for _ in each])
+        flat_names = [name for name, each in zip(names, own, strict=True) for _ in each]
+        inputs = {name: value.to(model.device) for name, value in collator.tokenize_texts(flat, flat_names).items()}
+        room.check(inputs, flat_names)
         text_embeds.append(embed(model.get_text_features(**inputs)))
         texts += flat
         image_of_text += [image_of_key[key] for key, each in zip(keys, own, strict=True) for _ in each]

@@ -29,7 +29,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from .. import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 from .arguments import DataArguments, DuoStreamTrainingArguments, parse
-from .comparison import Row, check_clock, compare, in_turn, record_of, timer, write_rows
+from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_rows
 from .peers import check_squares
 from .training import DuoStreamTrainer, collator_of
@@ -62,6 +62,7 @@ class InputArguments:
 
     def __post_init__(self) -> None:
         check_squares(self.image_tokens)
+        check_repeats(self.repeats)
         check_clock(self.clock)
 
 

@@ -306,9 +306,11 @@ class LongRunTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         # Its batches don't count among those of training, which a resumed run would not have made again
         collator = self.data_collator
-        # Each row by itself, by the number of which a batch's loss is weighed
-        is_packed = getattr(collator.collator, "packing", False)
-        apart = replace(collator.collator, packing=False) if is_packed else collator.collator
+        # Each row by itself, by the number of which a batch's loss is weighed, and masked alike each time
+        changes: dict[str, Any] = {"packing": False} if getattr(collator.collator, "packing", False) else {}
+        if getattr(collator.collator, "mask_seed", 0) is None:
+            changes["mask_seed"] = collator.seed
+        apart = replace(collator.collator, **changes) if changes else collator.collator
         self.data_collator = ReproducibleCollator(apart, collator.seed, is_stream=False)
         try:
             return super().get_eval_dataloader(*args, **kwargs)

@@ -47,6 +47,7 @@ from .comparison import (
     CLOCKS,
     Row,
     check_clock,
+    check_repeats,
     compare,
     in_turn,
     peak_bytes,
@@ -121,8 +122,7 @@ class SpeedArguments:
 
     def __post_init__(self) -> None:
         check_preset(self.preset, self.peers, self.image_tokens)
-        if self.repeats < 2:
-            raise ValueError(f"`repeats` is {self.repeats}; expected 2 or more, for quartiles")
+        check_repeats(self.repeats)
         check_clock(self.clock)
         if self.num_image_update_layers and len(self.num_image_update_layers) != len(self.fusion_layers):
             raise ValueError(

@@ -103,9 +103,6 @@ class DuoStreamTrainer(LongRunTrainer):
         if self.args.cache_vision and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # A rank whose rows have no pictures gathers the vision stream's weights, for which the others would wait
             raise ValueError("`cache_vision` goes without FSDP and DeepSpeed: ranks that share weights read pictures")
-        # FSDP looks for each of these layers, and RegNet names one that not all of its kinds have
-        kinds = {type(module).__name__ for module in self.model.modules()}
-        self.model._no_split_modules = set(self.model._no_split_modules or ()) & kinds
         # None: of classes that the model has yet to see
         knows_classes = self.model.config.problem_type in (None, "single_label_classification")
         if self.args.label_smoothing_factor and not (isinstance(self.model, SMOOTHED) and knows_classes):
@@ -115,6 +112,8 @@ class DuoStreamTrainer(LongRunTrainer):
                 f"`label_smoothing_factor` is for {names}, with one class a row: other losses know no smoothing"
             )
         self.has_objectives = isinstance(self.model, DuoStreamForPreTraining)
+        weights = self.model.config.to_dict() if self.has_objectives else {}
+        self.objectives = [name for name in OBJECTIVES if weights.get(name.replace("_loss", "_weight"))]
         if self.has_objectives:
             # Batches without masked tokens have labels, too
             self.label_names: list[str] = ["labels"]
@@ -122,11 +121,12 @@ class DuoStreamTrainer(LongRunTrainer):
             head = self.model.image_text_head
             head.requires_grad_(self.model.config.itc_weight > 0)
             head.matching.requires_grad_(self.model.config.itm_weight > 0)
-            if self.model.config.itm_weight and self.args.per_device_train_batch_size < 2:
-                raise ValueError(
-                    "`itm_weight` goes with a `per_device_train_batch_size` of 2 or more: one pair alone has no other "
-                    "text or picture to be told from"
-                )
+            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+                if self.model.config.itm_weight and getattr(self.args, name) < 2:
+                    raise ValueError(
+                        f"`itm_weight` goes with a `{name}` of 2 or more: one pair alone has no other text or picture "
+                        "to be told from"
+                    )
         self.task, self.metric_rows, self.data = task, metric_rows, data
         self.answer_room: int | None = None
         if metric_rows is not None:
@@ -136,14 +136,14 @@ class DuoStreamTrainer(LongRunTrainer):
                 batch_size = self.args.per_device_eval_batch_size
                 self.answer_room = check_questions(self.model, self.processing_class, metric_rows, batch_size)
         elif self.compute_metrics is None:
-            self.check_is_measured(["loss"])
-        config = self.model.config
-        self.objectives = [name for name in OBJECTIVES if getattr(config, name.replace("_loss", "_weight"), 0)]
+            self.check_is_measured(["loss", *self.objectives])
         self.objective_sums = torch.zeros(len(self.objectives))
         self.steps_since_log = 0
         self.num_items: torch.Tensor | None = None
         self.num_labels: torch.Tensor | None = None
-        self.eval_sums: tuple[float, float] | None = None
+        # Of each part of the loss: what it is summed to, and over how many labels
+        self.eval_sums: dict[str, tuple[float, float]] | None = None
+        self.eval_outputs: Any = None
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # With activation checkpointing the library looks for no weights without a gradient, for the sake of reentrant
@@ -237,8 +237,9 @@ class DuoStreamTrainer(LongRunTrainer):
             counts = torch.tensor([num_masked, num_pairs], device=self.args.device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 counts = self.accelerator.gather(counts[None]).sum(dim=0)
+            self.num_masked, self.num_pairs = counts.clamp(min=1)
             for batch in batch_samples:
-                batch["num_masked_in_batch"], batch["num_pairs_in_batch"] = counts.clamp(min=1)
+                batch["num_masked_in_batch"], batch["num_pairs_in_batch"] = self.num_masked, self.num_pairs
         self.num_items = super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
         return self.num_items
 
@@ -247,6 +248,7 @@ class DuoStreamTrainer(LongRunTrainer):
     ) -> Any:
         # The library keeps the sum alone
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.eval_outputs = None if model.training else outputs
         if model.training and self.has_objectives:
             parts = [outputs.get(name) for name in self.objectives]
             zero = torch.zeros((), device=loss.device)
@@ -271,22 +273,55 @@ class DuoStreamTrainer(LongRunTrainer):
         # The library takes the mean of batches, whatever number of labels is in each, leaves out those whose loss is
         # no number, and of several ranks' last ones keeps some of the losses alone: here all labels weigh the same.
         labels = inputs.get("labels")
-        if labels is None or self.has_objectives:
+        if labels is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         num_rows = self._leave_out_repeated_rows(labels)
+        if "masked_labels" in inputs:
+            self._leave_out_repeated_rows(inputs["masked_labels"])
         are_scores = labels.is_floating_point()
         loss, logits, own_labels = super().prediction_step(
             model, inputs, prediction_loss_only and not are_scores, *args, **kwargs
         )
-        mean, weight = loss, float(num_rows if self.num_items is None else torch.as_tensor(self.num_items).sum())
-        if are_scores:
+        if self.has_objectives:
+            sums = self._sums_of_objectives(inputs)
+        elif are_scores:
             # There is no score that is left out, as -100 is of classes
             scores = logits[0] if isinstance(logits, tuple) else logits
-            mean, weight = self._loss_of_scores(scores[:num_rows], own_labels[:num_rows]), float(num_rows)
-        total, total_weight = self.eval_sums or (0.0, 0.0)
-        # Without a label there is no mean
-        self.eval_sums = total + (float(mean) * weight if weight else 0.0), total_weight + weight
+            sums = {"loss": (num_rows * self._loss_of_scores(scores[:num_rows], own_labels[:num_rows]), num_rows)}
+        else:
+            weight = num_rows if self.num_items is None else torch.as_tensor(self.num_items).sum()
+            sums = {"loss": (weight * loss, weight)}
+        self.eval_sums = self.eval_sums or {}
+        for name, (own_sum, own_weight) in sums.items():
+            total, total_weight = self.eval_sums.get(name, (0.0, 0.0))
+            # Without a label there is no mean
+            self.eval_sums[name] = total + (float(own_sum) if own_weight else 0.0), total_weight + float(own_weight)
         return (loss, None, None) if prediction_loss_only else (loss, logits, own_labels)
+
+    def _sums_of_objectives(self, inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What each objective's loss is summed to in a batch, and over how many labels, or pairs."""
+        num_pairs = len(inputs.get("paired_input_ids", ())), self.num_pairs
+        labels, masked_labels = inputs["labels"][:, 1:], inputs.get("masked_labels", torch.empty(0))
+        # How many there are, and what the model has divided by: all ranks' where these average
+        counts = {
+            "lm_loss": ((labels != IGNORE_INDEX).sum(), self.num_items),
+            "mlm_loss": ((masked_labels != IGNORE_INDEX).sum(), self.num_masked),
+            "itc_loss": num_pairs,
+            "itm_loss": num_pairs,
+        }
+        losses = {name: self.eval_outputs.get(name) for name in self.objectives}
+        self.eval_outputs = None
+        return {name: (loss * counts[name][1], counts[name][0]) for name, loss in losses.items() if loss is not None}
+
+    def _gather_losses(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """Each loss, over the labels of all ranks. Raises `ValueError` if none of them has any."""
+        names = self.objectives if self.has_objectives else ["loss"]
+        own = torch.tensor([[sums.get(name, (0.0, 0.0)) for name in names]], device=self.args.device)
+        totals = self.accelerator.gather(own).sum(dim=0)  # (number of losses, 2)
+        losses = {name: total / weight for name, (total, weight) in zip(names, totals.tolist(), strict=True) if weight}
+        if not losses:
+            raise ValueError("There is no label to measure the loss by: `max_length` may cut off all answers")
+        return losses
 
     def _loss_of_scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         model = self.accelerator.unwrap_model(self.model)
@@ -310,11 +345,12 @@ class DuoStreamTrainer(LongRunTrainer):
         self.eval_sums = None
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.eval_sums is not None and description != "Prediction":
-            sums = torch.tensor([self.eval_sums], device=self.args.device)
-            total, weight = self.accelerator.gather(sums).sum(dim=0).tolist()
-            if not weight:
-                raise ValueError("There is no label to measure the loss by: `max_length` may cut off all answers")
-            output.metrics[f"{metric_key_prefix}_loss"] = total / weight
+            losses = self._gather_losses(self.eval_sums)
+            if "loss" not in losses:
+                output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in losses.items()})
+                weights = self.model.config.to_dict()
+                losses["loss"] = sum(weights[name.replace("_loss", "_weight")] * loss for name, loss in losses.items())
+            output.metrics[f"{metric_key_prefix}_loss"] = losses["loss"]
         # `predict_with_generate` is for encoder-decoders only, and `compute_metrics` would hold all logits. What is
         # added here is what callbacks see, such as those that stop early, and what finds the best checkpoint.
         if self.metric_rows is not None and description != "Prediction":

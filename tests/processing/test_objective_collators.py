@@ -322,3 +322,13 @@ def test_a_text_that_is_none_names_its_row(processor):
 def test_what_counts_by_rows_is_not_packed(processor, collator, options):
     with pytest.raises(ValueError, match=f"{collator.__name__} takes rows as they are"):
         collator(processor, packing=True, **options)([caption_row(0)])
+
+
+def test_a_text_that_is_longer_than_the_model_reads_is_named(processor, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", 8)
+    row = {"images": [Image.new("RGB", (20, 20))], "text": CAPTIONS[0], "row": 7}
+    length = len(processor.tokenizer.tokenize(CAPTIONS[0]))
+    for max_length in (None, length + 30):
+        for collator in (DuoStreamRetrievalCollator, DuoStreamMaskedLMCollator):
+            with pytest.raises(ValueError, match=f"^Row 7 has {length} tokens of text, more than the 8 of"):
+                collator(processor, max_length=max_length)([row])

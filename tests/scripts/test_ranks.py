@@ -77,11 +77,11 @@ def rows(tmp_path_factory):
     return path
 
 
-def options(rows):
+def options(rows, freeze="vision"):
     args = ["--dataset", str(rows), "--max_steps", "4", "--logging_steps", "1"]
     args += ["--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
     # Batch norm reads the rows of its own rank
-    return [*args, "--freeze", "vision", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
+    return [*args, "--freeze", freeze, "--learning_rate", "1e-3", "--disable_tqdm", "true"]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_picture
 
 @pytest.mark.slow
 def test_what_two_ranks_measure_is_what_they_save_though_each_has_statistics_of_its_own(rows, checkpoint, tmp_path):
-    args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "train", "--freeze", ""]
+    args = [*options(rows, freeze=""), "--checkpoint", str(checkpoint), "--eval_split", "train"]
     args += ["--per_device_eval_batch_size", "1", "--output_dir", str(tmp_path)]
     two = launch(TORCHRUN, "-m", "duostream.scripts.finetune", *args, "--per_device_train_batch_size", "2")
     assert two.returncode == 0, two.stderr[-3000:]

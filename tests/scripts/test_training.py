@@ -27,6 +27,7 @@ from duostream import (
     DuoStreamForMaskedLM,
     DuoStreamForPreTraining,
     DuoStreamMaskedLMCollator,
+    DuoStreamPreTrainingCollator,
     DuoStreamProcessor,
     train_tokenizer,
 )
@@ -469,6 +470,26 @@ def test_the_loss_that_is_evaluated_is_that_of_all_tokens_whatever_batches_they_
     for size in (1, 3, NUM_ROWS):
         got = evaluated((model, processor), tmp_path, rows, per_device_eval_batch_size=size)
         assert got["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_objectives_that_is_evaluated_is_that_of_all_labels_whatever_batches_they_are_in(
+    new_parts, rows, tmp_path
+):
+    model, processor = new_parts(cls=DuoStreamForPreTraining)
+    model.config.itc_weight = model.config.itm_weight = 0.0
+    model.config.lm_weight = 2.0
+    collator = DuoStreamPreTrainingCollator(processor)
+    several = [
+        evaluated((model, processor), tmp_path, rows, collator, per_device_eval_batch_size=size)
+        for size in (1, 3, NUM_ROWS)
+    ]
+    writer = DuoStreamForConditionalGeneration(model.config)
+    writer.load_state_dict(model.state_dict(), strict=False)
+    expected = evaluate.evaluation_loss(writer, processor, rows)
+    for got in several:
+        assert got["eval_lm_loss"] == pytest.approx(expected, rel=1e-5)
+        assert got["eval_mlm_loss"] == pytest.approx(several[0]["eval_mlm_loss"], rel=1e-5)
+        assert got["eval_loss"] == pytest.approx(2 * got["eval_lm_loss"] + got["eval_mlm_loss"], rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_is_not_left_out_of_those_that_are_evaluated(new_parts, rows, tmp_path):
