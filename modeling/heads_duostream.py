@@ -477,8 +477,8 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         has_others = masked_input_ids is not None or paired_input_ids is not None
         if self.training and config.lm_weight and labels is None and has_others:
             raise ValueError(
-                "`labels` are missing, which `lm_weight` needs in training: `label_smoothing_factor`, which takes "
-                "them away, doesn't go with the objectives of pretraining"
+                "`labels` are missing, which `lm_weight` needs in training: set it to 0 without them. "
+                "`label_smoothing_factor`, which takes them away, doesn't go with the objectives of pretraining"
             )
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
         num_items_in_batch = take_num_items(kwargs)

@@ -648,7 +648,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 For rows that hold several sequences one after the other, numbered 1, 2, ...: several rows in one, or
                 several continuations of one beginning, as questions about one picture, where the beginning has 0.
                 Each sees the beginning and itself, and counts its positions on from the beginning's end, so that its
-                states are those of a row of its own. Goes without a cache.
+                states are those of a row of its own. Goes without a cache. With `inputs_embeds` they may tell of the
+                last tokens alone: those in front, as PEFT's virtual tokens, are shared.
             states_to_keep (`int` or `torch.LongTensor` of shape `(batch, num_kept)`, *optional*, defaults to 0):
                 `last_hidden_state` of the last so many positions alone, of these positions of each row, each named
                 once, or of all (0). Of the others the last fusion layer makes keys and values only, where it may.
@@ -671,7 +672,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         batch_size, seq_len = given.shape[:2]
         if segment_ids is not None and inputs_embeds is not None:
             # PEFT puts virtual tokens in front, which all of a row's sequences share
-            segment_ids = nn.functional.pad(segment_ids, (seq_len - segment_ids.shape[1], 0))
+            if (num_virtual := seq_len - segment_ids.shape[1]) < 0:
+                raise ValueError(
+                    f"`segment_ids` are of shape {tuple(segment_ids.shape)}; expected (batch, seq_len), and `seq_len` "
+                    f"is {seq_len}"
+                )
+            segment_ids = nn.functional.pad(segment_ids, (num_virtual, 0))
 
         images = self.read_images(pixel_values, mm_encoder_outputs)
         image_states = None if images is None else images.pooler_output

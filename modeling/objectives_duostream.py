@@ -138,6 +138,3 @@ def hard_negatives(scores: torch.Tensor, sample: bool = True) -> torch.Tensor:
     is_own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     others = scores.float().masked_fill(is_own, -torch.inf)
     return others.softmax(dim=1).multinomial(1).squeeze(1) if sample else others.argmax(dim=1)
-
-
-__all__ = ["contrastive_loss", "gather_rows", "hard_negatives", "num_ranks"]

@@ -498,9 +498,9 @@ class DuoStreamDataCollator:
         return input_ids, self.without_image_predictions(input_ids, labels), types
 
     def check_length(self, num_text_tokens: int, name: str) -> None:
-        """Raises `ValueError` if a row has more text than the tokenizer says that the model can read."""
+        """Raises `ValueError` if a row has more text than the tokenizer says, where there is no `max_length`."""
         limit = self.processor.tokenizer.model_max_length
-        if num_text_tokens > limit:
+        if self.max_length is None and num_text_tokens > limit:
             raise ValueError(
                 f"{name} has {num_text_tokens} tokens of text, more than the {limit} of the tokenizer's "
                 "`model_max_length`: `max_length` cuts such rows"

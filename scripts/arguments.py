@@ -353,9 +353,14 @@ def parse_file(cls: type, path: str) -> Any:
 def _read_options(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     # A safe loader, with other numbers
-    options = json.loads(text) if path.suffix == ".json" else yaml.load(text, OptionsLoader)
+    is_yaml = path.suffix != ".json"
+    options = yaml.load(text, OptionsLoader) if is_yaml else json.loads(text)
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
+    if is_yaml:
+        # As they are written: a revision may look like a number
+        written = yaml.load(text, yaml.BaseLoader)
+        options = {name: written[name] if isinstance(value, float) else value for name, value in options.items()}
     return [text for name, value in options.items() for text in _as_option(name, value)]
 
 

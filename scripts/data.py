@@ -494,13 +494,18 @@ def _readable(
     files = {name: each for name, each in lines.items() if name in wanted}
     # Of JSON it isn't known how many rows it holds, nor in which order an image folder's metadata files are read
     is_ordered = all(file.suffix == ".jsonl" for file in chain(*files.values()))
+    if not wanted <= set(files):
+        return path, splits  # the library says which there are
     if is_ordered and (builder == "json" or options["streaming"] or all(len(each) == 1 for each in files.values())):
         bad_rows.number_broken(broken, files, options["split"])
     else:
         for reason in chain(*(broken[file].values() for file in chain(*files.values()) if file in broken)):
             logger.warning(reason)
     copy = bad_rows.without_broken_lines(path, broken)
-    return copy, _files_of(copy, options["split"])[1]
+    if path.is_file():
+        return copy, {name: [str(copy)] for name in splits}
+    place = path.resolve()
+    return copy, {name: [str(copy / Path(file).relative_to(place)) for file in each] for name, each in splits.items()}
 
 
 def _files_of(path: Path, split: str) -> tuple[str, dict[str, list[str]]]:

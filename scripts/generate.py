@@ -52,6 +52,9 @@ def num_positions(model: PreTrainedModel) -> int | None:
         if is_table and "text_model" in parts:
             # OPT counts from 2, and RoBERTa from behind its padding token's number
             unused = getattr(table, "offset", 0) + (0 if table.padding_idx is None else table.padding_idx + 1)
+            own = getattr(model.get_submodule(".".join(parts[:-1])), "position_ids", None)
+            if table.padding_idx is None and own is not None:
+                unused += int(own[0, 0])  # Nystromformer counts from 2, too
             return table.num_embeddings - unused
     return None
 

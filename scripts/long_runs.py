@@ -200,7 +200,9 @@ class LongRunTrainer(Trainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
-            # torch names groups of parameters, and no option
+            if "parameter group" not in str(error):
+                raise
+            # torch names these, and no option
             raise ValueError(
                 f"{checkpoint} was saved while other weights were trained, or at other rates: resume with `freeze`, "
                 f"`learning_rates` and `weight_decay` as they were ({error})"

@@ -121,7 +121,9 @@ class DuoStreamTrainer(LongRunTrainer):
             head = self.model.image_text_head
             head.requires_grad_(self.model.config.itc_weight > 0)
             head.matching.requires_grad_(self.model.config.itm_weight > 0)
-            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            sizes = ["per_device_train_batch_size"]
+            sizes += [] if self.eval_dataset is None else ["per_device_eval_batch_size"]
+            for name in sizes:
                 if self.model.config.itm_weight and getattr(self.args, name) < 2:
                     raise ValueError(
                         f"`itm_weight` goes with a `{name}` of 2 or more: one pair alone has no other text or picture "
@@ -143,7 +145,7 @@ class DuoStreamTrainer(LongRunTrainer):
         self.num_labels: torch.Tensor | None = None
         # Of each part of the loss: what it is summed to, and over how many labels
         self.eval_sums: dict[str, tuple[float, float]] | None = None
-        self.eval_outputs: Any = None
+        self.eval_losses: dict[str, torch.Tensor | None] = {}
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # With activation checkpointing the library looks for no weights without a gradient, for the sake of reentrant
@@ -208,15 +210,15 @@ class DuoStreamTrainer(LongRunTrainer):
             folder = Path(str(self.args.output_dir))
             write_card(folder, repo_id=self.hub_model_id, license=license, language=language)
 
-    def _run_epoch(self, *, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
-        self.num_labels = None
-        super()._run_epoch(steps_trained_in_current_epoch=steps_trained_in_current_epoch, **kwargs)
-        # The rest of an epoch may have none
-        is_told = not steps_trained_in_current_epoch and not self.has_objectives
-        if is_told and self.num_labels is not None and not self.num_labels.any():
+    def check_has_learnt(self) -> None:
+        """Raises `ValueError` if no step of this run had a label."""
+        # Of masked tokens few rows may have none by chance
+        if self.num_labels is None or self.has_objectives or self.task == "masked":
+            return
+        if not self.accelerator.gather(self.num_labels.to(self.args.device).reshape(-1)).any():
             raise ValueError(
-                "Nothing was learnt: none of the rows has a label. `max_length` may cut off all answers, of which "
-                "the warnings tell"
+                "Nothing was learnt: none of the rows that were trained on has a label. `max_length` may cut off all "
+                "answers, of which the warnings tell"
             )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -248,7 +250,8 @@ class DuoStreamTrainer(LongRunTrainer):
     ) -> Any:
         # The library keeps the sum alone
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.eval_outputs = None if model.training else outputs
+        if self.has_objectives and not model.training:
+            self.eval_losses = {name: outputs.get(name) for name in self.objectives}
         if model.training and self.has_objectives:
             parts = [outputs.get(name) for name in self.objectives]
             zero = torch.zeros((), device=loss.device)
@@ -299,7 +302,10 @@ class DuoStreamTrainer(LongRunTrainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, own_labels)
 
     def _sums_of_objectives(self, inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What each objective's loss is summed to in a batch, and over how many labels, or pairs."""
+        """
+        What each objective's loss is summed to in a batch, and over how many labels, or pairs. Pairs are compared with
+        those of their batch, among which rows may be that fill up a last one.
+        """
         num_pairs = len(inputs.get("paired_input_ids", ())), self.num_pairs
         labels, masked_labels = inputs["labels"][:, 1:], inputs.get("masked_labels", torch.empty(0))
         # How many there are, and what the model has divided by: all ranks' where these average
@@ -309,9 +315,8 @@ class DuoStreamTrainer(LongRunTrainer):
             "itc_loss": num_pairs,
             "itm_loss": num_pairs,
         }
-        losses = {name: self.eval_outputs.get(name) for name in self.objectives}
-        self.eval_outputs = None
-        return {name: (loss * counts[name][1], counts[name][0]) for name, loss in losses.items() if loss is not None}
+        means = self.eval_losses.items()
+        return {name: (mean * counts[name][1], counts[name][0]) for name, mean in means if mean is not None}
 
     def _gather_losses(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         """Each loss, over the labels of all ranks. Raises `ValueError` if none of them has any."""
@@ -485,6 +490,8 @@ def train(
     with SaveWhenTerminated(trainer.accelerator) as termination:
         trainer.add_callback(termination)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None:
+        trainer.check_has_learnt()
     if termination.is_terminated:
         logger.warning(f"Terminated after step {trainer.state.global_step}, which is saved: `--resume true` goes on")
         sys.exit(128 + signal.SIGTERM)

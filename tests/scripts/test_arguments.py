@@ -131,7 +131,7 @@ def test_of_any_other_option_that_is_given_twice_the_last_counts():
 def test_numbers_in_yaml_are_numbers_however_they_are_written_and_words_are_words(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text(
-        "rate: 1e-5\nswitch: true\npaths: [no, en, 1e5x]\nname: off\nlimit: 3\n"
+        "rate: 1e-5\nswitch: true\npaths: [no, en, 1e5x]\nname: 12e4567\nlimit: 3\n"
         "scheduler: {rate: 2E+3, steps: 3, is_on: false, when: y}\n"
     )
 
@@ -141,7 +141,7 @@ def test_numbers_in_yaml_are_numbers_however_they_are_written_and_words_are_word
 
     (options,) = parse(More, args=[str(path)])
     assert (options.rate, options.switch, options.limit) == (1e-5, True, 3)
-    assert (options.paths, options.name) == (["no", "en", "1e5x"], "off")
+    assert (options.paths, options.name) == (["no", "en", "1e5x"], "12e4567")
     assert json.loads(options.scheduler) == {"rate": 2000.0, "steps": 3, "is_on": False, "when": "y"}
 
 

@@ -54,7 +54,12 @@ def prompt(processor: DuoStreamProcessor, conversation: list[dict[str, Any]]) ->
     )
 
 
-@pytest.mark.parametrize("text", [GPT2, BERT, ROBERTA, TEXTS["opt"]().to_dict()], ids=lambda text: text["model_type"])
+YOSO = {**BERT, "model_type": "yoso"}
+
+
+@pytest.mark.parametrize(
+    "text", [GPT2, BERT, ROBERTA, TEXTS["opt"]().to_dict(), YOSO], ids=lambda text: text["model_type"]
+)
 def test_a_model_reads_as_many_tokens_of_text_as_it_has_positions_for(text: dict[str, Any]) -> None:
     model = small_model(cls=DuoStreamForSequenceClassification, text_config=text, pad_token_id=0)
     positions = num_positions(model)

@@ -307,11 +307,25 @@ def test_resuming_with_other_weights_to_train_names_the_options(new_parts, rows,
         train(model, processor, options(tmp_path, **{**saving, "max_steps": 4}), rows)
 
 
-def test_an_epoch_without_any_label_is_told_of(new_parts, rows, tmp_path):
+def test_a_run_without_any_label_is_told_of(new_parts, rows, tmp_path):
     model, processor = new_parts()
     collator = DuoStreamDataCollator(processor, max_length=model.config.image_seq_length + 2)
     with pytest.raises(ValueError, match=r"Nothing was learnt: .* `max_length`"):
-        train(model, processor, options(tmp_path), rows, collator=collator)
+        train(model, processor, options(tmp_path / "none"), rows, collator=collator)
+    # The last epoch, which is cut short, may have none
+    some = options(tmp_path / "some", max_steps=len(rows) + 1, per_device_train_batch_size=1)
+    train(*new_parts(), some, rows, collator=Silent(processor))
+    assert (tmp_path / "some" / "model.safetensors").is_file()
+
+
+class Silent(DuoStreamDataCollator):
+    """Only row 5 has something to learn."""
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        if 5 not in [row["row"] for row in rows]:
+            batch["labels"][:] = -100
+        return batch
 
 
 class Poisoned(DuoStreamDataCollator):
