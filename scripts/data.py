@@ -36,6 +36,7 @@ from datasets.data_files import _get_data_files_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
+from transformers.utils.versions import require_version
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
 from ..processing.processing_duostream import check_messages, parts_of
@@ -62,6 +63,8 @@ BUILDERS = {
     "json": {".jsonl", ".json"},
     "webdataset": {".tar"},
 }
+# Versions of `datasets` from which on it reads rows without columns, and rows of an image folder without a picture
+READS_EMPTY_LINES, READS_EMPTY_PICTURES = "4.8", "5.0"
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 BLANK_GRAY = (128, 128, 128)
@@ -490,6 +493,9 @@ def _readable(
         broken[file][row] = str(error)
     if not broken:
         return path, splits
+    first = next(iter(next(iter(broken.values())).values()))
+    needed = READS_EMPTY_PICTURES if builder == "imagefolder" else READS_EMPTY_LINES
+    require_version(f"datasets>={needed}", f"To leave out what can't be read it is needed: {first}")
     wanted = {part.split("[")[0] for part in options["split"].split("+")}
     files = {name: each for name, each in lines.items() if name in wanted}
     # Of JSON it isn't known how many rows it holds, nor in which order an image folder's metadata files are read
