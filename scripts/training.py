@@ -490,11 +490,11 @@ def train(
     with SaveWhenTerminated(trainer.accelerator) as termination:
         trainer.add_callback(termination)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if checkpoint is None:
-        trainer.check_has_learnt()
     if termination.is_terminated:
         logger.warning(f"Terminated after step {trainer.state.global_step}, which is saved: `--resume true` goes on")
         sys.exit(128 + signal.SIGTERM)
+    if checkpoint is None:
+        trainer.check_has_learnt()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
