@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## Train a small model from nothing and show what it does
 	$(BIN)/duostream quickstart --output_dir runs/quickstart
 
-# Tiny models gain nothing from a second thread: one each, and the tests of a class or module stay together
-PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+# Tiny models gain nothing from a second thread: one each, and the tests of a class or module stay together, in their
+# order: by itself xdist leaves those of few tests, which are the long ones, for the end, where one worker has them all
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 test test-fast test-lowest: export OMP_NUM_THREADS = 1
 
 test: setup ## Run all tests
