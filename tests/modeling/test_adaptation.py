@@ -23,7 +23,6 @@ from tiny_models import (
     Row,
     batch,
     difference,
-    needs_compiler,
     ragged_rows,
     small_model,
 )
