@@ -388,9 +388,13 @@ class DuoStreamConfig(PreTrainedConfig):
         for name, value in kwargs.items():
             updates_preset = name in SUB_CONFIGS and isinstance(value, dict) and "model_type" not in value
             fields[name] = {**fields[name], **value} if updates_preset else value
-        if vocab_size is not None:
-            for name in ("text_config", "fusion_stack_config"):
+        for name in ("text_config", "fusion_stack_config") if vocab_size is not None else ():
+            # The caller's own stays as it is
+            fields[name] = copy.deepcopy(fields[name])
+            if isinstance(fields[name], dict):
                 fields[name]["vocab_size"] = vocab_size
+            else:
+                fields[name].vocab_size = vocab_size
         return cls(**fields)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import get_head_shapes
 from transformers.generation import (
     CandidateGenerator,
     GenerationConfig,
@@ -14,6 +15,7 @@ from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
     PromptLookupCandidateGenerator,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.utils import ModelOutput, logging
 
@@ -161,6 +163,19 @@ class DuoStreamGenerationMixin(GenerationMixin):
             generation_config.use_cache = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _get_static_cache_init_shape(self) -> tuple[int | list[int], int | list[int]] | None:
+        # The library takes the text stream's layers for the fusion stack's. Where they differ, each makes its cache
+        # when it is first filled, as without `prefill_chunk_size`.
+        shapes = [get_head_shapes(each) for each in (self.config.fusion_stack_config, self.config.text_config)]
+        return super()._get_static_cache_init_shape() if shapes[0] == shapes[1] else None
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # As in `forward`, pictures that are `None` are none, which the library would read
+        for name in ("pixel_values", "mm_encoder_outputs"):
+            if name in model_kwargs and model_kwargs[name] is None:
+                del model_kwargs[name]
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         ids = kwargs.get("encoder_input_ids")
         if ids is not None and ids.ndim == 2:
@@ -169,8 +184,13 @@ class DuoStreamGenerationMixin(GenerationMixin):
             kwargs["encoder_input_ids"] = torch.where(ids == self.config.image_token_id, tokens, ids)
         # Whatever the generation config says: a placeholder that was generated would have no picture
         processors = super()._get_logits_processor(*args, **kwargs)
+        guides = [isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) for each in processors]
+        if any(guides) and self.config.restart_positions:
+            # It reads the other prompt by itself, and tells of no prefix
+            raise ValueError("`guidance_scale` doesn't go with `config.restart_positions`")
         if self.config.image_token_id < self.config.text_config.vocab_size:
-            processors.insert(0, SuppressPlaceholder(self.config.image_token_id))
+            # Behind guidance, which multiplies differences of scores: of infinite ones it makes no numbers
+            processors.insert(sum(guides), SuppressPlaceholder(self.config.image_token_id))
         return processors
 
     def _maybe_initialize_input_ids_for_generation(

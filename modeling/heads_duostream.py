@@ -73,7 +73,8 @@ def mean_pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None =
     """The mean of the tokens that are not padding, of shape `(batch, hidden)`."""
     if attention_mask is None:
         return hidden_states.mean(dim=1)
-    weights = attention_mask.float().unsqueeze(-1)  # (batch, seq_len, 1)
+    # On the last layer's device, which may be another than the first one's
+    weights = attention_mask.to(hidden_states.device, torch.float32).unsqueeze(-1)  # (batch, seq_len, 1)
     # The sum of a long text is beyond the numbers of half precision
     mean = (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
     return mean.to(hidden_states.dtype)
@@ -481,6 +482,14 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 "`label_smoothing_factor`, which takes them away, doesn't go with the objectives of pretraining"
             )
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
+        # What ranks that share weights run together, and this one has no use for
+        unused: list[torch.Tensor] = []
+        is_shared = self.model._are_weights_shared_out
+        if images is None and is_shared:
+            unused.append(self.model._read_unused_picture())
+            # None of its tokens. Else each objective would read one more, where other ranks read none
+            nothing = self.lm_head.weight.new_zeros(0, 1, 1)
+            images = BaseModelOutputWithPooling(last_hidden_state=nothing, pooler_output=nothing)
         num_items_in_batch = take_num_items(kwargs)
         share: float | torch.Tensor = 1.0
         if labels is not None and num_items_in_batch is not None:
@@ -521,6 +530,10 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             outputs.itc_loss, outputs.itm_loss = self.pair_losses(
                 images, paired_input_ids, paired_attention_mask, paired_images, num_pairs_in_batch
             )
+        elif config.itc_weight or config.itm_weight:
+            unused += self.losses_of_no_pairs()
+        if config.itm_weight and outputs.itm_loss is None and is_shared:
+            unused.append(self.fuse_unused_pair())
         masked_share = share if num_masked_in_batch is None else 1
         pair_share = share if num_pairs_in_batch is None else 1
         parts = (
@@ -529,10 +542,8 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             (config.itc_weight, outputs.itc_loss, pair_share),
             (config.itm_weight, outputs.itm_loss, pair_share),
         )
-        losses = [weight * loss * part for weight, loss, part in parts if loss is not None]
-        if config.itc_weight and paired_input_ids is None and num_ranks() > 1:
-            losses.append(self.loss_of_no_pairs())
-        elif not losses and labels is not None and (config.itc_weight or config.itm_weight):
+        losses = [weight * loss * part for weight, loss, part in parts if loss is not None] + unused
+        if not losses and labels is not None and (config.itc_weight or config.itm_weight):
             # Of a batch in which there is no pair, or none to be told from another, nothing is learnt
             losses += [0 * weight.sum() for weight in self.image_text_head.parameters()]
         outputs.loss = torch.stack(losses).sum() if losses else None
@@ -563,12 +574,23 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             itm_loss = self.matching_loss(scores, text_states, attention_mask, image_states, num_pairs)
         return itc_loss, itm_loss
 
-    def loss_of_no_pairs(self) -> torch.Tensor:
-        """Zero, for which this rank gathers with those that have pairs, which would else wait for it."""
-        nothing = self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
-        no_texts = self.image_text_head.embed_text(nothing, None)
-        no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
-        return self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1)
+    def losses_of_no_pairs(self) -> list[torch.Tensor]:
+        """Zeros, for which this rank gathers with those that have pairs, which would else wait for it."""
+        losses, nothing = [], self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
+        if self.model._are_weights_shared_out:
+            no_ids = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
+            losses.append(0 * self.model.read_text(no_ids).last_hidden_state.sum())
+        if self.config.itc_weight and num_ranks() > 1:
+            no_texts = self.image_text_head.embed_text(nothing, None)
+            no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
+            losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1))
+        return losses
+
+    def fuse_unused_pair(self) -> torch.Tensor:
+        """Zero, from a pair: ranks that share weights gather the fusion stack's together."""
+        text = self.lm_head.weight.new_zeros(1, 1, self.lm_head.in_features)
+        image = text.expand(-1, self.config.image_seq_length, -1)
+        return 0 * matching_logits(self.model, self.image_text_head, image, text, None).sum()
 
     def matching_loss(
         self,

@@ -127,6 +127,9 @@ def fusion_mask(
 ) -> Any:
     """Masks of the fusion stack that are more than causal and padding masks, which its layers make themselves."""
     refuse_flash_attention(config, "fusion_stack_config")
+    # Of a text stream on several devices the states come from the last one; the library moves `attention_mask` alone
+    block_ids = None if block_ids is None else block_ids.to(hidden_states.device)
+    segment_ids = None if segment_ids is None else segment_ids.to(hidden_states.device)
     return create_masks_for_generate(
         config=config.fusion_stack_config,
         inputs_embeds=hidden_states,

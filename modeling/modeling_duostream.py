@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn, no_grad
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -144,7 +144,9 @@ class DuoStreamProjector(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.layers(hidden_states)  # (num_images, image_seq_length, hidden)
         if self.position_embeddings is not None:
-            hidden_states = hidden_states + self.position_embeddings.weight
+            # By its forward, for which weights that lie elsewhere are fetched
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            hidden_states = hidden_states + self.position_embeddings(positions)
         return hidden_states
 
 
@@ -462,11 +464,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
 
     @property
     def _are_weights_shared_out(self) -> bool:
-        """Whether ranks gather each part's weights when it runs, as FSDP2 and DeepSpeed's ZeRO-3 do."""
+        """Whether ranks gather each part's weights when it runs, as FSDP and DeepSpeed's ZeRO-3 do."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
         # Which parts FSDP2 wraps is for the user to say, and PEFT wraps some once more
-        is_fsdp = any(isinstance(module, FSDPModule) for module in self.modules())
+        is_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in self.modules())
         return is_fsdp or hasattr(next(self.vision_model.parameters()), "ds_id")
 
     def _read_unused_picture(self) -> torch.Tensor:
@@ -721,7 +723,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:
-                position_ids = self._count_tokens(attention_mask, past_len, batch_size, seq_len)
+                position_ids = self._count_tokens(attention_mask, past_len, batch_size, seq_len, given.device)
             # Without a cache text is packed to the left: its positions are the default ones
             packed = has_new_images and text_cache is None
             layout_position_ids = given_position_ids if packed else position_ids
@@ -746,7 +748,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)
             if needs_mask or token_type_ids is not None:
                 if is_image is None:
-                    is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=self.device)
+                    is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=given.device)
                 block_ids = tokens_that_see_each_other(
                     self.config, is_image, token_type_ids, attention_mask, seq_len, segment_ids
                 )
@@ -767,7 +769,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if layout.join_index is not None:
             image_states = image_states.to(hidden_states.device, hidden_states.dtype)
             states = torch.cat([hidden_states.flatten(0, 1), image_states.flatten(0, -2)])  # (all tokens, hidden)
-            hidden_states = states[layout.join_index]  # (batch, seq_len, hidden)
+            hidden_states = states[layout.join_index.to(states.device)]  # (batch, seq_len, hidden)
         has_own_mask = block_ids is not None or segment_ids is not None
         if self.config.restart_positions and attention_mask is None and fusion_cache is None:
             # The library takes positions that start anew for another row packed into this one
@@ -866,7 +868,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """What the text stream makes of text on its own, padded on either side: states `(batch, text_len, hidden)`."""
-        position_ids = None if attention_mask is None else self._count_tokens(attention_mask, 0, *input_ids.shape)
+        position_ids = None
+        if attention_mask is not None:
+            batch_size, seq_len = input_ids.shape
+            position_ids = self._count_tokens(attention_mask, 0, batch_size, seq_len, input_ids.device)
         with no_grad_if_frozen(self.text_model):
             return self.text_model(
                 input_ids=input_ids,
@@ -924,18 +929,23 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         return self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_mask(self.config, hidden_states, attention_mask, block_ids=prefix),
-            position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len),
+            position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len, hidden_states.device),
             use_cache=False,
             **kwargs,
         ).last_hidden_state
 
     def _count_tokens(
-        self, attention_mask: torch.Tensor | None, past_len: int | torch.Tensor, batch_size: int, seq_len: int
+        self,
+        attention_mask: torch.Tensor | None,
+        past_len: int | torch.Tensor,
+        batch_size: int,
+        seq_len: int,
+        device: torch.device,
     ) -> torch.Tensor:
         """Positions of shape `(batch, seq_len)`: how many tokens that are not padding stand before each."""
         if attention_mask is not None:
             return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -seq_len:]
-        positions = torch.arange(seq_len, device=self.device) + past_len
+        positions = torch.arange(seq_len, device=device) + past_len
         return positions.expand(batch_size, -1)
 
     def _count_prefix(

@@ -53,6 +53,13 @@ def check_at_least_one(args: Any, *names: str) -> None:
             raise ValueError(f"`{name}` is {number}; expected at least 1")
 
 
+def check_unused(args: Any, names: Sequence[str], reason: str) -> None:
+    """Raises `ValueError` if one of the options is given, which for this `reason` would do nothing."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args)(), name):
+            raise ValueError(f"`{name}` would do nothing: {reason}")
+
+
 def json_mapping(args: Any, name: str) -> dict[str, Any]:
     """
     What an option holds as JSON.
@@ -327,7 +334,9 @@ def parse(*classes: type, args: Sequence[str] | None = None, doc: str | None = N
     """
     args = list(sys.argv[1:] if args is None else args)
     parser = parser_of(*classes, doc=doc)
-    from_file = _read_options(Path(args.pop(0))) if args and args[0].endswith((".yaml", ".yml", ".json")) else []
+    # An option's value may end so, too: `--dataset=rows.json`
+    is_file = bool(args) and args[0].endswith((".yaml", ".yml", ".json")) and not args[0].startswith("-")
+    from_file = _read_options(Path(args.pop(0))) if is_file else []
     names = [arg.split("=")[0] for arg in args]
     for action in parser._actions:
         # The values of the last one would count alone

@@ -60,6 +60,9 @@ class BadRows:
         dataset (`str`, *optional*): Of a mixture, the data set whose rows are being read.
     """
 
+    # The library uploads nothing whose name begins so
+    copies = "_readable"
+
     def __init__(self, path: Path):
         self.path = path
         self.dataset: str | None = None
@@ -108,13 +111,17 @@ class BadRows:
         read = [reason for part in parts for reason in reasons[part.splitname][part.from_ : part.to]]
         self.reasons |= {(self.dataset, row): reason for row, reason in enumerate(read) if reason is not None}
 
+    def tell_broken(self, reasons: Iterable[str]) -> None:
+        """Tells of lines that can't be read, where it isn't known which rows of a split they are."""
+        for reason in reasons:
+            logger.warning(reason)
+
     def without_broken_lines(self, place: Path, broken: Mapping[Path, Mapping[int, str]]) -> Path:
         """
         A copy of a file or folder, beside `bad_rows.jsonl`, in which lines that can't be read are rows without any
         column, so that all rows keep their numbers. Pictures are linked, not copied.
         """
-        # The library uploads nothing whose name begins so
-        copy = self.path.parent / "_readable" / sha256(str(place.resolve()).encode()).hexdigest()[:16] / place.name
+        copy = self.path.parent / self.copies / sha256(str(place.resolve()).encode()).hexdigest()[:16] / place.name
         state = PartialState()
         if state.is_main_process:
             shutil.rmtree(copy.parent, ignore_errors=True)
@@ -166,6 +173,10 @@ class BadRows:
             raise ValueError(f"All rows are bad: {self.path} says why")
         return kept
 
+    def elsewhere(self) -> "BadRowsElsewhere":
+        """The same for rows to evaluate on."""
+        return BadRowsElsewhere(self.path)
+
     def report(self) -> int:
         """How many rows were left out, which is logged, too."""
         # A stream meets its rows in every epoch again, and so do several ranks
@@ -174,3 +185,31 @@ class BadRows:
         count = len({line.get("content", (line.get("dataset"), line["row"])) for line in lines})
         logger.warning(f"{count} bad rows were left out; {self.path} says which, and why")
         return count
+
+
+class BadRowsElsewhere(BadRows):
+    """
+    For rows to evaluate on, each of which is to be good: lines that can't be read elsewhere, among rows to train on
+    in the same file or folder, are passed over, and a bad row of these is an error.
+    """
+
+    # Apart from those that training may be reading
+    copies = "_readable_to_evaluate"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.dataset = None
+        self.reasons = {}
+
+    def add(self, row: int, error: Exception, content: Any = None, dataset: str | None = None) -> None:
+        raise error
+
+    def number_broken(
+        self, broken: Mapping[Path, Mapping[int, str]], files: Mapping[str, list[Path]], split: str
+    ) -> None:
+        super().number_broken(broken, files, split)
+        self.tell_broken(self.reasons.values())
+
+    def tell_broken(self, reasons: Iterable[str]) -> None:
+        for reason in reasons:
+            raise ValueError(reason)

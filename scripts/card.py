@@ -201,7 +201,7 @@ def save_samples(folder: Path, rows: Any, results: list[dict]) -> None:
     if not isinstance(rows, Dataset) or "images" not in rows.column_names:
         return
     for result in pick_samples(results):
-        for i, image in enumerate(rows[result["row"]]["images"]):
+        for i, image in enumerate(rows[result["row"]]["images"] or ()):
             folder.mkdir(exist_ok=True)
             picture = load_picture(image).convert("RGB")
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))

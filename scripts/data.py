@@ -40,7 +40,7 @@ from transformers.utils.versions import require_version
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
 from ..processing.processing_duostream import check_messages, parts_of
-from .arguments import DataArguments, parse_file
+from .arguments import DataArguments, check_unused, parse_file
 from .bad_rows import BAD_ROW_ERRORS, BadRows, broken_lines
 from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, rows_of_batch, training_rows
 from .tasks import WRITER, task_of, with_defaults
@@ -107,6 +107,10 @@ def load_rows(
         ValueError: A column that the options name is missing, there are no rows, or they are ready, and an option
             would do nothing for them.
     """
+    if args.task == "classification":
+        check_unused(args, ["answer_column"], "for classification `label_column` names what is learnt")
+    else:
+        check_unused(args, ["label_column"], f"for {args.task!r} `answer_column` names what is learnt")
     named = [name for name in MAKING_ROWS if getattr(args, name) != getattr(DataArguments, name)]
     for name in ("prompt", "max_column_chars"):
         if name in named and (args.prompt_column or args.task in ("masked", "retrieval")):
@@ -171,9 +175,10 @@ def _check_parts(parts: Sequence[DataArguments]) -> None:
         raise ValueError("A file of a `mixture` names another `mixture`: name all files beside the first")
     if any(part.streaming for part in parts):
         raise ValueError("`mixture` reads whole data sets: it goes without `streaming`")
-    for option in ("blank_images", "on_bad_rows", "max_length"):
-        if any(getattr(part, option) != getattr(DataArguments, option) for part in parts[1:]):
-            raise ValueError(f"`{option}` is for the whole mixture: set it beside `mixture`, not in a file of it")
+    for part in parts[1:]:
+        whole = ("blank_images", "on_bad_rows", "max_length")
+        check_unused(part, whole, "it is for the whole mixture: set it beside `mixture`, not in a file of it")
+        check_unused(part, ("eval_split", "max_eval_rows"), "a mixture is evaluated on rows of its first data set")
     for part in parts:
         if task_of(part.task).auto_class is not WRITER:
             raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")
@@ -315,6 +320,8 @@ def read_classes(args: DataArguments, bad_rows: BadRows | None = None) -> list[s
                 "score for every class as `labels`, but no column here does"
             )
     values = [value for value in values if value is not None]
+    if not values:
+        raise ValueError(f"All rows are bad: none of {args.dataset!r} in split {args.train_split!r} has a `{column}`")
     if isinstance(first, list):
         counts = Counter(answer for answers in values for answer in answers)
         return [answer for answer, _ in counts.most_common(args.max_answers)]
@@ -337,11 +344,9 @@ def _rows_of_task(
     if args.dataset == "scenes":
         if named:
             raise ValueError(ready)
+        check_unused(args, ("streaming", "dataset_config"), "scenes are drawn here, all at once")
         return _rows_of_scenes(args, split, max_rows)
-    try:
-        rows = _load(args, split, bad_rows)
-    except StopIteration as error:  # what `datasets` makes of an empty file
-        raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
+    rows = _load(args, split, bad_rows)
     if max_rows is not None:
         # Not `take`: before datasets 5 it wants as many rows as it is asked for
         rows = rows.take(max_rows) if args.streaming else rows.select(range(min(max_rows, len(rows))))
@@ -390,10 +395,15 @@ def _rows_of_scenes(args: DataArguments, split: str, max_rows: int | None) -> Da
 def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> Rows:
     path = Path(args.dataset)
     options: dict[str, Any] = {"split": split, "streaming": args.streaming}
-    if not path.exists():
-        rows = load_dataset(args.dataset, args.dataset_config, **options)
-    else:
-        rows = _load_files(path, options, bad_rows)
+    if path.exists():
+        check_unused(args, ["dataset_config"], f"{args.dataset!r} is here, and no data set of the Hub")
+    try:
+        if path.exists():
+            rows = _load_files(path, options, bad_rows)
+        else:
+            rows = load_dataset(args.dataset, args.dataset_config, **options)
+    except StopIteration as error:  # what `datasets` makes of an empty file
+        raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
     return _patient(rows) if args.streaming else rows
 
 
@@ -505,8 +515,7 @@ def _readable(
     if is_ordered and (builder == "json" or options["streaming"] or all(len(each) == 1 for each in files.values())):
         bad_rows.number_broken(broken, files, options["split"])
     else:
-        for reason in chain(*(broken[file].values() for file in chain(*files.values()) if file in broken)):
-            logger.warning(reason)
+        bad_rows.tell_broken(chain(*(broken[file].values() for file in chain(*files.values()) if file in broken)))
     copy = bad_rows.without_broken_lines(path, broken)
     if path.is_file():
         return copy, {name: [str(copy)] for name in splits}

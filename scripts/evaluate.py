@@ -37,7 +37,7 @@ from ..processing import (
 from ..processing.data_collator_duostream import IGNORE_INDEX, is_plain_text, load_pictures, tools_of
 from ..processing.processing_duostream import check_messages, parts_of
 from . import metrics
-from .arguments import DataArguments, check_at_least_one, parse
+from .arguments import DataArguments, check_at_least_one, check_unused, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
 from .data import Rows, load_rows, picture_key
@@ -418,9 +418,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
-    for name in ("mixture", "conversations_per_row", "on_bad_rows"):
-        if getattr(data_args, name) != getattr(DataArguments(), name):
-            raise ValueError(f"`{name}` would do nothing: it is for rows to train on")
+    for_training = ("mixture", "conversations_per_row", "on_bad_rows", "max_train_rows")
+    check_unused(data_args, for_training, "it is for rows to train on")
     output_dir = Path(evaluate_args.output_dir)
     there = next(each for each in (output_dir, *output_dir.parents) if each.exists())
     if not there.is_dir():

@@ -88,7 +88,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
     eval_rows, metric_rows = None, None
     if data_args.eval_split:
-        eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, classes=classes)
+        held_out: dict[str, Any] = {"classes": classes, "bad_rows": bad_rows and bad_rows.elsewhere()}
+        eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows, **held_out)
         if Path(data_args.dataset).is_file() and "[" not in data_args.train_split + data_args.eval_split:
             logger.warning(
                 f"{data_args.dataset} is one file: it is evaluated on the rows it is trained on. Part it, as in "
@@ -98,7 +99,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`metric_rows` are of `eval_split`, which is empty")
     if training_args.metric_rows:
         metric_rows = load_rows(
-            data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, classes=classes
+            data_args, data_args.eval_split, training_args.metric_rows, is_evaluation=True, **held_out
         )
     options = changed_config(finetune_args)
     if is_classification:

@@ -28,7 +28,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from .. import DuoStreamConfig, DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
-from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, parse
 from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_rows
 from .peers import check_squares
@@ -217,6 +217,8 @@ def measure_waits(args: InputArguments, data_args: DataArguments) -> Iterator[Ro
 
 def main(args: list[str] | None = None) -> None:
     input_args, data_args = parse(InputArguments, DataArguments, args=args, doc=__doc__)
+    unused = ("mixture", "conversations_per_row", "on_bad_rows")
+    check_unused(data_args, unused, "the rows of one data set are read, as they are")
     record = record_of("input", sys.argv[1:] if args is None else args, input_args)
 
     def rows() -> Iterator[Row]:

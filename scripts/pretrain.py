@@ -137,7 +137,9 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
     eval_rows = None
     if training_args.eval_strategy != "no":
-        eval_rows = load_rows(data_args, data_args.eval_split, data_args.max_eval_rows)
+        eval_rows = load_rows(
+            data_args, data_args.eval_split, data_args.max_eval_rows, bad_rows=bad_rows and bad_rows.elsewhere()
+        )
     model, processor = new_model(pretrain_args, rows)
     prepare(model, processor, training_args.freeze)
     collator = DuoStreamDataCollator(processor, data_args.max_length, packing=training_args.packing)

@@ -16,7 +16,7 @@ from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PROCESSOR_NAME, logging
 
@@ -25,7 +25,7 @@ import duostream
 from .arguments import parse
 from .card import CARD, PICTURES, are_same_weights, is_by_hand, read_evaluation, weights_fingerprints, write_card
 from .checkpoints import check_files, load_model
-from .demo import space_files
+from .demo import import_gradio, space_files
 from .places import MERGE, check_place, is_adapter
 
 logger = logging.get_logger(__name__)
@@ -91,9 +91,9 @@ def copy_card(card: Path, folder: Path) -> None:
             copyfile(card.parent / name, folder / name)
 
 
-def push(args: PushArguments) -> tuple[str, str]:
+def push(args: PushArguments) -> tuple[CommitInfo, str]:
     """
-    The address of the commit, and which card it has. The token is the one that `hf auth login` left, or that of
+    The commit, and which card it has. The token is the one that `hf auth login` left, or that of
     `HF_TOKEN`.
 
     Raises:
@@ -149,7 +149,7 @@ def push(args: PushArguments) -> tuple[str, str]:
         return upload(args, folder, repo_id, [name for name in there if is_ours(name, replaced)]), told
 
 
-def push_adapter(args: PushArguments) -> tuple[str, str]:
+def push_adapter(args: PushArguments) -> tuple[CommitInfo, str]:
     """
     The same of an adapter that PEFT saved: its config and weights, the processor if it lies beside them, and the card.
 
@@ -211,24 +211,30 @@ def open_repository(args: PushArguments) -> tuple[str, list[str]]:
     return repo_id, api.list_repo_files(repo_id, revision=args.revision)
 
 
-def upload(args: PushArguments, folder: Path, repo_id: str, replaced: list[str]) -> str:
-    """Uploads the files of a folder, in place of those that are `replaced`; the address of the commit."""
+def upload(args: PushArguments, folder: Path, repo_id: str, replaced: list[str]) -> CommitInfo:
+    """Uploads the files of a folder, in place of those that are `replaced`; the commit, which is its address."""
     # One commit: whoever loads meanwhile gets all of it, or all of what was there before, and never old weights that
     # the library would find before new shards
-    commit = HfApi().upload_folder(
+    return HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=args.revision,
         commit_message=args.commit_message,
         delete_patterns=replaced,
     )
-    return str(commit)
 
 
 def push_space(space: str, files: dict[str, str], repo_id: str, private: bool | None = None) -> str:
-    """Uploads the app of a Space that shows the page of the model `repo_id`; the address of the commit."""
+    """
+    Uploads the app of a Space that shows the page of the model `repo_id`; the address of the commit.
+
+    Raises:
+        ValueError: It is to be private, and is public.
+    """
     api = HfApi()
     space = api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True).repo_id
+    if private and not api.space_info(space).private:
+        raise ValueError(f"The model is on the Hub, but its page isn't: {space!r} is public already, not `private`")
     operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
     message = f"A page to try {repo_id}"
     return str(api.create_commit(space, operations, repo_type="space", commit_message=message))
@@ -239,12 +245,17 @@ OPTIONS = (PushArguments,)
 
 def main(args: list[str] | None = None) -> None:
     (push_args,) = parse(*OPTIONS, args=args, doc=__doc__)
-    # First, so that what is missing for it is told before anything is uploaded
-    space = space_files(push_args.repo_id) if push_args.space is not None else None
-    address, told = push(push_args)
-    uploaded = {"card": told, "commit": address}
-    if space is not None:
-        uploaded["space"] = push_space(push_args.space, space, push_args.repo_id, push_args.private)
+    if push_args.space is not None:
+        if push_args.revision is not None:
+            raise ValueError("`space` shows what is on the main branch: it goes without `revision`")
+        # First, so that what is missing for it is told before anything is uploaded
+        import_gradio()
+    commit, told = push(push_args)
+    uploaded = {"card": told, "commit": str(commit)}
+    if push_args.space is not None:
+        # The whole name, with whose it is, which may not have been given
+        repo_id = commit.repo_url.repo_id
+        uploaded["space"] = push_space(push_args.space, space_files(repo_id), repo_id, push_args.private)
     print(json.dumps(uploaded) if push_args.json else "\n".join(uploaded.values()))
 
 

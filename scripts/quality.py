@@ -65,7 +65,7 @@ from .. import (
 )
 from ..configuration.image_tokens_duostream import image_token_shape, image_tokens
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
-from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, parse
 from .compose import check_answers_end, load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, read_classes, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
@@ -747,6 +747,11 @@ def main(args: list[str] | None = None) -> None:
     quality_args, data_args = parse(QualityArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
+    check_unused(data_args, ("mixture", "on_bad_rows"), "all sides read the rows of one data set, each of them")
+    if data_args.max_length is not None and not (quality_args.llava or data_args.task == "vqa"):
+        raise ValueError(
+            "`max_length` cuts rows for LLaVA as for DuoStream, and not for other peers: it goes with `llava`"
+        )
     if quality_args.text is not None:
         quality_args.take_layers(AutoConfig.from_pretrained(quality_args.text).get_text_config().num_hidden_layers)
     if quality_args.cache_vision:

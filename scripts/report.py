@@ -180,7 +180,7 @@ def write_evaluation(path: Path, task: str, record: dict[str, Any], rows: Datase
     def with_pictures(chosen: list[dict]) -> list[tuple[list[str], dict]]:
         if "images" not in rows.column_names:
             return [([], result) for result in chosen]
-        pictures = [[load_picture(image) for image in rows[result["row"]]["images"]] for result in chosen]
+        pictures = [[load_picture(image) for image in rows[result["row"]]["images"] or ()] for result in chosen]
         return [([embed(picture) for picture in own], result) for own, result in zip(pictures, chosen, strict=True)]
 
     page = render(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import typer
+from jinja2 import TemplateError
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
@@ -124,7 +125,8 @@ def answering(base: Any) -> Any:
         async def handle_request(self, *args: Any, **kwargs: Any) -> Any:
             try:
                 return await super().handle_request(*args, **kwargs)
-            except ToolsNotWrittenError as error:
+            except (ToolsNotWrittenError, TemplateError) as error:
+                # Of the template: what it refuses itself, such as a system message, or two turns of one role
                 raise HTTPException(400, str(error)) from error
 
         @staticmethod

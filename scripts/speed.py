@@ -124,6 +124,9 @@ class SpeedArguments:
         check_preset(self.preset, self.peers, self.image_tokens)
         check_repeats(self.repeats)
         check_clock(self.clock)
+        if len(set(self.fusion_layers)) < len(self.fusion_layers):
+            # Models are told apart by it
+            raise ValueError(f"`fusion_layers` are {self.fusion_layers}; expected each number once")
         if self.num_image_update_layers and len(self.num_image_update_layers) != len(self.fusion_layers):
             raise ValueError(
                 f"`num_image_update_layers` holds {len(self.num_image_update_layers)} numbers; expected one for each "
@@ -522,7 +525,9 @@ def all_parts(args: list[str]) -> None:
     Raises:
         ValueError: There is one `output`, which each part would write anew.
     """
-    if any(arg.startswith("--output") for arg in args):
-        raise ValueError("`speed` writes runs/benchmark/PART.json for each of its parts: it takes no `output`")
+    for arguments, _ in PARTS.values():
+        (speed_args,) = parse(arguments, args=args, doc=__doc__)
+        if speed_args.output is not None:
+            raise ValueError("`speed` writes runs/benchmark/PART.json for each of its parts: it takes no `output`")
     for part in PARTS:
         main(part, args)

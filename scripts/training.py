@@ -394,7 +394,7 @@ class DuoStreamTrainer(LongRunTrainer):
                 results = gather_object(results)
             figures = score_answers(results, self.task)
         else:
-            max_length = getattr(self.data_collator, "max_length", None)
+            max_length = getattr(self.data_collator.collator, "max_length", None)
             figures, _ = evaluate(
                 self.model, self.processing_class, rows, self.task, batch_size, max_length=max_length
             )

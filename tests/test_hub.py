@@ -259,12 +259,10 @@ def test_the_push_command_uploads_shards_in_one_commit_or_nothing(
     # Whole again, in place of the shards, which must not stay beside; what is somebody's own stays
     others = {"handler.py": b"", "lora/adapter_model.safetensors": b"", "onnx/config.json": b""}
     hub.repositories["me/shards"].add("first", others)
-    whole = [*options[:4], "--revision", "first", "--space", "me/page", "--json", "true"]
+    whole = [*options[:4], "--revision", "first", "--json", "true"]
     pushed = run("duostream.scripts.push", *whole)
     assert pushed.returncode == 0, pushed.stderr[-3000:]
-    assert set(json.loads(pushed.stdout.splitlines()[-1])) == {"card", "commit", "space"}
-    page = hub.files("spaces/me/page")
-    assert b"me/shards" in page["app.py"] and "requirements.txt" in page and "duostream/scripts/demo.py" in page
+    assert set(json.loads(pushed.stdout.splitlines()[-1])) == {"card", "commit"}
     files = hub.files("me/shards", "first")
     assert set(files) >= WHOLE | set(others) | {"README.md"} and "model.safetensors.index.json" not in files
     assert {name for name in files if name.startswith("model")} == {"model.safetensors", "modeling_duostream.py"}
@@ -335,6 +333,21 @@ def test_what_is_no_folder_is_not_looked_for_on_the_hub(
 ) -> None:
     refused = run("duostream.scripts.push", "--checkpoint", "somebody/else", "--repo_id", "me/nothing")
     assert refused.returncode != 0 and "`checkpoint` is 'somebody/else'" in refused.stderr and not hub.repositories
+
+
+def test_a_page_shows_the_model_by_its_whole_name(
+    hub: Hub, run: Callable[..., subprocess.CompletedProcess], checkpoint: Path
+) -> None:
+    options = ["--checkpoint", checkpoint, "--repo_id", "colors", "--space", "page", "--json", "true"]
+    pushed = run("duostream.scripts.push", *options)
+    assert pushed.returncode == 0, pushed.stderr[-3000:]
+    assert set(json.loads(pushed.stdout.splitlines()[-1])) == {"card", "commit", "space"}
+    assert set(hub.files("me/colors")) >= WHOLE
+    page = hub.files("spaces/me/page")
+    assert b'"me/colors"' in page["app.py"] and b"- me/colors" in page["README.md"]
+    assert "requirements.txt" in page and "duostream/scripts/demo.py" in page
+    with pytest.raises(ValueError, match="`space` shows what is on the main branch: it goes without `revision`"):
+        push.main([*map(str, options), "--revision", "first"])
 
 
 def test_what_is_to_be_private_is_not_pushed_where_all_can_see_it(

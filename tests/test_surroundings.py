@@ -6,6 +6,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from optuna.samplers import RandomSampler
 from peft import LoraConfig
@@ -227,6 +228,16 @@ def test_parts_that_memory_has_no_room_for_are_read_from_disk(tmp_path: Path) ->
         assert difference(offloaded(**inputs).logits, model(**inputs).logits) == 0
     settings: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(offloaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+def test_positions_of_the_projector_may_be_fetched_when_they_are_needed() -> None:
+    model = small_model("tiny")
+    assert model.config.projector_position_embeddings
+    inputs = batch(ragged_rows(model))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        cpu_offload(model.model.projector)
+        assert difference(model(**inputs).logits, expected) == 0
 
 
 @pytest.mark.parametrize("num_pictures", [0, 2, 4])

@@ -335,3 +335,12 @@ def test_windows_of_equal_size_may_share_a_cache() -> None:
         fusion_stack_config=MistralConfig(**{k: v for k, v in MISTRAL.items() if k != "model_type"}),
     )
     assert config.get_text_config(decoder=True).layer_types == ["sliding_attention"] * 4
+
+
+@pytest.mark.parametrize("kind", [dict, LlamaConfig])
+def test_a_presets_vocabulary_is_that_of_a_stack_that_replaces_its_own(kind: type) -> None:
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 500}
+    given = LlamaConfig(**fields) if kind is LlamaConfig else {"model_type": "llama", **fields}
+    config = DuoStreamConfig.from_preset("tiny", vocab_size=300, text_config=given, fusion_stack_config=given)
+    assert config.text_config.vocab_size == config.fusion_stack_config.vocab_size == 300
+    assert (given if kind is dict else given.to_dict())["vocab_size"] == 500

@@ -8,6 +8,7 @@ import torch
 from tiny_models import (
     BERT,
     KINDS,
+    LLAMA,
     PICTURE,
     VOCAB_SIZE,
     Row,
@@ -543,6 +544,19 @@ def test_a_prompt_whose_pictures_are_read_alone_may_be_read_in_chunks(num_image_
     assert torch.equal(write(model, inputs, prefill_chunk_size=length), write(model, inputs))
 
 
+def test_a_prompt_may_be_read_in_chunks_into_a_static_cache_though_the_stacks_have_other_heads() -> None:
+    model = small_model("gpt2", fusion_stack_config=LLAMA)
+    inputs, length = Row(model, PICTURE, 5).inputs, model.config.image_seq_length
+    options = {"cache_implementation": "static", "disable_compile": True, "prefill_chunk_size": length}
+    assert torch.equal(write(model, inputs, **options), write(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "mm_encoder_outputs"])
+def test_pictures_that_are_none_are_none(gpt2: Any, name: str) -> None:
+    text = Row(gpt2, 5).inputs
+    assert torch.equal(write(gpt2, {**text, name: None}), write(gpt2, text))
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 100])
 def test_a_chunk_that_splits_a_picture_is_right_or_refused(model: Any, chunk: int) -> None:
     for row in [Row(model, 5, PICTURE, 6), Row(model, 1, PICTURE, PICTURE, 2), Row(model, 9)]:
@@ -610,6 +624,22 @@ def test_a_placeholder_is_never_written_however_likely(model: Any, kwargs: dict[
     new = write(model, row.inputs, **kwargs)
     assert new.shape == (1, NEW)
     assert placeholder not in new
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, -0.5, 1.5])
+def test_a_placeholder_is_not_written_where_another_prompt_guides(gpt2: Any, guidance_scale: float) -> None:
+    row, other = Row(gpt2, 2, PICTURE, 4), Row(gpt2, 5)
+    guided = {"negative_prompt_ids": other.ids[None], "guidance_scale": guidance_scale}
+    new = write(gpt2, row.inputs, **guided)
+    assert gpt2.config.image_token_id not in new
+    if guidance_scale == 0:
+        assert new[0].tolist() == argmax_by_hand(gpt2, other)
+
+
+def test_guidance_is_refused_where_positions_start_anew() -> None:
+    model = small_model("llama", restart_positions=True)
+    with pytest.raises(ValueError, match="`guidance_scale` doesn't go with `config.restart_positions`"):
+        write(model, Row(model, 4).inputs, guidance_scale=1.5)
 
 
 class Insist(LogitsProcessor):

@@ -32,7 +32,7 @@ from tiny_models import (
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from duostream import DuoStreamForConditionalGeneration, DuoStreamModel
+from duostream import DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification, DuoStreamModel
 from duostream.configuration.configuration_duostream import layer_types
 from duostream.modeling.composition_duostream import FINAL_NORMS, stack_of
 from duostream.modeling.kept_states_duostream import (
@@ -439,6 +439,19 @@ def test_the_last_layer_may_be_on_a_device_of_its_own(num_image_update_layers: i
         assert states.device.type == "meta" and states.shape[1] == options.get(
             "states_to_keep", len(inputs["input_ids"][0])
         )
+
+
+@pytest.mark.parametrize("cls", [DuoStreamModel, DuoStreamForSequenceClassification])
+@torch.no_grad()
+def test_the_text_stream_may_end_on_a_device_of_its_own(cls: type) -> None:
+    reader = small_reader(None, cls=cls)
+    model = getattr(reader, "model", reader)
+    head = [reader.score] if hasattr(reader, "score") else []
+    for part in (model.text_model.layers[-1], model.text_model.norm, model.fusion_model, *head):
+        add_hook_to_module(part.to("meta"), AlignDevicesHook(execution_device="meta"))
+    rows = [Row(reader, PICTURE, 3), Row(reader, 2, PICTURE, 4)]
+    outputs = reader(**batch(rows), **({} if head else {"use_cache": False}))
+    assert next(iter(outputs.values())).device.type == "meta"
 
 
 @needs_compiler

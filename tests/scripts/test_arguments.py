@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
+from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse, parse_file
 
 
 @dataclass
@@ -219,3 +219,11 @@ def test_numbers_of_rows_and_characters_below_one_are_refused(name):
     for number in (0, -3):
         with pytest.raises(ValueError, match=f"`{name}` is {number}; expected at least 1"):
             parse(DataArguments, args=[f"--{name}={number}"])
+
+
+@pytest.mark.parametrize("value", ["rows.json", "rows.yaml"])
+def test_an_option_whose_value_ends_as_a_file_of_options_is_an_option(value, tmp_path):
+    data_args, _ = parse(DataArguments, DuoStreamTrainingArguments, args=[f"--dataset={value}", "--output_dir", "out"])
+    assert data_args.dataset == value
+    (tmp_path / "part.yaml").write_text(f"dataset: {value}\ntask: vqa\n")
+    assert parse_file(DataArguments, str(tmp_path / "part.yaml")).dataset == value

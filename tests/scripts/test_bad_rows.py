@@ -255,3 +255,47 @@ def test_a_line_that_is_broken_in_another_split_is_not_what_an_error_names(tmp_p
     write_lines(tmp_path / "rows" / "test.jsonl", BROKEN)
     with pytest.raises(ValueError, match=r"Row 4 of .*train\.jsonl"):
         load_rows(DataArguments(task="vqa", dataset=str(tmp_path / "rows")), "train")
+
+
+def read_held_out(folder, output_dir, split, **options):
+    """Rows to evaluate on, where those to train on may have been left out."""
+    args = DataArguments(dataset=str(folder), **{"task": "vqa", "image_column": "", **options})
+    bad_rows = BadRows(output_dir / "bad_rows.jsonl")
+    load_rows(args, args.train_split, bad_rows=bad_rows)
+    told = bad_rows.path.read_text()
+    rows = list(load_rows(args, split, bad_rows=bad_rows.elsewhere()))
+    assert told and bad_rows.path.read_text() == told
+    return rows
+
+
+@LINES
+def test_a_broken_line_to_train_on_is_none_to_evaluate_on_in_the_same_file(tmp_path, cache):
+    write_lines(tmp_path / "rows.jsonl", *asked(0, 4), BROKEN, *asked(1, 3))
+    options = {"train_split": "train[:6]"}
+    rows = read_held_out(tmp_path / "rows.jsonl", tmp_path / "out", "train[6:]", **options)
+    assert [row["completion"][0]["content"][0]["text"] for row in rows] == ["1", "2"]
+    with pytest.raises(ValueError, match=r"Row 4 of .*rows\.jsonl: Invalid control character"):
+        read_held_out(tmp_path / "rows.jsonl", tmp_path / "out", "train[3:]", **options)
+
+
+@PICTURES
+def test_a_broken_line_to_train_on_is_none_to_evaluate_on_in_the_same_folder(folder, tmp_path):
+    held_out = {"file_name": "0.jpg", "captions": ["a"]}
+    shutil.copytree(folder / "train", folder / "validation")
+    write_lines(folder / "validation" / "metadata.jsonl", held_out)
+    lines = (folder / "train" / "metadata.jsonl").read_text().splitlines()
+    write_lines(folder / "train" / "metadata.jsonl", *lines, BROKEN)
+    options = {"task": "caption", "image_column": "image"}
+    assert len(read_held_out(folder, tmp_path / "out", "validation", **options)) == 1
+    write_lines(folder / "validation" / "metadata.jsonl", held_out, BROKEN)
+    with pytest.raises(ValueError, match=r"Row 1 of .*validation/metadata\.jsonl: Invalid control character"):
+        read_held_out(folder, tmp_path / "out", "validation", **options)
+
+
+@LINES
+def test_a_line_that_can_not_be_read_is_left_out_of_training_with_an_evaluation_beside_it(tmp_path, cache):
+    write_lines(tmp_path / "rows.jsonl", *asked(0, 4), BROKEN, *asked(1, 3))
+    splits = ["--train_split", "train[:6]", "--eval_split", "train[6:]", "--eval_strategy", "steps"]
+    options = ["--task", "vqa", "--image_column", "", "--max_steps", "1", *splits]
+    train(tmp_path / "rows.jsonl", tmp_path / "out", "--on_bad_rows", "skip", *options)
+    assert bad_rows_counted(tmp_path / "out") == 1

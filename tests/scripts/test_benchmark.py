@@ -258,3 +258,33 @@ def test_each_benchmark_explains_its_own_options(part, option, capsys):
     with pytest.raises(SystemExit):
         benchmark.main([part, "--help"])
     assert option in capsys.readouterr().out
+
+
+def test_a_number_of_fusion_layers_is_given_once(tmp_path):
+    options = [
+        "--fusion_layers",
+        "1",
+        "1",
+        "--num_image_update_layers",
+        "0",
+        "1",
+        "--output",
+        str(tmp_path / "o.json"),
+    ]
+    with pytest.raises(ValueError, match=r"`fusion_layers` are \[1, 1\]; expected each number once"):
+        benchmark.main(["prefill", *options])
+
+
+@pytest.mark.parametrize("is_in_file", [True, False])
+def test_all_parts_are_not_written_to_one_file(tmp_path, is_in_file):
+    (tmp_path / "options.yaml").write_text(f"output: {tmp_path / 'out.json'}\n")
+    given = [str(tmp_path / "options.yaml")] if is_in_file else ["--output", str(tmp_path / "out.json")]
+    with pytest.raises(ValueError, match="it takes no `output`"):
+        benchmark.main(["speed", *given])
+
+
+@pytest.mark.parametrize("part", ["input", "quality"])
+def test_a_mixture_is_not_passed_over(part, tmp_path):
+    options = ["--mixture", "other.yaml", "--output", str(tmp_path / "out.json")]
+    with pytest.raises(ValueError, match="`mixture` would do nothing"):
+        benchmark.main([part, *options])

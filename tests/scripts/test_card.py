@@ -331,18 +331,21 @@ def test_what_is_asked_is_the_prompt_before_it_is_filled(options: dict, asked: s
     assert prompt_of(DataArguments(**options)) == asked
 
 
-@pytest.mark.parametrize("images_last", [False, True])
+@pytest.mark.parametrize(
+    ("images_last", "prompt", "asked"),
+    [(False, '{{"q": "what?"}}', '{"q": "what?"}'), (True, '{{"q": "what?"}}', '{"q": "what?"}'), (False, "", "")],
+)
 def test_the_block_about_use_asks_as_the_model_was_trained(
-    images_last: bool, data: DataArguments, tmp_path: Path
+    images_last: bool, prompt: str, asked: str, data: DataArguments, tmp_path: Path
 ) -> None:
-    trained_on = replace(data, images_last=images_last, prompt='{{"q": "what?"}}')
+    trained_on = replace(data, images_last=images_last, prompt=prompt)
     write_card(train(tmp_path, trained_on))
     parts = load_rows(trained_on, "train")[0]["prompt"][0]["content"]
     (shown,) = re.findall("content = (.*)", (tmp_path / "README.md").read_text())
     assert [(part["type"], part.get("text")) for part in eval(shown, {"picture": None})] == [
         (part["type"], part["text"]) for part in parts
     ]
-    assert {"type": "text", "text": '{"q": "what?"}'} in parts
+    assert {"type": "text", "text": asked} in parts
 
 
 def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(trained: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.processing.data_collator_duostream import load_pictures
 from duostream.scripts.arguments import DataArguments
+from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import (
     BLANK_GRAY,
     MAKING_ROWS,
@@ -965,7 +966,8 @@ def test_rows_that_cannot_be_shared_are_refused(photographs, options, message):
     ("line", "message"),
     [
         ("mixture: [another.yaml]", "names another `mixture`"),
-        ("max_length: 9", "`max_length` is for the whole mixture"),
+        ("max_length: 9", "`max_length` would do nothing: it is for the whole mixture"),
+        ("eval_split: test", "`eval_split` would do nothing: a mixture is evaluated on rows of its first data set"),
     ],
 )
 def test_what_a_file_of_a_mixture_cannot_say_is_refused(photographs, tmp_path, line, message):
@@ -973,3 +975,33 @@ def test_what_a_file_of_a_mixture_cannot_say_is_refused(photographs, tmp_path, l
     (tmp_path / "other.yaml").write_text(part + line)
     with pytest.raises(ValueError, match=message):
         load_mixture(DataArguments(task="caption", dataset=str(photographs), mixture=[str(tmp_path / "other.yaml")]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "classification", "answer_column": "text"}, "`answer_column` would do nothing: for classification"),
+        ({"task": "vqa", "label_column": "class"}, "`label_column` would do nothing: for 'vqa' `answer_column` names"),
+        ({"task": "vqa", "dataset_config": "small"}, "`dataset_config` would do nothing: '.*' is here"),
+        ({"dataset": "scenes", "dataset_config": "small"}, "`dataset_config` would do nothing: scenes are drawn here"),
+        ({"dataset": "scenes", "streaming": True}, "`streaming` would do nothing: scenes are drawn here"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path, options, message):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "b", "question": "c", "answer": "d"}\n')
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataArguments(**{"dataset": str(tmp_path), "image_column": "", **options}), "train")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "has no rows in split 'train'"),
+        ('{"text": "a", "label": null}\n' * 2, "All rows are bad: none of .* `label`"),
+    ],
+)
+def test_classes_of_nothing_are_told(tmp_path, lines, message):
+    (tmp_path / "train.jsonl").write_text(lines)
+    args = DataArguments(task="classification", dataset=str(tmp_path), image_column="")
+    with pytest.raises(ValueError, match=message):
+        read_classes(args, BadRows(tmp_path / "out" / "bad_rows.jsonl"))

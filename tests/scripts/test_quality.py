@@ -1,6 +1,7 @@
 """Both sides are as large, learn from the same rows for the same time, and are measured alike."""
 
 import json
+import runpy
 import shlex
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MobileNetV1Config,
@@ -159,6 +163,23 @@ def test_a_pretrained_language_model_serves_both_sides(dataset, tmp_path, vision
     # Learnt by heart
     assert all(run["exact_match"] > 0.8 for run in runs), runs
     assert rates == [{2e-3, 1e-3}] * 2
+
+
+@pytest.mark.slow
+def test_the_small_language_model_is_one_that_serves_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    namespace = runpy.run_path(str(RECIPES / "small_language_model.py"))
+    for name, column in namespace["COLUMNS"].items():
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            lines = [json.dumps({column: f"{name} is read, and {i} {split} "}) for i in range(300)]
+            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(lines))
+    namespace["main"](str(tmp_path), str(tmp_path / "model"), max_steps=2)
+    args = quality.QualityArguments(text=str(tmp_path / "model"), vision="any", sides=["duostream-4", "peer"])
+    args.take_layers(AutoConfig.from_pretrained(tmp_path / "model").num_hidden_layers)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert tokenizer.eos_token_id == model.config.eos_token_id and len(tokenizer) == model.config.vocab_size
 
 
 def test_a_pretrained_language_model_is_asked_for_what_it_goes_with(dataset, text, vision):

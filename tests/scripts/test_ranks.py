@@ -231,6 +231,23 @@ def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_picture
 
 
 @pytest.mark.slow
+def test_two_ranks_that_share_weights_pretrain_though_one_of_them_may_have_no_pictures(rows, tmp_path):
+    # Each reads two rows a step, of which one is about a picture, or none: no pair is told from another
+    args = [*options(rows), "--vocab_size", "300", "--contrastive_loss", "softmax", "--max_train_rows", "6"]
+    for weight in ("mlm", "itc", "itm"):
+        args += [f"--{weight}_weight", "1"]
+    pretrain.main([*args, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
+    args += ["--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
+    two = launch([*accelerate("fsdp2", 2), "-m"], pretrain.__name__, *args)
+    assert two.returncode == 0, two.stderr[-3000:]
+    alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(alone) == len(together) == 4
+    for one, other in zip(alone, together, strict=True):
+        for objective in ("lm_loss", "itc_loss"):
+            assert other[objective] == pytest.approx(one[objective], abs=2e-3), objective
+
+
+@pytest.mark.slow
 def test_what_two_ranks_measure_is_what_they_save_though_each_has_statistics_of_its_own(rows, checkpoint, tmp_path):
     args = [*options(rows, freeze=""), "--checkpoint", str(checkpoint), "--eval_split", "train"]
     args += ["--per_device_eval_batch_size", "1", "--output_dir", str(tmp_path)]

@@ -33,7 +33,12 @@ ASKED = "Which color is it?"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt to tell two colors apart, and to greet."""
     rows = [answered_row(ASKED, color, color) for color in COLORS] + [answered_row("Hello", "nice to meet you")]
-    return save_learnt(tmp_path_factory.mktemp("served"), rows)
+    folder = save_learnt(tmp_path_factory.mktemp("served"), rows)
+    # As templates that take no system message, or no two turns of one role
+    template = folder / "chat_template.jinja"
+    refusal = "{% if messages | length > 20 %}{{ raise_exception('Too many turns') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +276,7 @@ def showing(picture: bytes, kind: str = "png", role: str = "user") -> dict[str, 
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
             "the chat template writes no `tool_calls`",
         ),
+        ({"messages": [{"role": "user", "content": "Hello"}] * 21}, "Too many turns"),
         (showing(picture("red"), role="assistant"), "Message 0: expected text, or pictures of a user, from the assis"),
         (showing(b"no picture"), "Message 0: a picture can't be read: "),
         (showing(picture("red")[:60]), "Message 0: a picture can't be read: "),

@@ -316,7 +316,7 @@ def test_a_mixture_can_hide_its_pictures(photographs, texts, workplace):
     assert pictures and all(picture.getextrema() == ((128, 128),) * 3 for picture in pictures)
     for option, value in (("blank_images", True), ("on_bad_rows", "skip")):
         recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts), option: value}))
-        with pytest.raises(ValueError, match=f"`{option}` is for the whole mixture"):
+        with pytest.raises(ValueError, match=f"`{option}` would do nothing: it is for the whole mixture"):
             load_mixture(args)
 
 
@@ -395,11 +395,35 @@ def test_answers_that_are_all_cut_off_are_told_before_any_is_generated(pretraine
 
 
 @pytest.mark.parametrize(
-    "options", [{"mixture": ["a.yaml"]}, {"conversations_per_row": 5}, {"on_bad_rows": "skip"}], ids=str
+    "options",
+    [{"mixture": ["a.yaml"]}, {"conversations_per_row": 5}, {"on_bad_rows": "skip"}, {"max_train_rows": 9}],
+    ids=str,
 )
 def test_options_of_rows_to_train_on_are_refused_in_evaluation(options, tmp_path):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` would do nothing: it is for rows to train on"):
         evaluate.main(arguments(checkpoint="nowhere", output_dir=tmp_path / "out", **options))
+
+
+def test_texts_are_cut_where_they_are_measured_on_the_way_too(pretrained, tmp_path):
+    rows = [{"text": f"{word} " * 5000, "label": word} for word in ("good", "bad")]
+    for split in ("train", "validation"):
+        write(tmp_path / "rows" / f"{split}.jsonl", rows)
+    options = {"task": "classification", "dataset": tmp_path / "rows", "image_column": "", "max_length": 16}
+    finetune.main(arguments(checkpoint=pretrained, **options, metric_rows=2, output_dir=tmp_path / "model", **SHORT))
+    measured = json.loads((tmp_path / "model" / "eval_results.json").read_text())
+    evaluate.main(arguments(checkpoint=tmp_path / "model", **options, output_dir=tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["accuracy"] == measured["eval_accuracy"]
+
+
+def test_rows_without_pictures_beside_rows_with_some_are_evaluated_and_shown(pretrained, photographs, tmp_path):
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It"}]
+    seen = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, said[1]]
+    picture = str(next(photographs.rglob("*.jpg")))
+    write(tmp_path / "chats" / "validation.jsonl", [{"messages": said}, {"images": [picture], "messages": seen}])
+    options = {"task": "chat", "dataset": tmp_path / "chats", "max_new_tokens": 2, "report": True}
+    evaluate.main(arguments(checkpoint=pretrained, **options, output_dir=tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out" / "samples").iterdir()} == {"1_0.png"}
+    assert (tmp_path / "out" / "report.html").read_text().count("<img") >= 2
 
 
 @pytest.mark.parametrize("is_ready", [False, True], ids=["columns", "messages"])
