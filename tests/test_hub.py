@@ -344,7 +344,7 @@ def test_a_page_shows_the_model_by_its_whole_name(
     assert set(json.loads(pushed.stdout.splitlines()[-1])) == {"card", "commit", "space"}
     assert set(hub.files("me/colors")) >= WHOLE
     page = hub.files("spaces/me/page")
-    assert b'"me/colors"' in page["app.py"] and b"- me/colors" in page["README.md"]
+    assert b"'me/colors'" in page["app.py"] and b"- me/colors" in page["README.md"]
     assert "requirements.txt" in page and "duostream/scripts/demo.py" in page
     with pytest.raises(ValueError, match="`space` shows what is on the main branch: it goes without `revision`"):
         push.main([*map(str, options), "--revision", "first"])

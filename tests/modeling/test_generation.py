@@ -638,7 +638,7 @@ def test_a_placeholder_is_not_written_where_another_prompt_guides(gpt2: Any, gui
 
 def test_guidance_is_refused_where_positions_start_anew() -> None:
     model = small_model("llama", restart_positions=True)
-    with pytest.raises(ValueError, match="`guidance_scale` doesn't go with `config.restart_positions`"):
+    with pytest.raises(ValueError, match=r"`guidance_scale` doesn't go with `config\.restart_positions`"):
         write(model, Row(model, 4).inputs, guidance_scale=1.5)
 
 

@@ -990,7 +990,7 @@ def test_what_a_file_of_a_mixture_cannot_say_is_refused(photographs, tmp_path, l
 def test_options_that_would_do_nothing_are_refused(tmp_path, options, message):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "b", "question": "c", "answer": "d"}\n')
     with pytest.raises(ValueError, match=message):
-        load_rows(DataArguments(**{"dataset": str(tmp_path), "image_column": "", **options}), "train")
+        load_rows(DataArguments(**{"dataset": str(tmp_path), **options}), "train")
 
 
 @pytest.mark.parametrize(
