@@ -90,7 +90,8 @@ class DuoStreamImageTextHead(nn.Module):
         self.text_norm, self.image_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(config.image_hidden_size)
         self.text_projection = nn.Linear(hidden_size, dim, bias=False)
         self.visual_projection = nn.Linear(config.image_hidden_size, dim, bias=False)
-        self.logit_scale, self.logit_bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        # Of one dimension, as SigLIP's: FSDP2 shares out no scalars
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.matching = nn.Linear(hidden_size, 2)
         self.config = config
 
@@ -589,6 +590,8 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
     def fuse_unused_pair(self) -> torch.Tensor:
         """Zero, from a pair: ranks that share weights gather the fusion stack's together."""
         text = self.lm_head.weight.new_zeros(1, 1, self.lm_head.in_features)
+        # As a pair's states do: FSDP2 puts off what it does in a backward pass where inputs need no gradient
+        text.requires_grad_(torch.is_grad_enabled())
         image = text.expand(-1, self.config.image_seq_length, -1)
         return 0 * matching_logits(self.model, self.image_text_head, image, text, None).sum()
 

@@ -100,7 +100,7 @@ def contrastive_loss(
 
     Args:
         text_embeds, image_embeds (`torch.FloatTensor` of shape `(num_pairs, projection_dim)`): Of unit length.
-        logit_scale, logit_bias (`torch.FloatTensor`): Scalars; the scale is its exponential.
+        logit_scale, logit_bias (`torch.FloatTensor` of shape `(1,)`): The scale is its exponential.
         loss_type (`str`): `"sigmoid"`, every pair a yes or no of its own (Zhai et al. 2023, section 3.2), or
             `"softmax"`, each the right one among all (Radford et al. 2021, section 2.3).
         num_pairs (`int`, *optional*): What the sum is divided by. Defaults to the pairs of this rank; a loop that sums

@@ -83,4 +83,4 @@ def main(data: str, output_dir: str, max_steps: int = 700) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])
