@@ -581,10 +581,12 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         if self.model._are_weights_shared_out:
             no_ids = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
             losses.append(0 * self.model.read_text(no_ids).last_hidden_state.sum())
-        if self.config.itc_weight and num_ranks() > 1:
+        if num_ranks() > 1:
+            # For both objectives, as pairs are embedded
             no_texts = self.image_text_head.embed_text(nothing, None)
             no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
-            losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1))
+            if self.config.itc_weight:
+                losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1))
         return losses
 
     def fuse_unused_pair(self) -> torch.Tensor:

@@ -123,6 +123,8 @@ class BadRows:
         """
         copy = self.path.parent / self.copies / sha256(str(place.resolve()).encode()).hexdigest()[:16] / place.name
         state = PartialState()
+        # Others may still be reading an earlier copy
+        state.wait_for_everyone()
         if state.is_main_process:
             shutil.rmtree(copy.parent, ignore_errors=True)
             copy.parent.mkdir(parents=True)

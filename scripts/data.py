@@ -321,7 +321,7 @@ def read_classes(args: DataArguments, bad_rows: BadRows | None = None) -> list[s
             )
     values = [value for value in values if value is not None]
     if not values:
-        raise ValueError(f"All rows are bad: none of {args.dataset!r} in split {args.train_split!r} has a `{column}`")
+        raise ValueError(f"No row of `dataset` {args.dataset!r} in split {args.train_split!r} has a `{column}`")
     if isinstance(first, list):
         counts = Counter(answer for answers in values for answer in answers)
         return [answer for answer, _ in counts.most_common(args.max_answers)]

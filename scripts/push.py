@@ -246,7 +246,7 @@ OPTIONS = (PushArguments,)
 def main(args: list[str] | None = None) -> None:
     (push_args,) = parse(*OPTIONS, args=args, doc=__doc__)
     if push_args.space is not None:
-        if push_args.revision is not None:
+        if push_args.revision not in (None, "main"):
             raise ValueError("`space` shows what is on the main branch: it goes without `revision`")
         # First, so that what is missing for it is told before anything is uploaded
         import_gradio()

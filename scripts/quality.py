@@ -748,9 +748,11 @@ def main(args: list[str] | None = None) -> None:
     if data_args.streaming:
         raise ValueError("All sides read the rows from the start: not with `streaming`")
     check_unused(data_args, ("mixture", "on_bad_rows"), "all sides read the rows of one data set, each of them")
-    if data_args.max_length is not None and not (quality_args.llava or data_args.task == "vqa"):
+    is_beside_llava = quality_args.llava or data_args.task == "vqa"
+    if data_args.max_length is not None and "peer" in quality_args.sides and not is_beside_llava:
         raise ValueError(
-            "`max_length` cuts rows for LLaVA as for DuoStream, and not for other peers: it goes with `llava`"
+            "`max_length` would cut the rows of one side alone, or in training alone: beside a 'peer' in `sides` it is "
+            "for LLaVA, which is that of `task` 'vqa', and with `llava` of others that write about pictures"
         )
     if quality_args.text is not None:
         quality_args.take_layers(AutoConfig.from_pretrained(quality_args.text).get_text_config().num_hidden_layers)

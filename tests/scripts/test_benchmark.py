@@ -73,8 +73,8 @@ def test_image_states_may_be_read_alone(measure):
 
 
 @pytest.mark.slow
-def test_prompts_are_read_by_a_compiled_forward_into_static_caches(measure):
-    # That a forward compiles, and reads the same, is seen below
+def test_prompts_that_are_read_into_static_caches_are_measured_beside_others(measure):
+    # Not compiled here, which would take a minute: that a forward can be, and reads the same, is seen below
     with torch.compiler.set_stance("force_eager"):
         rows = measure("prefill", *TINY, "--batch_sizes", "2", "--caches", "dynamic", "static")
     cases = [(cache, peer) for cache in ("dynamic", "static") for peer in PEERS]
@@ -281,6 +281,12 @@ def test_all_parts_are_not_written_to_one_file(tmp_path, is_in_file):
     given = [str(tmp_path / "options.yaml")] if is_in_file else ["--output", str(tmp_path / "out.json")]
     with pytest.raises(ValueError, match="it takes no `output`"):
         benchmark.main(["speed", *given])
+
+
+def test_rows_are_not_cut_for_one_side_alone(tmp_path):
+    options = ["--task", "translation", "--max_length", "9", "--output", str(tmp_path / "out.json")]
+    with pytest.raises(ValueError, match="`max_length` would cut the rows of one side alone"):
+        benchmark.main(["quality", *options])
 
 
 @pytest.mark.parametrize("part", ["input", "quality"])

@@ -997,7 +997,7 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, options, message):
     ("lines", "message"),
     [
         ("", "has no rows in split 'train'"),
-        ('{"text": "a", "label": null}\n' * 2, "All rows are bad: none of .* `label`"),
+        ('{"text": "a", "label": null}\n' * 2, "No row of `dataset` .* has a `label`"),
     ],
 )
 def test_classes_of_nothing_are_told(tmp_path, lines, message):
