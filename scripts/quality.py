@@ -751,7 +751,7 @@ def main(args: list[str] | None = None) -> None:
     is_beside_llava = quality_args.llava or data_args.task == "vqa"
     if data_args.max_length is not None and "peer" in quality_args.sides and not is_beside_llava:
         raise ValueError(
-            "`max_length` would cut the rows of one side alone, or in training alone: beside a 'peer' in `sides` it is "
+            "`max_length` would cut rows of one side alone, or in training alone: beside a 'peer' in `sides` it is "
             "for LLaVA, which is that of `task` 'vqa', and with `llava` of others that write about pictures"
         )
     if quality_args.text is not None:

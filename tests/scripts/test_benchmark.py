@@ -285,7 +285,7 @@ def test_all_parts_are_not_written_to_one_file(tmp_path, is_in_file):
 
 def test_rows_are_not_cut_for_one_side_alone(tmp_path):
     options = ["--task", "translation", "--max_length", "9", "--output", str(tmp_path / "out.json")]
-    with pytest.raises(ValueError, match="`max_length` would cut the rows of one side alone"):
+    with pytest.raises(ValueError, match="`max_length` would cut rows of one side alone"):
         benchmark.main(["quality", *options])
 
 
