@@ -388,13 +388,14 @@ class DuoStreamConfig(PreTrainedConfig):
         for name, value in kwargs.items():
             updates_preset = name in SUB_CONFIGS and isinstance(value, dict) and "model_type" not in value
             fields[name] = {**fields[name], **value} if updates_preset else value
-        for name in ("text_config", "fusion_stack_config") if vocab_size is not None else ():
-            # The caller's own stays as it is
-            fields[name] = copy.deepcopy(fields[name])
-            if isinstance(fields[name], dict):
-                fields[name]["vocab_size"] = vocab_size
-            else:
-                fields[name].vocab_size = vocab_size
+        if vocab_size is not None:
+            for name in ("text_config", "fusion_stack_config"):
+                # The caller's own stays as it is
+                stack = fields[name] = copy.deepcopy(fields[name])
+                if isinstance(stack, dict):
+                    stack["vocab_size"] = vocab_size
+                else:
+                    stack.vocab_size = vocab_size
         return cls(**fields)
 
     @property

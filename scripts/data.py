@@ -395,10 +395,9 @@ def _rows_of_scenes(args: DataArguments, split: str, max_rows: int | None) -> Da
 def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> Rows:
     path = Path(args.dataset)
     options: dict[str, Any] = {"split": split, "streaming": args.streaming}
-    if path.exists():
-        check_unused(args, ["dataset_config"], f"{args.dataset!r} is here, and no data set of the Hub")
     try:
         if path.exists():
+            check_unused(args, ["dataset_config"], f"{args.dataset!r} is here, and no data set of the Hub")
             rows = _load_files(path, options, bad_rows)
         else:
             rows = load_dataset(args.dataset, args.dataset_config, **options)
