@@ -127,11 +127,10 @@ class DuoStreamConfig(PreTrainedConfig):
             Whether a picture's tokens see each other both ways in the fusion stack, or, as those of text do, only what
             stands before them: then its masks are causal ones, for which there are faster kernels (flash attention).
         num_image_update_layers (`int`, *optional*):
-            How many of the fusion layers, from the lowest up, make new states for image tokens, too. Those above read
-            the states that the last of them made, or with 0 the projector, as keys and values alone: there a picture
-            costs a fraction of it, and a prompt must not end on one; with 0 a picture without text is changed by no
-            fusion layer. Defaults to all. To be chosen before training. (0 is SAISA, Yuan et al. 2025, arXiv
-            2502.02458, here for fusion layers.)
+            How many of the fusion layers, from the lowest up, make new states for all image tokens. Those above do so
+            for the last one of each picture alone, and read the others' states as the last of the lower layers made
+            them, or with 0 the projector, as keys and values: there a picture costs a fraction of it. Defaults to all.
+            To be chosen before training. (0 is SAISA, Yuan et al. 2025, arXiv 2502.02458, here for fusion layers.)
         restart_positions (`bool`, *optional*, defaults to `False`):
             Whether positions in the fusion stack start at 0 again behind the prefix that `token_type_ids` tell, as
             those of a translation's two halves do (Lample and Conneau 2019, section 3.4). Without a prefix it has no

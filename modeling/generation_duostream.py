@@ -66,11 +66,6 @@ class DuoStreamGenerationMixin(GenerationMixin):
             ids = input_ids if inputs_embeds is None else None
             model_kwargs["mm_token_type_ids"] = self.model.image_placeholders(ids, inputs_embeds).long()
         types, mask = model_kwargs.get("mm_token_type_ids"), model_kwargs.get("attention_mask")
-        if self.config.num_image_reading_layers and types is not None and (types[:, -1] == 1).any():
-            raise ValueError(
-                "With `num_image_update_layers` a picture's tokens don't go through all layers, so no word can be "
-                "written from their states: the prompt must end on text, as those of the chat template do"
-            )
         if mask is None and types is not None and model_kwargs.get("past_key_values") is None:
             mask = torch.ones_like(types)
         if types is not None and mask is not None and mask.shape == types.shape:

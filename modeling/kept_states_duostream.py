@@ -1,8 +1,8 @@
 """
 A layer's states are made where they are read. The last layer's are at few positions: at the end of a prompt, where the
-next token is predicted, and in training where there are labels. Of image tokens the layers above
-`config.num_image_update_layers` make none. At all other positions a layer needs to make no more than the keys and
-values that those few attend to.
+next token is predicted, and in training where there are labels. Of image tokens, but for each picture's last, the
+layers above `config.num_image_update_layers` make none. At all other positions a layer needs to make no more than the
+keys and values that those few attend to.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import is_flash_attention_requested
 
 from .composition_duostream import stack_of
-from .stream_layout_duostream import first_where
+from .stream_layout_duostream import first_where, without_padding
 
 # Their layers attend by positions and masks as they are given, and cache keys and values alone. (GPT-Neo reads windows
 # off the numbers of queries and keys, Llama 4 scales by a cache's length.) Each is tested; others make all states.
@@ -165,22 +165,54 @@ def is_worth_it(kept: int | torch.Tensor, states: torch.Tensor, layer: nn.Module
     return operations * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
 
 
+def image_tokens_to_leave(is_image: torch.Tensor, image_seq_length: int) -> torch.Tensor:
+    """
+    The image tokens that upper layers may only read, as a mask of the shape of `is_image`, `(batch, seq_len)`: all but
+    each picture's last, by whose state the word right behind the picture is told.
+    """
+    return is_image & (is_image.cumsum(dim=1) % image_seq_length != 0)
+
+
+def positions_to_update(
+    image_mask: torch.Tensor, attention_mask: torch.Tensor | None, images_per_row: int | None, image_seq_length: int
+) -> torch.Tensor:
+    """
+    The positions of which all layers make new states, of shape `(batch, num_updated)`. Rows that have fewer of them
+    than others are filled up with positions that are padding, or that the mask names.
+
+    Args:
+        image_mask (`torch.BoolTensor` of shape `(batch, seq_len)`): See [`image_tokens_to_leave`].
+        attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*): 0 = padding.
+        images_per_row (`int`, *optional*): Of every row, if all have the same number. The host waits for no device then.
+        image_seq_length (`int`): Tokens a picture.
+    """
+    seq_len = image_mask.shape[1]
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -seq_len:]
+    is_updated = without_padding(~image_mask, attention_mask)
+    if images_per_row is None:
+        num_updated = int(is_updated.sum(dim=1).max())
+    else:
+        num_updated = seq_len - images_per_row * (image_seq_length - 1)
+    return first_where(is_updated)[:, :num_updated]  # (batch, num_updated)
+
+
 def states_to_make(
     stack: PreTrainedModel,
     hidden_states: torch.Tensor,
     states_to_keep: int | torch.Tensor,
-    text_index: torch.Tensor | None,
+    updated_index: torch.Tensor | None,
     num_image_update_layers: int | None,
 ) -> dict[nn.Module, int | torch.Tensor]:
     """
     The layers that need not make all states, with those that they need make: the last one those that are read
-    (`states_to_keep`), and those that only read image tokens the text's (`text_index`, if there are any).
+    (`states_to_keep`), and those that only read image tokens the others (`updated_index`, if there are any).
     """
     # All make the state of a single token
     layers = layers_of(stack) if hidden_states.shape[1] > 1 else []
     kept: dict[nn.Module, int | torch.Tensor] = {}
-    if layers and text_index is not None and is_worth_it(text_index, hidden_states, layers[-1]):
-        kept = dict.fromkeys(layers[num_image_update_layers:], text_index)
+    if layers and updated_index is not None and is_worth_it(updated_index, hidden_states, layers[-1]):
+        kept = dict.fromkeys(layers[num_image_update_layers:], updated_index)
     if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
         kept[layers[-1]] = states_to_keep
     return kept

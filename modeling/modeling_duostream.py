@@ -51,9 +51,11 @@ from .generation_duostream import DuoStreamGenerationMixin
 from .image_locations_duostream import locate_images, note_pictures, pictures_read
 from .kept_states_duostream import (
     KNOWN_TYPES,
+    image_tokens_to_leave,
     keeping,
     layers_of,
     make_kept_states_alone,
+    positions_to_update,
     states_to_make,
     take,
 )
@@ -711,7 +713,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 noted=pictures_read(past_key_values, past_len),
             )
             if is_image is not None and has_new_images and self.config.num_image_reading_layers:
-                image_mask = is_image[:, -seq_len:]  # (batch, seq_len)
+                # (batch, seq_len)
+                image_mask = image_tokens_to_leave(is_image[:, -seq_len:], self.config.image_seq_length)
             if token_type_ids is not None:
                 check_prefix(token_type_ids, attention_mask, segment_ids)
             if segment_ids is not None:
@@ -782,9 +785,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        text_index = None if image_mask is None else layout.text_index
+        updated_index = None
+        if image_mask is not None and not torch.compiler.is_compiling():
+            image_seq_length = self.config.image_seq_length
+            updated_index = positions_to_update(image_mask, attention_mask, images_per_row, image_seq_length)
         fusion, num_update_layers = self.fusion_model, self.config.num_image_update_layers
-        kept = states_to_make(fusion, hidden_states, states_to_keep, text_index, num_update_layers)
+        kept = states_to_make(fusion, hidden_states, states_to_keep, updated_index, num_update_layers)
         cache = fusion_cache
         if kept and not self._are_weights_shared_out:
             cache = keeping(kept, fusion, self.config.fusion_stack_config, fusion_cache, has_own_mask, kwargs)
@@ -918,8 +924,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         batch_size, seq_len = hidden_states.shape[:2]
         kwargs: dict[str, Any] = {}
         if self.config.num_image_reading_layers:
-            is_image = torch.arange(seq_len, device=hidden_states.device) < image_hidden_states.shape[1]
-            kwargs["image_mask"] = is_image.expand(batch_size, -1)  # (batch, seq_len)
+            image_seq_length = image_hidden_states.shape[1]
+            is_image = torch.arange(seq_len, device=hidden_states.device) < image_seq_length
+            # (batch, seq_len)
+            kwargs["image_mask"] = image_tokens_to_leave(is_image.expand(batch_size, -1), image_seq_length)
             kwargs["num_image_update_layers"] = self.config.num_image_update_layers
         attention_mask = None
         if text_attention_mask is not None:

@@ -333,17 +333,6 @@ def test_a_picture_is_read_once_however_many_tokens_and_sequences_are_written(gp
     assert num_read == [2]
 
 
-@pytest.mark.parametrize("by", ["input_ids", "inputs_embeds"])
-def test_a_prompt_that_ends_on_a_picture_without_states_of_its_own_is_refused(by: str) -> None:
-    model = small_model("llama", num_image_update_layers=1)
-    row = Row(model, 3, PICTURE)
-    inputs = {**row.inputs, "mm_token_type_ids": (row.inputs["input_ids"] == model.config.image_token_id).long()}
-    if by == "inputs_embeds":
-        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
-    with pytest.raises(ValueError, match="the prompt must end on text"):
-        model.generate(**inputs, max_new_tokens=2)
-
-
 @pytest.mark.parametrize("side", ["alone", "batch"])
 def test_embeddings_are_continued_like_tokens(model: Any, side: str) -> None:
     rows = ragged_rows(model)

@@ -308,6 +308,14 @@ def test_a_hook_of_ones_own_gets_the_last_layers_states_in_their_place() -> None
     assert seen == [inputs["input_ids"].shape[1], 1]
 
 
+def is_left(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Where image tokens stand that upper layers leave as they are, but the last of each picture."""
+    is_image = input_ids == model.config.image_token_id
+    for row in is_image:
+        row[row.nonzero()[model.config.image_seq_length - 1 :: model.config.image_seq_length]] = False
+    return is_image
+
+
 @pytest.fixture(params=[0, 1], ids=["of no layer", "of the first layer"])
 def reader(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The model with image states that no fusion layer changes, or the first alone."""
@@ -323,37 +331,42 @@ def test_image_states_that_are_read_alone_come_out_of_each_layer_as_they_went_in
     for inputs in prompts(reader):
         states = list(reader(**inputs, output_hidden_states=True).hidden_states)
         assert len(states) > 2
-        is_image = inputs["input_ids"] == reader.config.image_token_id
+        left = is_left(reader, inputs["input_ids"])
         last = final_norm(states[num_updating])
-        assert torch.equal(states[-1][is_image], last[is_image])
-        assert all(torch.equal(each[is_image], states[num_updating][is_image]) for each in states[num_updating:-1])
+        assert torch.equal(states[-1][left], last[left])
+        assert all(torch.equal(each[left], states[num_updating][left]) for each in states[num_updating:-1])
         for before, after in itertools.pairwise(states[: num_updating + 1]):
-            assert (before[is_image] != after[is_image]).any(dim=-1).all()
-        is_text = ~is_image & inputs.get("attention_mask", torch.ones_like(is_image)).bool()
+            assert (before[left] != after[left]).any(dim=-1).all()
+        is_updated = ~left & inputs.get("attention_mask", torch.ones_like(left)).bool()
         for before, after in itertools.pairwise(states):
-            assert (before[is_text] != after[is_text]).any(dim=-1).all()
+            assert (before[is_updated] != after[is_updated]).any(dim=-1).all()
 
 
 @torch.no_grad()
 def test_image_states_that_are_read_alone_go_through_no_layer(reader: Any) -> None:
     row, num_updating = Row(reader, 3, PICTURE, 5), reader.config.num_image_update_layers
-    for options, num_last in (({}, 8), ({"logits_to_keep": 1}, 1)):
+    # Eight words, and the picture's last token
+    for options, num_last in (({}, 9), ({"logits_to_keep": 1}, 1)):
         for layer in range(reader.config.fusion_stack_config.num_hidden_layers):
             with watched(reader, layer) as lengths:
                 reader(**row.inputs, **options)
             is_last = layer == reader.config.fusion_stack_config.num_hidden_layers - 1
-            num_read = num_last if is_last else 8
+            num_read = num_last if is_last else 9
             assert set(lengths) == {len(row) if layer < num_updating else num_read}
 
 
 @torch.no_grad()
 def test_layers_that_leave_image_states_out_give_the_logits_and_the_cache_of_those_that_make_all(reader: Any) -> None:
-    # Rows with their pictures in common columns, of which those of the longest text are kept: in other rows some of
-    # these hold a picture. One row has a picture more.
+    # Rows with their pictures in common columns but for one that has a picture more: of it the most states are made,
+    # and in the others as many.
     rows = [*(Row(reader, PICTURE, PICTURE, num_words) for num_words in (3, 2, 4)), Row(reader, *[PICTURE] * 3, 4)]
-    cases = [(Row(reader, PICTURE, 9).inputs, 9), (Row(reader, 9).inputs, 9)]
+    cases = [
+        (Row(reader, PICTURE, 2, PICTURE, 5).inputs, 9),
+        (Row(reader, 9).inputs, 9),
+        (Row(reader, 3, PICTURE).inputs, 4),
+    ]
     if "sliding_attention" not in layer_types(reader.config.text_config):
-        cases.append((batch(rows), 4 * len(rows)))
+        cases.append((batch(rows), 7 * len(rows)))
     for inputs, num_kept in cases:
         # Whoever asks for states gets all of them
         whole = reader(**inputs, output_hidden_states=True)
@@ -361,8 +374,8 @@ def test_layers_that_leave_image_states_out_give_the_logits_and_the_cache_of_tho
             cut = reader(**inputs)
         assert set(lengths) == {num_kept}
         is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        is_text = is_token & (inputs["input_ids"] != reader.config.image_token_id)
-        assert difference(cut.logits[is_text], whole.logits[is_text]) < ENOUGH
+        is_updated = is_token & ~is_left(reader, inputs["input_ids"])
+        assert difference(cut.logits[is_updated], whole.logits[is_updated]) < ENOUGH
         for cached, expected in zip(cut.past_key_values.layers, whole.past_key_values.layers, strict=True):
             keys, values = cached.keys.transpose(1, 2), cached.values.transpose(1, 2)  # (batch, len, heads, head_dim)
             # A text stream's is shorter; the padding's states are read by nobody
@@ -379,7 +392,7 @@ def test_layers_that_leave_image_states_out_learn_the_same(reader: Any) -> None:
         expected = trained(reader, inputs, output_hidden_states=True)
         with watched(reader, reader.config.num_image_update_layers) as lengths:
             cut = trained(reader, inputs)
-        # The longest text, in each row
+        # As many in each row as in that of most words and pictures
         assert set(lengths) == {12 * len(rows)}
         assert_learnt_the_same(cut, expected)
     reader.eval()
@@ -408,7 +421,7 @@ def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(
     with watched(model, num_updating) as lengths:
         model(**batch(rows[:-1]))
         model(**rows[0].inputs)
-    assert lengths == [3 * 4, 3]
+    assert lengths == [3 * 6, 5]
     alone = [model.generate(**row.inputs, **options, use_cache=False)[0, -6:].tolist() for row in rows]
     for kind in (None, "static"):
         answers = model.generate(**batch(rows), **options, cache_implementation=kind)[:, -6:]
@@ -417,14 +430,27 @@ def test_rows_that_read_pictures_alone_are_written_on_as_each_is_on_its_own(
     assert torch.equal(*beams)
 
 
-def test_nothing_is_written_right_behind_a_picture_that_is_read_alone() -> None:
-    inputs = Row(small_model(), 3, PICTURE).inputs
-    for num_updating in (0, 1):
-        with pytest.raises(ValueError, match="must end on text"):
-            small_reader(num_updating).generate(**inputs, max_new_tokens=1)
-    for num_updating in (None, 3):
-        written = small_reader(num_updating).generate(**inputs, max_new_tokens=1)
-        assert written.shape[1] == inputs["input_ids"].shape[1] + 1
+@pytest.mark.parametrize("num_updating", [0, 1])
+@torch.no_grad()
+def test_the_word_right_behind_a_picture_is_told_by_a_state_that_all_layers_made(num_updating: int) -> None:
+    model = small_reader(num_updating)
+    rows = [Row(model, 3, PICTURE), Row(model, PICTURE, PICTURE), Row(model, PICTURE)]
+    for row in rows:
+        whole = model(**row.inputs, output_hidden_states=True)
+        assert all((a[0, -1] != b[0, -1]).any() for a, b in itertools.pairwise(whole.hidden_states))
+        with watched(model, -1) as lengths:
+            logits = model(**row.inputs, logits_to_keep=1).logits
+        assert lengths == [1]
+        assert difference(logits, whole.logits[:, -1:]) < ENOUGH
+        other = model(**{**row.inputs, "pixel_values": -row.inputs["pixel_values"]}, logits_to_keep=1).logits
+        assert difference(logits, other) > ENOUGH
+        written = model.generate(**row.inputs, max_new_tokens=1, do_sample=False)
+        is_no_picture = torch.arange(logits.shape[-1]) != model.config.image_token_id
+        expected = logits[0, -1].where(is_no_picture, -torch.inf).argmax()
+        assert written[0, -1] == expected
+    options = {"max_new_tokens": 4, "do_sample": False}
+    alone = [model.generate(**row.inputs, **options, use_cache=False)[0, -4:].tolist() for row in rows]
+    assert model.generate(**batch(rows, "left"), **options)[:, -4:].tolist() == alone
 
 
 @pytest.mark.parametrize("num_image_update_layers", [None, 1, 0])
