@@ -45,6 +45,11 @@ OPERATIONS_WORTH_A_LAUNCH = 9e11
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
+def lower_half(num_fusion_layers: int) -> int:
+    """`num_image_update_layers` of a model that is composed anew: the lower half of its layers, or one more."""
+    return (num_fusion_layers + 1) // 2
+
+
 class CacheOfKeptStates(Cache):
     """
     A stack's cache, or what stands for one, that tells layers which of their states are read.
@@ -183,7 +188,7 @@ def positions_to_update(
     Args:
         image_mask (`torch.BoolTensor` of shape `(batch, seq_len)`): See [`image_tokens_to_leave`].
         attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*): 0 = padding.
-        images_per_row (`int`, *optional*): Of every row, if all have the same number. The host waits for no device then.
+        images_per_row (`int`, *optional*): Of every row, if all have the same number: then no device is waited for.
         image_seq_length (`int`): Tokens a picture.
     """
     seq_len = image_mask.shape[1]

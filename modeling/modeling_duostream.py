@@ -54,6 +54,7 @@ from .kept_states_duostream import (
     image_tokens_to_leave,
     keeping,
     layers_of,
+    lower_half,
     make_kept_states_alone,
     positions_to_update,
     states_to_make,
@@ -294,9 +295,10 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
             image_size (`int`, *optional*): Side of the pictures in pixels, where the vision config has none (ResNet).
             dtype (`str` or `torch.dtype`, *optional*): Of the weights. Defaults to that of `text`.
             kwargs: Other fields of [`DuoStreamConfig`]: `image_token_id` (defaults to the first number behind the
-                vocabulary, so that no row of the embeddings changes), `projector_type`, ...; or `token`, `cache_dir`,
-                `local_files_only` and `force_download`, by which both backbones are fetched. One that needs other
-                options (`revision`, `quantization_config`) is loaded by itself, and given as a model.
+                vocabulary, so that no row of the embeddings changes), `num_image_update_layers` (defaults to half of
+                the fusion layers, where they are of a type that may leave states out), `projector_type`, ...; or
+                `token`, `cache_dir`, `local_files_only` and `force_download`, by which both backbones are fetched. One
+                that needs other options (`revision`, `quantization_config`) is loaded by itself, and given as a model.
 
         Raises:
             ValueError: The two can't work together, or an argument is unknown; raised before any weight is loaded,
@@ -316,6 +318,9 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         configs = config_of(text, **hub), config_of(vision, **hub)
         config = compose_config(*configs, num_fusion_layers, fusion_config, image_size, writes, **kwargs)
+        stack = config.fusion_stack_config
+        if "num_image_update_layers" not in kwargs and stack.model_type in KNOWN_TYPES:
+            config.num_image_update_layers = lower_half(stack.num_hidden_layers)
         text, vision = load_backbones(text, vision, config, **hub, **({} if dtype is None else {"dtype": dtype}))
         state_dict = compose_state_dict(text, vision, config, is_split=num_fusion_layers is not None)
         model, loading = cls.from_pretrained(

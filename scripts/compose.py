@@ -159,6 +159,7 @@ def main(args: list[str] | None = None) -> None:
         "num_parameters": model.num_parameters(),
         "num_text_layers": config.text_config.num_hidden_layers,
         "num_fusion_layers": config.fusion_stack_config.num_hidden_layers,
+        "num_image_update_layers": config.fusion_stack_config.num_hidden_layers - config.num_image_reading_layers,
         "image_seq_length": config.image_seq_length,
     }
     if compose_args.json:

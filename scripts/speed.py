@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
+from ..modeling.kept_states_duostream import lower_half
 from ..modeling.masks_duostream import block_sequence_ids
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import parse
@@ -104,7 +105,7 @@ class SpeedArguments:
         default_factory=list,
         metadata={
             "help": "How many of our lowest fusion layers make new states of image tokens, which those above only "
-            "read: a number for each of `fusion_layers`. By default all do."
+            "read: a number for each of `fusion_layers`. By default half of them, as `from_backbones` has it."
         },
     )
     text_len: int = field(default=32, metadata={"help": "Text tokens a row."})
@@ -136,7 +137,8 @@ class SpeedArguments:
     @property
     def fusion_depths(self) -> list[tuple[int, int]]:
         """How many layers are fusion layers, and how many of those make new states of image tokens."""
-        return list(zip(self.fusion_layers, self.num_image_update_layers or self.fusion_layers, strict=True))
+        num_updating = self.num_image_update_layers or map(lower_half, self.fusion_layers)
+        return list(zip(self.fusion_layers, num_updating, strict=True))
 
 
 @dataclass
@@ -213,6 +215,7 @@ class OverheadArguments(SpeedArguments):
         super().__post_init__()
         if self.num_image_update_layers:
             raise ValueError("`num_image_update_layers` can't be given: by hand, the fusion stack makes all states")
+        self.num_image_update_layers = list(self.fusion_layers)
 
 
 def check_known(name: str, values: Sequence[str], known: Sequence[str]) -> None:

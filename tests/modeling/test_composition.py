@@ -115,6 +115,20 @@ def test_a_backbones_weights_are_the_models_and_only_the_projector_is_new(
     )
 
 
+def test_the_lower_half_of_the_fusion_layers_updates_image_tokens_unless_it_is_told(
+    folder: Callable[[str], Path],
+) -> None:
+    for num_fusion_layers, expected in ((1, 1), (2, 1), (3, 2)):
+        model = compose(folder, num_fusion_layers=num_fusion_layers)
+        assert model.config.num_image_update_layers == expected
+    for told in (0, 2, None):
+        assert compose(folder, num_image_update_layers=told).config.num_image_update_layers == told
+    # Where layers can't leave states out, all make all
+    neo = AutoModelForCausalLM.from_config(OTHERS["gpt_neo"][1]())
+    model = DuoStreamForConditionalGeneration.from_backbones(neo, folder("siglip"), num_fusion_layers=2)
+    assert model.config.num_image_update_layers is None
+
+
 def test_what_ends_an_answer_is_what_ended_the_language_models() -> None:
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED))

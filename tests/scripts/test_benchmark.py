@@ -17,7 +17,7 @@ from duostream.scripts.peers import (
     make_sides,
     with_features,
 )
-from duostream.scripts.speed import compiled_read, read
+from duostream.scripts.speed import OverheadArguments, PrefillArguments, compiled_read, read
 
 TEXT_LEN = 6
 TINY = ["--preset", "tiny", "--fusion_layers", "1", "--image_tokens", "4", "--text_len", str(TEXT_LEN)]
@@ -66,6 +66,9 @@ def test_image_states_may_be_read_alone(measure):
     only = ("--batch_sizes", "1", "--num_image_update_layers")
     rows = measure("prefill", *TINY, *only, "1", "--peers", "llava")
     assert [row["image_update_layers"] for row in rows] == [1]
+    assert make_sides("tiny", 4, [3], [])["3"].config.num_image_update_layers == 2
+    assert PrefillArguments(fusion_layers=[3, 2, 1]).fusion_depths == [(3, 2), (2, 1), (1, 1)]
+    assert OverheadArguments(fusion_layers=[3]).fusion_depths == [(3, 3)]
     with pytest.raises(ValueError, match="`num_image_update_layers` can't be given"):
         measure("overhead", *TINY, *only, "1")
     with pytest.raises(ValueError, match="`num_image_update_layers` holds 2 numbers; expected one for each"):

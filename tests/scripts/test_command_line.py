@@ -685,7 +685,8 @@ def test_a_composed_checkpoint_answers_and_can_be_finetuned(composed, photograph
 def test_composing_says_what_it_wrote(language_model, vision_model, tmp_path, capsys):
     options = {"text": language_model, "vision": vision_model, "num_fusion_layers": 1, "output_dir": tmp_path / "out"}
     compose.main(arguments(**options))
-    assert "num_text_layers: 2\nnum_fusion_layers: 1\nimage_seq_length: 4\n" in capsys.readouterr().out
+    said = "num_text_layers: 2\nnum_fusion_layers: 1\nnum_image_update_layers: 1\nimage_seq_length: 4\n"
+    assert said in capsys.readouterr().out
     compose.main(arguments(**options, spatial_merge_size=2, json=True))
     made = json.loads(capsys.readouterr().out)
     assert made["num_text_layers"] == 2 and made["num_parameters"] > 0 and made["image_seq_length"] == 1
