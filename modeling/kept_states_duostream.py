@@ -150,23 +150,23 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
         layer.register_forward_hook(partial(_put_back, number=number), with_kwargs=True)
 
 
-def is_worth_it(kept: int | torch.Tensor, states: torch.Tensor, layer: nn.Module) -> bool:
+def is_worth_it(num_kept: int, shape: tuple[int, int, int], device: torch.device, layer: nn.Module) -> bool:
     """
     Whether more is saved than it costs: a run for keys and values, about a quarter of a layer's, or the sorting; and,
     where the host only launches what a device does, the time it takes to launch a second run.
 
     Args:
-        kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`): See [`take`].
-        states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): What the layer would be given.
+        num_kept (`int`): How many positions are kept.
+        shape (`tuple[int, int, int]`): `(batch, seq_len, hidden)`, of what the layer would be given.
+        device (`torch.device`): Where it would be.
         layer (`nn.Module`): The layer.
     """
-    batch_size, seq_len = states.shape[:2]
-    num_kept = kept if isinstance(kept, int) else kept.shape[1]
+    batch_size, seq_len, width = shape
     if not 0 < num_kept <= 0.75 * seq_len:
         return False
-    if states.device.type == "cpu":
+    if device.type == "cpu":
         return True
-    operations = 2 * sum(weight.numel() for weight in layer.parameters()) + 4 * seq_len * states.shape[-1]
+    operations = 2 * sum(weight.numel() for weight in layer.parameters()) + 4 * seq_len * width
     return operations * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
 
 
@@ -179,19 +179,30 @@ def image_tokens_to_leave(is_image: torch.Tensor, image_seq_length: int) -> torc
 
 
 def positions_to_update(
-    image_mask: torch.Tensor, attention_mask: torch.Tensor | None, images_per_row: int | None, image_seq_length: int
-) -> torch.Tensor:
+    stack: PreTrainedModel,
+    config: PreTrainedConfig,
+    image_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    images_per_row: int | None,
+    image_seq_length: int,
+) -> torch.Tensor | None:
     """
     The positions of which all layers make new states, of shape `(batch, num_updated)`. Rows that have fewer of them
-    than others are filled up with positions that are padding, or that the mask names.
+    than others are filled up with positions that are padding, or that the mask names. `None` where layers leave
+    nothing out, and so need no mask for what is left.
 
     Args:
+        stack (`PreTrainedModel`): The decoder.
+        config (`PreTrainedConfig`): Of the stack.
         image_mask (`torch.BoolTensor` of shape `(batch, seq_len)`): See [`image_tokens_to_leave`].
         attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*): 0 = padding.
         images_per_row (`int`, *optional*): Of every row, if all have the same number: then no device is waited for.
         image_seq_length (`int`): Tokens a picture.
     """
-    seq_len = image_mask.shape[1]
+    layers = layers_of(stack)
+    if not layers or torch.compiler.is_compiling() or is_flash_attention_requested(config):
+        return None
+    batch_size, seq_len = image_mask.shape
     if attention_mask is not None:
         attention_mask = attention_mask[:, -seq_len:]
     is_updated = without_padding(~image_mask, attention_mask)
@@ -199,6 +210,8 @@ def positions_to_update(
         num_updated = int(is_updated.sum(dim=1).max())
     else:
         num_updated = seq_len - images_per_row * (image_seq_length - 1)
+    if not is_worth_it(num_updated, (batch_size, seq_len, config.hidden_size), image_mask.device, layers[-1]):
+        return None
     return first_where(is_updated)[:, :num_updated]  # (batch, num_updated)
 
 
@@ -216,9 +229,10 @@ def states_to_make(
     # All make the state of a single token
     layers = layers_of(stack) if hidden_states.shape[1] > 1 else []
     kept: dict[nn.Module, int | torch.Tensor] = {}
-    if layers and updated_index is not None and is_worth_it(updated_index, hidden_states, layers[-1]):
+    if layers and updated_index is not None:
         kept = dict.fromkeys(layers[num_image_update_layers:], updated_index)
-    if layers and is_worth_it(states_to_keep, hidden_states, layers[-1]):
+    num_kept = states_to_keep if isinstance(states_to_keep, int) else states_to_keep.shape[1]
+    if layers and is_worth_it(num_kept, tuple(hidden_states.shape), hidden_states.device, layers[-1]):
         kept[layers[-1]] = states_to_keep
     return kept
 

@@ -295,10 +295,11 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
             image_size (`int`, *optional*): Side of the pictures in pixels, where the vision config has none (ResNet).
             dtype (`str` or `torch.dtype`, *optional*): Of the weights. Defaults to that of `text`.
             kwargs: Other fields of [`DuoStreamConfig`]: `image_token_id` (defaults to the first number behind the
-                vocabulary, so that no row of the embeddings changes), `num_image_update_layers` (defaults to half of
-                the fusion layers, where they are of a type that may leave states out), `projector_type`, ...; or
-                `token`, `cache_dir`, `local_files_only` and `force_download`, by which both backbones are fetched. One
-                that needs other options (`revision`, `quantization_config`) is loaded by itself, and given as a model.
+                vocabulary, so that no row of the embeddings changes), `num_image_update_layers` (of a model that
+                writes, defaults to half of the fusion layers, rounded up, where they are of a type that may leave
+                states out), `projector_type`, ...; or `token`, `cache_dir`, `local_files_only` and `force_download`,
+                by which both backbones are fetched. One that needs other options (`revision`, `quantization_config`)
+                is loaded by itself, and given as a model.
 
         Raises:
             ValueError: The two can't work together, or an argument is unknown; raised before any weight is loaded,
@@ -319,7 +320,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         configs = config_of(text, **hub), config_of(vision, **hub)
         config = compose_config(*configs, num_fusion_layers, fusion_config, image_size, writes, **kwargs)
         stack = config.fusion_stack_config
-        if "num_image_update_layers" not in kwargs and stack.model_type in KNOWN_TYPES:
+        if writes and "num_image_update_layers" not in kwargs and stack.model_type in KNOWN_TYPES:
+            # A classifier averages the states that all layers made
             config.num_image_update_layers = lower_half(stack.num_hidden_layers)
         text, vision = load_backbones(text, vision, config, **hub, **({} if dtype is None else {"dtype": dtype}))
         state_dict = compose_state_dict(text, vision, config, is_split=num_fusion_layers is not None)
@@ -699,7 +701,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         num_image_tokens = 0 if image_states is None else image_states.shape[:-1].numel()
         has_new_images = num_image_tokens > 0
 
-        fusion_attention_mask, block_ids, image_mask = attention_mask, None, None
+        fusion_attention_mask, block_ids, image_mask, updated_index = attention_mask, None, None, None
         if isinstance(attention_mask, dict):
             layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
             fusion_attention_mask = attention_mask["fusion"]
@@ -718,8 +720,18 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 noted=pictures_read(past_key_values, past_len),
             )
             if is_image is not None and has_new_images and self.config.num_image_reading_layers:
-                # (batch, seq_len)
-                image_mask = image_tokens_to_leave(is_image[:, -seq_len:], self.config.image_seq_length)
+                image_seq_length, num_images = self.config.image_seq_length, images_per_row
+                if batch_size == 1:
+                    num_images = num_image_tokens // image_seq_length
+                image_mask = image_tokens_to_leave(is_image[:, -seq_len:], image_seq_length)  # (batch, seq_len)
+                updated_index = positions_to_update(
+                    self.fusion_model,
+                    self.config.fusion_stack_config,
+                    image_mask,
+                    attention_mask,
+                    num_images,
+                    image_seq_length,
+                )
             if token_type_ids is not None:
                 check_prefix(token_type_ids, attention_mask, segment_ids)
             if segment_ids is not None:
@@ -751,9 +763,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 note_pictures(
                     past_key_values, is_image, layout.kept_columns, num_left_out, num_image_tokens, num_untold
                 )
-            # Flash kernels take no masks, so their layers make all states
-            needs_mask = image_mask is not None and not is_flash_attention_requested(self.config.fusion_stack_config)
-            needs_mask = needs_mask or (has_new_images and self.config.bidirectional_images)
+            needs_mask = updated_index is not None or (has_new_images and self.config.bidirectional_images)
             if needs_mask or token_type_ids is not None:
                 if is_image is None:
                     is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=given.device)
@@ -790,10 +800,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
-        updated_index = None
-        if image_mask is not None and not torch.compiler.is_compiling():
-            image_seq_length = self.config.image_seq_length
-            updated_index = positions_to_update(image_mask, attention_mask, images_per_row, image_seq_length)
         fusion, num_update_layers = self.fusion_model, self.config.num_image_update_layers
         kept = states_to_make(fusion, hidden_states, states_to_keep, updated_index, num_update_layers)
         cache = fusion_cache

@@ -25,7 +25,7 @@ from transformers import (
 
 from .. import DuoStreamConfig, DuoStreamPreTrainedModel, DuoStreamProcessor
 from ..processing.chat_template_duostream import default_chat_template
-from .arguments import parse
+from .arguments import json_mapping, parse
 from .tasks import task_of
 
 
@@ -44,6 +44,10 @@ class ComposeArguments:
     )
     spatial_merge_size: int = field(
         default=1, metadata={"help": "A square of so many by so many tokens of the vision model becomes one."}
+    )
+    config_overrides: str = field(
+        default="{}",
+        metadata={"help": 'Other fields of its configuration, as JSON: {"num_image_update_layers": 2}.'},
     )
     task: str = field(
         default="chat",
@@ -111,8 +115,9 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
     The model and its processor.
 
     Raises:
-        ValueError: The parts can't work together, or there is no such task.
+        ValueError: The parts can't work together, there is no such task, or a field is told twice.
     """
+    overrides = json_mapping(args, "config_overrides")
     model_class = task_of(args.task).auto_class._model_mapping[DuoStreamConfig]
     # Answers are written behind prompts. Of a tokenizer is saved what it is made with
     side = {"padding_side": "left"} if model_class.can_generate() else {}
@@ -123,16 +128,17 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         check_answers_end(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model_class.from_backbones(
-        args.text,
-        args.vision,
-        num_fusion_layers=args.num_fusion_layers,
-        fusion_config=None if args.fusion_config is None else AutoConfig.from_pretrained(args.fusion_config),
-        image_size=vision_config.image_size,
-        spatial_merge_size=args.spatial_merge_size,
-        image_token_id=processor.image_token_id,
-        dtype=args.dtype,
-    )
+    options = {
+        "num_fusion_layers": args.num_fusion_layers,
+        "fusion_config": None if args.fusion_config is None else AutoConfig.from_pretrained(args.fusion_config),
+        "image_size": vision_config.image_size,
+        "spatial_merge_size": args.spatial_merge_size,
+        "image_token_id": processor.image_token_id,
+        "dtype": args.dtype,
+    }
+    if twice := sorted(set(options) & set(overrides)):
+        raise ValueError(f"`config_overrides` has {twice}, which options of their own or the vision model tell")
+    model = model_class.from_backbones(args.text, args.vision, **options, **overrides)
     if model.can_generate() and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id  # a text encoder ends nothing
     if args.from_scratch:

@@ -215,7 +215,10 @@ class OverheadArguments(SpeedArguments):
         super().__post_init__()
         if self.num_image_update_layers:
             raise ValueError("`num_image_update_layers` can't be given: by hand, the fusion stack makes all states")
-        self.num_image_update_layers = list(self.fusion_layers)
+
+    @property
+    def fusion_depths(self) -> list[tuple[int, int]]:
+        return [(number, number) for number in self.fusion_layers]
 
 
 def check_known(name: str, values: Sequence[str], known: Sequence[str]) -> None:

@@ -123,6 +123,10 @@ def test_the_lower_half_of_the_fusion_layers_updates_image_tokens_unless_it_is_t
         assert model.config.num_image_update_layers == expected
     for told in (0, 2, None):
         assert compose(folder, num_image_update_layers=told).config.num_image_update_layers == told
+    # A classifier averages all states, and of pictures it would have few
+    text, vision = folder("llama"), folder("siglip")
+    model = DuoStreamForSequenceClassification.from_backbones(text, vision, num_fusion_layers=2)
+    assert model.config.num_image_update_layers is None
     # Where layers can't leave states out, all make all
     neo = AutoModelForCausalLM.from_config(OTHERS["gpt_neo"][1]())
     model = DuoStreamForConditionalGeneration.from_backbones(neo, folder("siglip"), num_fusion_layers=2)

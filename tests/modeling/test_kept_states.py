@@ -239,8 +239,8 @@ def test_most_positions_are_not_worth_a_second_run() -> None:
 
 def test_on_a_device_that_the_host_only_launches_few_tokens_are_not_worth_a_second_run() -> None:
     layer = nn.Linear(1000, 1000, bias=False)
-    for device, batch_size, is_worth in (("cpu", 1, True), ("meta", 1, False), ("meta", 50_000, True)):
-        assert is_worth_it(1, torch.empty(batch_size, 21, 0, device=device), layer) == is_worth
+    for device, batch_size, is_worth in (("cpu", 1, True), ("cuda", 1, False), ("cuda", 50_000, True)):
+        assert is_worth_it(1, (batch_size, 21, 0), torch.device(device), layer) == is_worth
 
 
 def test_each_type_whose_last_layer_is_cut_is_tested_here() -> None:
@@ -495,6 +495,43 @@ def test_layers_that_are_compiled_alone_say_the_same(compile_layers: str) -> Non
             layer.forward = torch.compile(layer.forward, backend="aot_eager")
     for _ in range(2):
         assert difference(model(**inputs, logits_to_keep=1).logits, expected) < ENOUGH
+
+
+@torch.no_grad()
+def test_a_picture_of_one_token_is_updated_by_all_layers() -> None:
+    vision = VISIONS["siglip"]()
+    vision.patch_size = vision.image_size
+    model, same = (small_reader(number, vision_config=vision) for number in (1, None))
+    assert model.config.image_seq_length == 1
+    inputs = Row(model, PICTURE, 3, PICTURE, 2).inputs
+    assert torch.equal(model(**inputs).logits, same(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_wrong_number_of_pictures_a_row_is_refused_or_does_no_harm_where_they_are_read_alone() -> None:
+    model = small_reader(1)
+    inputs = batch([Row(model, PICTURE, PICTURE, 3), Row(model, PICTURE, PICTURE, 5)])
+    expected = model(**inputs).logits[:, -1]
+    for enough in (1, 2):
+        assert difference(model(**inputs, images_per_row=enough).logits[:, -1], expected) < ENOUGH
+    with pytest.raises(ValueError, match="`images_per_row=3` does not hold"):
+        model(**inputs, images_per_row=3)
+
+
+@torch.no_grad()
+def test_pictures_that_are_read_forwards_need_a_mask_only_where_layers_leave_something_out() -> None:
+    masks: list[Any] = []
+    model = small_reader(1, bidirectional_images=False)
+    for layer in model.model.fusion_model.layers:
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    # More than three quarters are text
+    model(**Row(model, PICTURE, 30).inputs)
+    assert masks == [None] * 3
+    masks.clear()
+    model(**Row(model, PICTURE, 3).inputs)
+    assert all(mask.ndim == 4 for mask in masks)
 
 
 @pytest.mark.parametrize("num_updating", [0, 1])

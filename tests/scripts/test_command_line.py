@@ -687,10 +687,16 @@ def test_composing_says_what_it_wrote(language_model, vision_model, tmp_path, ca
     compose.main(arguments(**options))
     said = "num_text_layers: 2\nnum_fusion_layers: 1\nnum_image_update_layers: 1\nimage_seq_length: 4\n"
     assert said in capsys.readouterr().out
-    compose.main(arguments(**options, spatial_merge_size=2, json=True))
+    compose.main(
+        arguments(**options, spatial_merge_size=2, json=True, config_overrides='{"num_image_update_layers": 0}')
+    )
     made = json.loads(capsys.readouterr().out)
-    assert made["num_text_layers"] == 2 and made["num_parameters"] > 0 and made["image_seq_length"] == 1
+    assert made["num_text_layers"] == 2 and made["num_image_update_layers"] == 0
+    assert made["num_fusion_layers"] == 1 and made["num_parameters"] > 0 and made["image_seq_length"] == 1
     assert AutoProcessor.from_pretrained(tmp_path / "out").image_seq_length == 1
+    for field in ("spatial_merge_size", "image_token_id"):
+        with pytest.raises(ValueError, match=rf"`config_overrides` has \['{field}'\], which options of their own"):
+            compose.main(arguments(**options, config_overrides=json.dumps({field: 2})))
 
 
 def test_composing_twice_with_one_seed_gives_the_same_new_weights(language_model, vision_model, composed, tmp_path):
