@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any
@@ -165,7 +166,13 @@ class DataArguments:
             "picture is read once for all of them, and each is learnt as in a row of its own."
         },
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    max_train_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use only the first rows; of a stream that several ranks or workers read, the first that each "
+            "of them reads."
+        },
+    )
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     on_bad_rows: str = field(
         default="raise",
@@ -367,10 +374,16 @@ def _read_options(path: Path) -> list[str]:
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds a {type(options).__name__}; expected a mapping of options to values")
     if is_yaml:
-        # As they are written: a revision may look like a number
         written = yaml.load(text, yaml.BaseLoader)
-        options = {name: written[name] if isinstance(value, float) else value for name, value in options.items()}
+        options = {name: _as_written(value, written.get(name, value)) for name, value in options.items()}
     return [text for name, value in options.items() for text in _as_option(name, value)]
+
+
+def _as_written(value: Any, written: Any) -> Any:
+    """An option's value, or the text that stands for it where it may be one: a revision may look like a number."""
+    if isinstance(value, list):
+        return [_as_written(each, text) for each, text in zip(value, written, strict=True)]
+    return written if isinstance(value, (int, float, date)) and not isinstance(value, bool) else value
 
 
 def _as_option(name: str, value: Any) -> list[str]:

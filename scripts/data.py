@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -111,6 +111,7 @@ def load_rows(
         check_unused(args, ["answer_column"], "for classification `label_column` names what is learnt")
     else:
         check_unused(args, ["label_column"], f"for {args.task!r} `answer_column` names what is learnt")
+        check_unused(args, ["max_answers"], f"it is for classification, and `task` is {args.task!r}")
     named = [name for name in MAKING_ROWS if getattr(args, name) != getattr(DataArguments, name)]
     for name in ("prompt", "max_column_chars"):
         if name in named and (args.prompt_column or args.task in ("masked", "retrieval")):
@@ -170,6 +171,7 @@ def _check_parts(parts: Sequence[DataArguments]) -> None:
         if part.conversations_per_row > 1 and task_of(part.task).auto_class is not WRITER:
             raise ValueError(f"`conversations_per_row` is for tasks that write, not for {part.task!r}")
     if len(parts) == 1:
+        check_unused(parts[0], ["weight"], "it tells rows of a `mixture` how often they are drawn")
         return
     if any(part.mixture for part in parts[1:]):
         raise ValueError("A file of a `mixture` names another `mixture`: name all files beside the first")
@@ -367,7 +369,13 @@ def _rows_of_task(
         if named:
             raise ValueError(ready)
         # Names that are given to rows here: what else they hold under these is not read
-        rows = rows.remove_columns([name for name in ("source", "row") if name in columns])
+        taken = ("source", "row", "references", "kind", "held_out")
+        rows = rows.remove_columns([name for name in taken if name in columns])
+        stored = (rows.features or {}).get("images")
+        if stored is not None and not isinstance(stored, (List, LargeList, list)):
+            raise ValueError(
+                f"Column 'images' of {args.dataset!r} is {stored}; expected a list of pictures in each row"
+            )
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(UNDECODED)) if "images" in columns else rows
     return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
@@ -828,6 +836,13 @@ def _join_path(name: Any, image_dir: str) -> Any:
     return str(Path(image_dir) / name) if isinstance(name, str) else name
 
 
+class ColumnFormatter(Formatter):
+    """Fills in columns by their names, which may hold dots and brackets, and reads nothing of what they hold."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
 def columns_in(prompt: str) -> list[str]:
     """
     The columns that a prompt names as `{name}`.
@@ -858,7 +873,7 @@ def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
     if args.max_column_chars is not None:
         filled = {name: _cut(text, args.max_column_chars, name, index) for name, text in filled.items()}
     try:
-        return template.format_map(filled)
+        return ColumnFormatter().vformat(template, (), filled)
     except ValueError as error:  # of what stands behind a colon
         raise ValueError(f"Row {index}: `prompt` {template!r} can't be filled: {error}") from error
 

@@ -179,7 +179,8 @@ def answer(
     if kwargs.get("max_new_tokens") is not None:
         kwargs["max_new_tokens"] = room.fit(inputs, names, kwargs["max_new_tokens"])
     with torch.no_grad():
-        sequences = model.generate(**inputs, **{"do_sample": False, **kwargs})
+        # The tokenizer is for strings to stop at, which the generation config may name, too
+        sequences = model.generate(**inputs, tokenizer=processor.tokenizer, **{"do_sample": False, **kwargs})
     new_tokens = sequences[:, inputs["input_ids"].shape[1] :]  # (batch, new_tokens)
     return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 

@@ -145,6 +145,13 @@ def test_numbers_in_yaml_are_numbers_however_they_are_written_and_words_are_word
     assert json.loads(options.scheduler) == {"rate": 2000.0, "steps": 3, "is_on": False, "when": "y"}
 
 
+@pytest.mark.parametrize("text", ["12:30", "0x1F", "0017", "1_000", "2024-01-01 10:00:00", "1.0"])
+def test_text_in_yaml_that_looks_like_a_number_or_a_date_is_as_it_is_written(tmp_path, text):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"name: {text}\npaths: [{text}, b]\n")
+    assert parse(Options, args=[str(path)]) == (Options(name=text, paths=[text, "b"]),)
+
+
 def test_learning_rates_in_yaml_may_be_written_as_on_the_command_line(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("learning_rates: {text: 1e-5, projector: 1e-3}\nreport_to: none\nuse_cpu: yes\n")

@@ -750,13 +750,30 @@ def test_numbers_of_classes_are_those_of_their_names_however_a_split_counts_them
 
 
 def test_columns_of_messages_that_are_called_as_those_that_rows_get_are_not_read(tmp_path):
-    rows = [{"messages": conversation("?", str(i)), "source": "books", "row": "first"} for i in range(2)]
+    named = {"source": "books", "row": "first", "references": ["a.org"], "kind": "short", "held_out": True}
+    rows = [{"messages": conversation("?", str(i)), **named} for i in range(2)]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     assert load(path)["row"][:] == [0, 1]
+    assert {"messages", "row"} == set(load(path).column_names)
     pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:], "source": "books"} for row in rows]
     path = write_lines(tmp_path / "pairs.jsonl", pairs)
     packed = load_mixture(DataArguments(dataset=str(path), task="chat", conversations_per_row=2))
     assert packed["source"][:] == [[0], [1]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_of_a_conversation_that_are_no_list_are_refused(tmp_path, streaming):
+    row = {"messages": conversation("?", "Yes."), "images": "a.png"}
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match="Column 'images' of .* is .*; expected a list of pictures in each row"):
+        list(load(path, streaming=streaming))
+
+
+@pytest.mark.parametrize("name", ["meta.question", "q[en]", "0"])
+def test_a_prompt_names_columns_as_they_are_called(tmp_path, name):
+    path = write_lines(tmp_path / "rows.jsonl", [{name: "Why?", "answer": "So."}])
+    (row,) = load(path, task="vqa", prompt="{" + name + "!s:>5} Say.")
+    assert row["prompt"][0]["content"][-1]["text"] == " Why? Say."
 
 
 def test_rows_that_share_a_row_may_have_no_pictures(tmp_path):
@@ -982,6 +999,7 @@ def test_what_a_file_of_a_mixture_cannot_say_is_refused(photographs, tmp_path, l
     [
         ({"task": "classification", "answer_column": "text"}, "`answer_column` would do nothing: for classification"),
         ({"task": "vqa", "label_column": "class"}, "`label_column` would do nothing: for 'vqa' `answer_column` names"),
+        ({"task": "vqa", "max_answers": 9}, "`max_answers` would do nothing: it is for classification"),
         ({"task": "vqa", "dataset_config": "small"}, "`dataset_config` would do nothing: '.*' is here"),
         ({"dataset": "scenes", "dataset_config": "small"}, "`dataset_config` would do nothing: scenes are drawn here"),
         ({"dataset": "scenes", "streaming": True}, "`streaming` would do nothing: scenes are drawn here"),

@@ -73,6 +73,16 @@ def test_a_model_reads_as_many_tokens_of_text_as_it_has_positions_for(text: dict
         room.check({"input_ids": ids}, ["It"])
 
 
+def test_an_answer_ends_at_a_string_that_the_generation_config_names(
+    short: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = short
+    writing = {"sequence_bias": [[[processor.tokenizer.convert_tokens_to_ids("a")], 100.0]], "max_new_tokens": 6}
+    assert answer(model, processor, [asking("Hi")], **writing) == ["aaaaaa"]
+    monkeypatch.setattr(model.generation_config, "stop_strings", ["aaa"])
+    assert answer(model, processor, [asking("Hi")], **writing) == ["aaa"]
+
+
 def test_without_a_table_of_positions_none_is_the_last() -> None:
     assert num_positions(small_model("llama")) is None
 
