@@ -240,11 +240,17 @@ def test_positions_of_the_projector_may_be_fetched_when_they_are_needed() -> Non
         assert difference(model(**inputs).logits, expected) == 0
 
 
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_learnt(tmp_path_factory.mktemp("counting"), [answered_row("How many?", "two", "red")])
+
+
 @pytest.mark.parametrize("num_pictures", [0, 2, 4])
-def test_predictions_are_logits_alone_however_many_batches_have_pictures(num_pictures: int, tmp_path: Path) -> None:
+def test_predictions_are_logits_alone_however_many_batches_have_pictures(
+    num_pictures: int, counting: Path, tmp_path: Path
+) -> None:
     rows = [answered_row("How many?", "two", "red" if i < num_pictures else None) for i in range(4)]
-    folder = save_learnt(tmp_path / "start", rows[:1])
-    model, processor = (each.from_pretrained(folder) for each in (DuoStreamForConditionalGeneration, AutoProcessor))
+    model, processor = (each.from_pretrained(counting) for each in (DuoStreamForConditionalGeneration, AutoProcessor))
     args = plain_arguments(tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False)
     trainer = Trainer(model=model, args=args, data_collator=DuoStreamDataCollator(processor))
     predicted = trainer.predict(rows).predictions
