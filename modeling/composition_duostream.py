@@ -47,6 +47,8 @@ INDIVISIBLE_FIELDS: dict[str, tuple] = {
     "moe_layer_start_index": (0,),
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
+    # By which the library adds a loss that balances experts: here the loss is that of tokens
+    "output_router_logits": (False,),
 }
 # Decoders that take no `position_ids` but count by the mask, as the text stream needs it: its cache has empty slots
 COUNTS_BY_MASK = ("bloom",)

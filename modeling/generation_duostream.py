@@ -79,10 +79,15 @@ class DuoStreamGenerationMixin(GenerationMixin):
             else:
                 model_kwargs["prefix_length"] = prefix_length_of(token_type_ids, model_kwargs.get("attention_mask"))
         encoder_outputs = None
-        if images is not None and expand_size > 1 and model_kwargs.get("inputs_embeds") is not None:
-            # The library would count a row's pictures by the placeholders' embedding, which need not be there
+        if images is not None and expand_size > 1:
+            # The library would count a row's pictures by the placeholders' embedding, which need not be there, or by
+            # the placeholders in `input_ids`, of which some may be in the cache, and their pictures not given again
             images = copy.copy(images)
-            rows = images.pooler_output.split(((types == 1).sum(dim=1) // self.config.image_seq_length).tolist())
+            inputs_embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
+            num_past = 0 if cache is None else int(cache.get_seq_length())
+            num_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] - num_past
+            num_images = (types[:, -num_new:] == 1).sum(dim=1) // self.config.image_seq_length  # (batch,)
+            rows = images.pooler_output.split(num_images.tolist())
             # (num_images * expand_size, image_seq_length, hidden)
             images.pooler_output = torch.cat([row for row in rows for _ in range(expand_size)])
             del model_kwargs["mm_encoder_outputs"]
@@ -198,12 +203,19 @@ class DuoStreamGenerationMixin(GenerationMixin):
         return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 
     def _get_candidate_generator(
-        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> CandidateGenerator:
         if generation_config.assistant_early_exit is not None:
             # The library cuts the layers of one stack; here the lower ones know no pictures
             raise ValueError("`assistant_early_exit` doesn't go with DuoStream's two stacks: use an `assistant_model`")
-        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            # The library reads the whole prompt once more, behind what is cached
+            raise ValueError(
+                "`assistant_model` and `prompt_lookup_num_tokens` don't go with `past_key_values` that hold tokens: "
+                "expected an empty cache, or none"
+            )
+        generator = super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         number = self.config.image_token_id
         if isinstance(generator, PromptLookupCandidateGenerator) and number >= self.config.text_config.vocab_size:
             # It looks up scores of what it copies from the prompt, of placeholders, too, which then have none

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -222,6 +223,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -230,13 +232,15 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         r"""
-        Takes what [`DuoStreamModel.forward`] takes, but for a cache, and:
+        Takes what [`DuoStreamModel.forward`] takes, and:
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 Without `input_ids`, each picture is a row of its own, as each of `mm_encoder_outputs` is.
             token_type_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Has no effect: everything is read both ways.
+            past_key_values (`Cache`, *optional*):
+                What is read behind, as PEFT's learned prefix; it is no part of the mean.
             labels (`torch.Tensor`, *optional*):
                 Class numbers, of shape `(batch,)` (`config.problem_type` "single_label_classification"); a score for
                 every class, of shape `(batch, num_labels)` ("multi_label_classification", soft scores too); or
@@ -260,6 +264,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
             position_ids=position_ids,
             token_type_ids=whole_prefix(input_ids, inputs_embeds),
             mm_token_type_ids=mm_token_type_ids,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -267,6 +272,8 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # (batch, seq_len)
         logits = self.score(self.dropout(mean_pool(outputs.last_hidden_state, attention_mask)))  # (batch, num_labels)
         loss = None
         if labels is not None:

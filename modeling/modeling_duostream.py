@@ -738,8 +738,11 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
             if segment_ids is not None and position_ids is None:
                 position_ids = default_segment_positions(segment_ids, attention_mask)
-            elif segment_ids is None and position_ids is not None and has_new_images:
-                check_one_sequence(position_ids, attention_mask)
+            elif segment_ids is None and position_ids is not None and seq_len > 1:
+                # In a row of text that is read forwards the library looks for several by itself
+                is_looked_at = not (has_new_images or token_type_ids is not None or self.config.restart_positions)
+                if not is_looked_at:
+                    check_one_sequence(position_ids, attention_mask)
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:
@@ -1171,6 +1174,8 @@ class DuoStreamForConditionalGeneration(DuoStreamLMHeadModel, DuoStreamGeneratio
                 placeholders, which are never written: TRL has them in its labels, and `Trainer` counts them there, so
                 that the loss it reports is smaller by their share; so are those that padding would predict, on the
                 left of a row. The token after a picture is predicted from an image token; the collator leaves it out.
+                With `label_smoothing_factor`, `Trainer` makes the loss by itself, of all labels but -100: those of the
+                collator hold no placeholders.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Logits of the last so many positions, of these positions, or of all (0).
             targets_per_row (`int`, *optional*):

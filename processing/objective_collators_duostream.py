@@ -237,7 +237,7 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
         num_labels (`int`): How many classes there are; with 1, labels are numbers to come near to (regression).
 
     Raises:
-        ValueError: a row is broken; its label is missing or not among the classes.
+        ValueError: a row is broken, or has a `text_pair`; its label is missing or not among the classes.
     """
 
     num_labels: int = field(kw_only=True)
@@ -246,6 +246,9 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
         names = self.names(rows)
+        for row, name in zip(rows, names, strict=True):
+            if row.get("text_pair") is not None:
+                raise ValueError(f"{name} has a `text_pair`, which is not read: expected both texts in one `text`")
         labels = [self.check_label(row.get("label"), name) for row, name in zip(rows, names, strict=True)]
         for label, name in zip(labels, names, strict=True):
             if isinstance(label, list) != isinstance(labels[0], list):

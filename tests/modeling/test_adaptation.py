@@ -37,7 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from duostream import DuoStreamForConditionalGeneration
+from duostream import DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification
 
 STREAMS = {"text": "text_model", "vision": "vision_model", "fusion": "fusion_model"}
 PROJECTIONS = r"(q_proj|v_proj|query|value|c_attn)"
@@ -88,6 +88,20 @@ def test_virtual_tokens_are_learnt_and_stand_in_front_of_text_and_pictures(
             0, 1
         )  # (num_layers, virtual_tokens, ...)
     assert all(each.abs().sum() > 0 for each in learnt)
+
+
+def test_a_learned_prefix_is_read_by_a_classifier_and_is_no_part_of_the_mean() -> None:
+    model = small_model("llama", cls=DuoStreamForSequenceClassification, num_labels=3)
+    config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=VIRTUAL_TOKENS, num_layers=4)
+    adapted = get_peft_model(model, config)
+    torch.nn.init.normal_(adapted.prompt_encoder.default.embedding.weight)
+    rows = ragged_rows(model)
+    alone = torch.cat([logits(adapted, row.inputs) for row in rows])
+    assert difference(alone, torch.cat([logits(model, row.inputs) for row in rows])) > 1e-2
+    for side in ("left", "right"):
+        assert difference(logits(adapted, batch(rows, side)), alone) < 1e-4
+    adapted.train()(**batch(rows), labels=torch.zeros(len(rows), dtype=torch.long)).loss.backward()
+    assert adapted.prompt_encoder.default.embedding.weight.grad.abs().sum(dim=1).min() > 0
 
 
 @pytest.mark.parametrize("name", ["prompt tuning", "p-tuning"])

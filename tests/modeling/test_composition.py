@@ -133,6 +133,14 @@ def test_the_lower_half_of_the_fusion_layers_updates_image_tokens_unless_it_is_t
     assert model.config.num_image_update_layers is None
 
 
+def test_experts_that_are_to_be_balanced_by_a_loss_of_their_own_are_refused(folder: Callable[[str], Path]) -> None:
+    config = OTHERS["mixtral"][1]()
+    config.output_router_logits = True
+    language = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="`output_router_logits=True`"):
+        DuoStreamForConditionalGeneration.from_backbones(language, folder("siglip"), num_fusion_layers=1)
+
+
 def test_what_ends_an_answer_is_what_ended_the_language_models() -> None:
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED))

@@ -333,6 +333,33 @@ def test_a_picture_is_read_once_however_many_tokens_and_sequences_are_written(gp
     assert num_read == [2]
 
 
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}])
+def test_several_answers_to_a_picture_behind_a_cached_one_are_about_that_one(
+    gpt2: Any, num_rows: int, options: dict[str, Any]
+) -> None:
+    first = [Row(gpt2, 3, PICTURE, 4) for _ in range(num_rows)]
+    second = [Row(gpt2, 2, PICTURE, 3) for _ in range(num_rows)]
+    said = gpt2.generate(**batch(first), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    said.past_key_values.batch_repeat_interleave(2)
+    ids = torch.cat([said.sequences, torch.stack([row.ids for row in second])], dim=1)
+    types = (ids == gpt2.config.image_token_id).long()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
+    pictures = [torch.cat([a.pictures, b.pictures]) for a, b in zip(first, second, strict=True)]
+    expected = write(gpt2, {**inputs, "pixel_values": torch.cat(pictures)}, **options)
+    new = {"pixel_values": torch.cat([row.pictures for row in second]), "past_key_values": said.past_key_values}
+    assert torch.equal(write(gpt2, {**inputs, **new}, **options), expected)
+
+
+def test_candidates_behind_a_filled_cache_are_refused(gpt2: Any) -> None:
+    said = gpt2.generate(**Row(gpt2, 5).inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    inputs = {"input_ids": torch.cat([said.sequences, torch.full((1, 2), 5)], dim=1)}
+    with pytest.raises(ValueError, match="don't go with `past_key_values` that hold tokens"):
+        write(gpt2, inputs, past_key_values=said.past_key_values, prompt_lookup_num_tokens=3)
+    empty = DynamicCache(config=gpt2.config)
+    assert torch.equal(write(gpt2, inputs, past_key_values=empty, prompt_lookup_num_tokens=3), write(gpt2, inputs))
+
+
 @pytest.mark.parametrize("side", ["alone", "batch"])
 def test_embeddings_are_continued_like_tokens(model: Any, side: str) -> None:
     rows = ragged_rows(model)

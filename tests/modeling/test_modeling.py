@@ -47,6 +47,7 @@ from transformers import (
 from duostream import (
     DuoStreamConfig,
     DuoStreamForConditionalGeneration,
+    DuoStreamForMaskedLM,
     DuoStreamForSequenceClassification,
     DuoStreamModel,
 )
@@ -962,6 +963,18 @@ def test_sequences_that_positions_alone_tell_apart_are_refused_with_pictures(lla
     with torch.no_grad():
         packed = llama(**inputs, position_ids=positions, segment_ids=segments).logits[0, len(rows[0]) :]
     assert difference(packed, alone(llama, rows[1])) < CLOSE
+
+
+def test_sequences_of_text_that_positions_alone_tell_apart_are_refused_where_they_would_see_each_other() -> None:
+    inputs = {"input_ids": torch.full((1, 7), 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    plain = small_model("llama")
+    with torch.no_grad():
+        own = plain(input_ids=inputs["input_ids"][:, 3:], use_cache=False).logits[0]
+        assert difference(plain(**inputs, use_cache=False).logits[0, 3:], own) < CLOSE
+    for model in (small_model("llama", restart_positions=True), small_model("llama", cls=DuoStreamForMaskedLM)):
+        options = {} if isinstance(model, DuoStreamForMaskedLM) else {"use_cache": False}
+        with pytest.raises(ValueError, match=r"`position_ids` start anew.* give `segment_ids`"):
+            model(**inputs, **options)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 32, 8), (2, 3, 20, 16), (3, 16, 16), (1, 2, 3, 16, 16)])

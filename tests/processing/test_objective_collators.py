@@ -270,6 +270,14 @@ def test_a_wrong_label_names_its_row(processor, label, num_labels, message):
         collator([{"text": "a", "label": label, "row": 7}])
 
 
+def test_the_second_text_of_a_pair_is_not_passed_over(processor):
+    collator = DuoStreamClassificationCollator(processor, num_labels=2)
+    row = {"text": "a", "label": 1, "row": 7}
+    assert torch.equal(collator([{**row, "text_pair": None}])["input_ids"], collator([row])["input_ids"])
+    with pytest.raises(ValueError, match="Row 7 has a `text_pair`, which is not read"):
+        collator([{**row, "text_pair": "b"}])
+
+
 def test_scores_and_numbers_are_labels_too(processor):
     soft = DuoStreamClassificationCollator(processor, num_labels=2)([{"text": "a", "label": [0.5, 1]}])
     assert soft["labels"].tolist() == [[0.5, 1.0]]

@@ -765,7 +765,7 @@ def test_columns_of_messages_that_are_called_as_those_that_rows_get_are_not_read
 def test_pictures_of_a_conversation_that_are_no_list_are_refused(tmp_path, streaming):
     row = {"messages": conversation("?", "Yes."), "images": "a.png"}
     path = write_lines(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(ValueError, match="Column 'images' of .* is .*; expected a list of pictures in each row"):
+    with pytest.raises(ValueError, match=r"Column 'images' of .* is .*; expected a list of pictures in each row"):
         list(load(path, streaming=streaming))
 
 
