@@ -85,8 +85,10 @@ class DuoStreamGenerationMixin(GenerationMixin):
             images = copy.copy(images)
             inputs_embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
             num_past = 0 if cache is None else int(cache.get_seq_length())
-            num_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] - num_past
-            num_images = (types[:, -num_new:] == 1).sum(dim=1) // self.config.image_seq_length  # (batch,)
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            num_new = given.shape[1] - num_past
+            is_image = model_kwargs["mm_token_type_ids"][:, -num_new:] == 1  # (batch, num_new)
+            num_images = is_image.sum(dim=1) // self.config.image_seq_length  # (batch,)
             rows = images.pooler_output.split(num_images.tolist())
             # (num_images * expand_size, image_seq_length, hidden)
             images.pooler_output = torch.cat([row for row in rows for _ in range(expand_size)])

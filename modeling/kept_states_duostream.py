@@ -183,8 +183,9 @@ def positions_to_update(
     config: PreTrainedConfig,
     image_mask: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    images_per_row: int | None,
+    num_image_tokens: int,
     image_seq_length: int,
+    images_per_row: int | None = None,
 ) -> torch.Tensor | None:
     """
     The positions of which all layers make new states, of shape `(batch, num_updated)`. Rows that have fewer of them
@@ -196,8 +197,9 @@ def positions_to_update(
         config (`PreTrainedConfig`): Of the stack.
         image_mask (`torch.BoolTensor` of shape `(batch, seq_len)`): See [`image_tokens_to_leave`].
         attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*): 0 = padding.
-        images_per_row (`int`, *optional*): Of every row, if all have the same number: then no device is waited for.
+        num_image_tokens (`int`): In all rows together.
         image_seq_length (`int`): Tokens a picture.
+        images_per_row (`int`, *optional*): Of every row, if all have the same number: then no device is waited for.
     """
     layers = layers_of(stack)
     if not layers or torch.compiler.is_compiling() or is_flash_attention_requested(config):
@@ -206,6 +208,8 @@ def positions_to_update(
     if attention_mask is not None:
         attention_mask = attention_mask[:, -seq_len:]
     is_updated = without_padding(~image_mask, attention_mask)
+    if batch_size == 1:
+        images_per_row = num_image_tokens // image_seq_length
     if images_per_row is None:
         num_updated = int(is_updated.sum(dim=1).max())
     else:

@@ -720,17 +720,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 noted=pictures_read(past_key_values, past_len),
             )
             if is_image is not None and has_new_images and self.config.num_image_reading_layers:
-                image_seq_length, num_images = self.config.image_seq_length, images_per_row
-                if batch_size == 1:
-                    num_images = num_image_tokens // image_seq_length
+                image_seq_length = self.config.image_seq_length
                 image_mask = image_tokens_to_leave(is_image[:, -seq_len:], image_seq_length)  # (batch, seq_len)
                 updated_index = positions_to_update(
                     self.fusion_model,
                     self.config.fusion_stack_config,
                     image_mask,
                     attention_mask,
-                    num_images,
+                    num_image_tokens,
                     image_seq_length,
+                    images_per_row,
                 )
             if token_type_ids is not None:
                 check_prefix(token_type_ids, attention_mask, segment_ids)

@@ -10,7 +10,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # The library uploads nothing whose name begins so
 UNFINISHED = "_unfinished"
@@ -85,6 +85,39 @@ def check_files(folder: Path, has_states: bool = False) -> None:
                 raise ValueError("it has no end")
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is broken, cut short or overwritten: {error}") from error
+
+
+def check_meanings(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """
+    Looks whether tokens and classes have the numbers by which a checkpoint's weights know them.
+
+    Args:
+        folder (`Path`): Of the checkpoint to resume from. Where weights are saved in shards it has neither tokenizer
+            nor config, and nothing is looked at.
+        tokenizer (`PreTrainedTokenizerBase`): Of the run that resumes.
+        config (`PreTrainedConfig`): Of the run that resumes.
+
+    Raises:
+        ValueError: They have others, which are named.
+    """
+    if (folder / "tokenizer_config.json").exists():
+        saved, own = AutoTokenizer.from_pretrained(folder).get_vocab(), tokenizer.get_vocab()
+        others = sorted(token for token in saved.keys() | own.keys() if saved.get(token) != own.get(token))
+        if others:
+            named = ", ".join(f"{token!r} ({saved.get(token)} there, {own.get(token)} here)" for token in others[:3])
+            raise ValueError(
+                f"{folder} to resume from was trained with another tokenizer than this run's: {len(others)} tokens "
+                f"have other numbers, or none, such as {named}. Resume with that (`pretrain --tokenizer {folder}`; "
+                "`finetune` from the same `--checkpoint`), or take another `output_dir`"
+            )
+    if (folder / "config.json").exists():
+        classes = AutoConfig.from_pretrained(folder).id2label
+        if classes != config.id2label:
+            raise ValueError(
+                f"{folder} to resume from was trained on the classes {list(classes.values())}, but those of this run "
+                f"are {list(config.id2label.values())}: resume with rows of the same classes, or take another "
+                "`output_dir`"
+            )
 
 
 def load_model(auto_class: Any, checkpoint: str, may_have_new_head: bool = False, **options: Any) -> PreTrainedModel:

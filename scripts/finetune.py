@@ -38,9 +38,16 @@ class FinetuneArguments:
 
 
 def class_options(classes: list[str], label: Any) -> dict[str, Any]:
-    """Fields of the config that tell how many classes there are, their names, and of what kind a `label` is."""
+    """
+    Fields of the config that tell how many classes there are, their names, and of what kind a `label` is.
+
+    Raises:
+        ValueError: There is one class, and nothing to tell apart.
+    """
     if not classes:
         return {"num_labels": 1, "problem_type": "regression"}
+    if len(classes) == 1:
+        raise ValueError(f"The rows to train on have one class, {classes[0]!r}; expected two or more")
     is_soft = isinstance(label, list)
     return {
         "id2label": dict(enumerate(classes)),

@@ -156,8 +156,19 @@ class LongRunTrainer(Trainer):
             sampler = self.epoch_sampler = EpochSampler(sampler, seed)
         return sampler
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        started = super()._init_training_state(max_steps, *args, **kwargs)
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        started = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            self._find_best_checkpoint(Path(resume_from_checkpoint))
         if self.state.global_step > max_steps:
             # The library would end without a step, and keep weights of a longer run for those of this one
             raise ValueError(
@@ -165,6 +176,27 @@ class LongRunTrainer(Trainer):
                 "run: take more (`max_steps`, `num_train_epochs`), or another `output_dir`"
             )
         return started
+
+    def _find_best_checkpoint(self, checkpoint: Path) -> None:
+        """
+        Names the best checkpoint by where it lies now, beside the one to resume from. The library goes by the path as
+        it was once given: where that leads nowhere, or is spelled in another way, `save_total_limit` would delete it.
+        """
+        path = checkpoint / TRAINER_STATE_NAME
+        best = json.loads(path.read_text(encoding="utf-8")).get("best_model_checkpoint") if path.is_file() else None
+        if best is None:
+            return
+        place = checkpoint.parent / Path(best).name
+        if place.is_dir():
+            if self.state.best_model_checkpoint is None:
+                # The library has just warned that it would be ignored
+                logger.warning(f"The best checkpoint, once {best}, is found at {place}")
+            self.state.best_model_checkpoint = str(place)
+        elif self.state.best_model_checkpoint is None and self.args.load_best_model_at_end:
+            raise ValueError(
+                f"`load_best_model_at_end` needs the best checkpoint so far, which is neither {best} nor {place}: put "
+                "it back, or resume with `--load_best_model_at_end false`, which keeps the last weights"
+            )
 
     def _run_epoch(self, *, epoch: int, steps_trained_in_current_epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -314,10 +346,12 @@ class LongRunTrainer(Trainer):
             changes["mask_seed"] = collator.seed
         apart = replace(collator.collator, **changes) if changes else collator.collator
         self.data_collator = ReproducibleCollator(apart, collator.seed, is_stream=False)
+        # The library leaves rows out of evaluation, too, or all of them where they are fewer than a batch
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

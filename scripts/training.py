@@ -35,7 +35,7 @@ from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
 from .card import write_card, write_run
-from .checkpoints import check_files
+from .checkpoints import check_files, check_meanings
 from .data import Rows, with_lengths
 from .evaluate import check_questions, check_rows, evaluate, generate_answers, score_answers
 from .generate import num_positions
@@ -172,7 +172,8 @@ class DuoStreamTrainer(LongRunTrainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # Rows to evaluate on may have no lengths, which the library would then look for in `input_ids`
         is_grouped = self.args.train_sampling_strategy == "group_by_length"
-        if is_grouped and isinstance(eval_dataset, Dataset) and "length" not in eval_dataset.column_names:
+        columns = getattr(eval_dataset, "column_names", ())
+        if is_grouped and isinstance(eval_dataset, Dataset | list) and "length" not in columns:
             return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
         return super()._get_eval_sampler(eval_dataset)
 
@@ -449,7 +450,7 @@ def train(
     Raises:
         SystemExit: SIGTERM came, with the exit code that says so (143). A checkpoint is saved.
         ValueError: A row is broken, or the loss is no number, or so is a file of the checkpoint to resume from, or
-            there are checkpoints in `output_dir` without `resume`.
+            that is of another tokenizer or other classes, or there are checkpoints in `output_dir` without `resume`.
         OSError: A checkpoint can't be saved.
     """
     check_output_dir(training_args)
@@ -467,15 +468,17 @@ def train(
     if isinstance(train_rows, IterableDataset):
         # Where one ends, the library begins anew within what it counts as one epoch, and resuming can't tell where
         train_rows = train_rows.repeat(None)
+    held_out: Rows | list[dict[str, Any]] | None = eval_rows
     if isinstance(eval_rows, IterableDataset) and training_args.world_size > 1:
-        # Ranks whose parts of a stream differ in length would wait for each other
-        eval_rows = Dataset.from_list(list(eval_rows))
+        # Ranks whose parts of a stream differ in length would wait for each other. No `Dataset`, in which a column
+        # holds one kind of values, as `content` need not, and has to be in the first row.
+        held_out = list(eval_rows)
     trainer = DuoStreamTrainer(
         model=model,
         args=training_args,
         data_collator=collator,
         train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        eval_dataset=held_out,
         processing_class=processor,
         callbacks=callbacks,
         **kwargs,
@@ -485,6 +488,7 @@ def train(
     checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
     if checkpoint is not None:
         check_files(Path(checkpoint), has_states=True)
+        check_meanings(Path(checkpoint), processor.tokenizer, model.config)
     elif trainer.is_world_process_zero():
         trainer.bad_losses.unlink(missing_ok=True)
     with SaveWhenTerminated(trainer.accelerator) as termination:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, Auto
 from transformers.trainer_utils import get_last_checkpoint
 
 from duostream import DuoStreamForPreTraining
-from duostream.scripts import checkpoints, pretrain
+from duostream.scripts import checkpoints, finetune, pretrain
 from duostream.scripts.checkpoints import check_files, load_model, publish, publish_files
 from duostream.scripts.long_runs import ReproducibleCollator
 
@@ -138,6 +140,64 @@ def test_the_best_checkpoint_is_found_however_its_folder_is_written(folder, monk
     pretrain.main([*args, "--save_total_limit", "1"])
     state = json.loads((folder / "best/run/trainer_state.json").read_text())
     assert Path(state["best_model_checkpoint"]).is_dir() and "_unfinished" not in state["best_model_checkpoint"]
+
+
+def test_the_best_checkpoint_is_kept_though_its_folder_is_now_written_otherwise_or_elsewhere(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    args = [*COMMON, "--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder), "--learning_rate", "1e-3"]
+    args += ["--eval_strategy", "steps", "--eval_steps", "1", "--load_best_model_at_end", "true"]
+    # The loss falls, so that the first step is the best by this
+    args += ["--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    pretrain.main([*args, "--output_dir", "old", "--max_steps", "2"])
+    pretrain.main([*args, "--output_dir", str(folder / "old"), "--max_steps", "3"])
+    assert [path.name for path in sorted(Path("old").glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-3"]
+    (folder / "old").rename(folder / "new")
+    pretrain.main([*args, "--output_dir", str(folder / "new"), "--max_steps", "4"])
+    assert [path.name for path in sorted(Path("new").glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-4"]
+    state = json.loads((folder / "new/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "new/checkpoint-1")
+    best, final = (
+        load_file(folder / "new" / name) for name in ("checkpoint-1/model.safetensors", "model.safetensors")
+    )
+    assert all(torch.equal(best[name], final[name]) for name in final)
+    shutil.rmtree(folder / "new/checkpoint-1")
+    with pytest.raises(ValueError, match=r"`load_best_model_at_end` needs the best checkpoint so far.*checkpoint-1"):
+        pretrain.main([*args, "--output_dir", str(folder / "new"), "--max_steps", "5"])
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer(folder):
+    args = [*COMMON, "--output_dir", str(folder / "spoken")]
+    own = ["--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
+    pretrain.main([*args, *own, "--max_steps", "1"])
+    other = folder / "spoken.jsonl"
+    # As many tokens, but others
+    letters = "bcdfghjklmnpqrstvwxz"
+    words = [f"{a}o{b}u" for a in letters for b in letters]
+    other.write_text("".join(json.dumps({"question": word, "answer": f"{word} {word}"}) + "\n" for word in words))
+    args += ["--dataset", str(other), "--max_steps", "2"]
+    with pytest.raises(ValueError, match=r"checkpoint-1 to resume from was trained with another tokenizer.* here\)"):
+        pretrain.main(args)
+    pretrain.main([*args, "--tokenizer", str(folder / "spoken/checkpoint-1")])
+    assert (folder / "spoken/checkpoint-2").is_dir()
+
+
+def test_a_run_is_not_resumed_with_rows_of_other_classes(folder):
+    own = [*COMMON, "--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
+    pretrain.main([*own, "--output_dir", str(folder / "classless"), "--max_steps", "1"])
+    args = ["--checkpoint", str(folder / "classless"), "--task", "classification", "--resume", "true"]
+    args += ["--output_dir", str(folder / "classified"), "--save_strategy", "steps", "--save_steps", "1"]
+    args += ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--eval_split", ""]
+
+    def run(classes, max_steps):
+        rows = [json.dumps({"text": f"A {name}.", "label": name}) for name in classes]
+        (folder / "classes.jsonl").write_text("\n".join(rows))
+        finetune.main([*args, "--dataset", str(folder / "classes.jsonl"), "--max_steps", str(max_steps)])
+
+    run(["cat", "dog"], 1)
+    for others in (["dog", "eel"], ["cat", "dog", "eel"]):
+        with pytest.raises(ValueError, match=rf"classes \['cat', 'dog'\], .*{re.escape(str(others))}"):
+            run(others, 2)
+    run(["cat", "dog"], 2)
 
 
 @pytest.mark.slow

@@ -172,6 +172,13 @@ def test_classes_are_names_numbers_or_lists_of_answers(texts, column, classes, l
     assert rows["text"] == SENTENCES
 
 
+def test_one_class_is_none_to_tell_from_others(pretrained, workplace, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": text, "label": "good"} for text in SENTENCES])
+    options = {"checkpoint": pretrained, "task": "classification", "eval_split": "", **SHORT}
+    with pytest.raises(ValueError, match="The rows to train on have one class, 'good'; expected two or more"):
+        finetune.main(arguments(**options, dataset=path, output_dir=tmp_path / "out"))
+
+
 def test_only_the_most_frequent_answers_are_classes(texts):
     args = DataArguments(dataset=str(texts), task="classification", label_column="answers", max_answers=1)
     assert read_classes(args) == ["film"]

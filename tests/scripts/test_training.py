@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -31,7 +33,7 @@ from duostream import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from duostream.scripts import evaluate
+from duostream.scripts import evaluate, pretrain
 from duostream.scripts.arguments import DuoStreamTrainingArguments
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import number_rows, texts_of
@@ -466,7 +468,8 @@ def test_held_out_rows_are_evaluated_and_the_figures_are_written(new_parts, rows
 
 def evaluated(parts, tmp_path, rows, collator=None, **kwargs):
     model, processor = parts
-    args = options(tmp_path, **{name: kwargs.pop(name) for name in [*kwargs] if name.startswith("per_device")})
+    named = [name for name in kwargs if name.startswith(("per_device", "dataloader"))]
+    args = options(tmp_path, **{name: kwargs.pop(name) for name in named})
     trainer = DuoStreamTrainer(
         model=model,
         args=args,
@@ -484,6 +487,14 @@ def test_the_loss_that_is_evaluated_is_that_of_all_tokens_whatever_batches_they_
     for size in (1, 3, NUM_ROWS):
         got = evaluated((model, processor), tmp_path, rows, per_device_eval_batch_size=size)
         assert got["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_training_leaves_out_of_its_last_batch_are_evaluated(new_parts, rows, tmp_path):
+    model, processor = new_parts()
+    expected = evaluate.evaluation_loss(model, processor, rows)
+    for size in (3, 2 * NUM_ROWS):
+        args = {"per_device_eval_batch_size": size, "dataloader_drop_last": True}
+        assert evaluated((model, processor), tmp_path, rows, **args)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_of_objectives_that_is_evaluated_is_that_of_all_labels_whatever_batches_they_are_in(
@@ -639,6 +650,30 @@ def test_training_takes_a_stream_of_rows(new_parts, rows, tmp_path):
 @pytest.mark.skipif(
     Version(datasets.__version__) < Version("5.2"), reason="older ones repeat a stream without rows for ever"
 )
+@pytest.mark.slow
+def test_two_ranks_evaluate_a_stream_whose_content_is_text_here_and_parts_there_as_one_does(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    contents = ["What is it?", [{"type": "text", "text": "What is it?"}]]
+    messages = [
+        [{"role": "user", "content": contents[i % 2]}, {"role": "assistant", "content": f"{i * 'very '}number {i}"}]
+        for i in range(7)
+    ]
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in messages))
+    args = ["--dataset", str(path), "--streaming", "true", "--eval_split", "train", "--eval_strategy", "steps"]
+    # The weights stay as they are, whatever number of rows is in a step
+    args += ["--learning_rate", "0", "--max_steps", "1", "--vocab_size", "300", "--per_device_eval_batch_size", "2"]
+    args += ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
+    args += ["--train_sampling_strategy", "group_by_length"]
+    found = []
+    for num_ranks in (1, 2):
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m", pretrain.__name__]
+        command = [sys.executable, "-m", *launch, *args, "--output_dir", str(tmp_path / str(num_ranks))]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(json.loads((tmp_path / str(num_ranks) / "eval_results.json").read_text())["eval_loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_a_stream_without_a_row_that_can_be_read_trains_nothing_and_says_so(new_parts, rows, tmp_path):
     broken = rows.map(lambda row: {**row, "messages": row["messages"][:1]}, keep_in_memory=True)
     bad_rows = BadRows(tmp_path / "bad_rows.jsonl")
