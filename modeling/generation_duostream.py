@@ -83,13 +83,19 @@ class DuoStreamGenerationMixin(GenerationMixin):
             # The library would count a row's pictures by the placeholders' embedding, which need not be there, or by
             # the placeholders in `input_ids`, of which some may be in the cache, and their pictures not given again
             images = copy.copy(images)
-            inputs_embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
+            cache = model_kwargs.get("past_key_values")
             num_past = 0 if cache is None else int(cache.get_seq_length())
-            given = input_ids if inputs_embeds is None else inputs_embeds
-            num_new = given.shape[1] - num_past
-            is_image = model_kwargs["mm_token_type_ids"][:, -num_new:] == 1  # (batch, num_new)
-            num_images = is_image.sum(dim=1) // self.config.image_seq_length  # (batch,)
-            rows = images.pooler_output.split(num_images.tolist())
+            # They tell of the new tokens alone, or of those in the cache, too
+            for types in (model_kwargs["mm_token_type_ids"], model_kwargs["mm_token_type_ids"][:, num_past:]):
+                num_images = ((types == 1).sum(dim=1) // self.config.image_seq_length).tolist()
+                if sum(num_images) == len(images.pooler_output):
+                    break
+            else:
+                raise ValueError(
+                    f"The new tokens hold placeholders of {sum(num_images)} pictures; expected as many as there are "
+                    f"pictures, {len(images.pooler_output)}"
+                )
+            rows = images.pooler_output.split(num_images)
             # (num_images * expand_size, image_seq_length, hidden)
             images.pooler_output = torch.cat([row for row in rows for _ in range(expand_size)])
             del model_kwargs["mm_encoder_outputs"]

@@ -738,9 +738,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             if segment_ids is not None and position_ids is None:
                 position_ids = default_segment_positions(segment_ids, attention_mask)
             elif segment_ids is None and position_ids is not None and seq_len > 1:
-                # In a row of text that is read forwards the library looks for several by itself
-                is_looked_at = not (has_new_images or token_type_ids is not None or self.config.restart_positions)
-                if not is_looked_at:
+                # Text alone that is read forwards is left to the library: without a mask and a cache it tells several
+                # sequences apart by their positions
+                is_more = has_new_images or token_type_ids is not None or self.config.restart_positions
+                if is_more:
                     check_one_sequence(position_ids, attention_mask)
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions

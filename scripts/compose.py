@@ -136,7 +136,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         "image_token_id": processor.image_token_id,
         "dtype": args.dtype,
     }
-    if twice := sorted(set(options) & set(overrides)):
+    if twice := sorted({"text", "vision", *options} & set(overrides)):
         raise ValueError(f"`config_overrides` has {twice}, which options of their own or the vision model tell")
     model = model_class.from_backbones(args.text, args.vision, **options, **overrides)
     if model.can_generate() and model.generation_config.eos_token_id is None:

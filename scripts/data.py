@@ -372,7 +372,8 @@ def _rows_of_task(
         taken = ("source", "row", "references", "kind", "held_out")
         rows = rows.remove_columns([name for name in taken if name in columns])
         stored = (rows.features or {}).get("images")
-        if stored is not None and not isinstance(stored, (List, LargeList, list)):
+        is_list = stored is None or isinstance(stored, (List, LargeList, list)) or stored == Value("null")
+        if not is_list:
             raise ValueError(
                 f"Column 'images' of {args.dataset!r} is {stored}; expected a list of pictures in each row"
             )

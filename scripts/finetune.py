@@ -47,7 +47,10 @@ def class_options(classes: list[str], label: Any) -> dict[str, Any]:
     if not classes:
         return {"num_labels": 1, "problem_type": "regression"}
     if len(classes) == 1:
-        raise ValueError(f"The rows to train on have one class, {classes[0]!r}; expected two or more")
+        raise ValueError(
+            f"`label_column` (and `max_answers`) leave one class, {classes[0]!r}; expected two or more in the rows to "
+            "train on"
+        )
     is_soft = isinstance(label, list)
     return {
         "id2label": dict(enumerate(classes)),

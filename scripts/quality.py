@@ -154,7 +154,11 @@ class QualityArguments:
         default="{}", metadata={"help": "Fields of DuoStream's text stack that are not those of its fusion stack."}
     )
     config_overrides: str = field(
-        default="{}", metadata={"help": "Other fields of DuoStream's configuration, as JSON."}
+        default="{}",
+        metadata={
+            "help": "Other fields of DuoStream's configuration, as JSON; of image tokens all fusion layers make new "
+            "states, and with `text` half of them, if `num_image_update_layers` isn't told."
+        },
     )
     bidirectional_prefix: bool | None = field(
         default=None,

@@ -210,6 +210,9 @@ class OverheadArguments(SpeedArguments):
     fusion_layers: list[int] = field(default_factory=lambda: [8], metadata={"help": "As in `prefill`."})
     image_tokens: list[int] = field(default_factory=lambda: [196, 576], metadata={"help": "As in `prefill`."})
     repeats: int = field(default=7, metadata={"help": "As in `prefill`."})
+    num_image_update_layers: list[int] = field(
+        default_factory=list, metadata={"help": "Not to be given: by hand, the fusion stack makes all states."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

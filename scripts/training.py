@@ -454,6 +454,12 @@ def train(
         OSError: A checkpoint can't be saved.
     """
     check_output_dir(training_args)
+    # Another rank may not have made it yet
+    Path(str(training_args.output_dir)).mkdir(parents=True, exist_ok=True)
+    checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
+    if checkpoint is not None:
+        check_files(Path(checkpoint), has_states=True)
+        check_meanings(Path(checkpoint), processor.tokenizer, model.config)
     collator = DuoStreamDataCollator(processor) if collator is None else collator
     if bad_rows is not None:
         # Before training, so that batches, epochs and resuming are those of a data set without them
@@ -483,13 +489,7 @@ def train(
         callbacks=callbacks,
         **kwargs,
     )
-    # Another rank may not have made it yet
-    Path(str(training_args.output_dir)).mkdir(parents=True, exist_ok=True)
-    checkpoint = get_last_checkpoint(training_args.output_dir) if training_args.resume else None
-    if checkpoint is not None:
-        check_files(Path(checkpoint), has_states=True)
-        check_meanings(Path(checkpoint), processor.tokenizer, model.config)
-    elif trainer.is_world_process_zero():
+    if checkpoint is None and trainer.is_world_process_zero():
         trainer.bad_losses.unlink(missing_ok=True)
     with SaveWhenTerminated(trainer.accelerator) as termination:
         trainer.add_callback(termination)

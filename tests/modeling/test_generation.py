@@ -349,6 +349,11 @@ def test_several_answers_to_a_picture_behind_a_cached_one_are_about_that_one(
     expected = write(gpt2, {**inputs, "pixel_values": torch.cat(pictures)}, **options)
     new = {"pixel_values": torch.cat([row.pictures for row in second]), "past_key_values": said.past_key_values}
     assert torch.equal(write(gpt2, {**inputs, **new}, **options), expected)
+    # The library takes the new tokens alone, too, with a mask of the whole sequence
+    new["input_ids"] = ids[:, said.past_key_values.get_seq_length() :]
+    assert torch.equal(write(gpt2, {**inputs, **new}, **options), expected)
+    with pytest.raises(ValueError, match=r"placeholders .* pictures"):
+        write(gpt2, {**inputs, **new, "pixel_values": torch.cat([new["pixel_values"], first[0].pictures])}, **options)
 
 
 def test_candidates_behind_a_filled_cache_are_refused(gpt2: Any) -> None:

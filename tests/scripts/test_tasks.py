@@ -175,7 +175,7 @@ def test_classes_are_names_numbers_or_lists_of_answers(texts, column, classes, l
 def test_one_class_is_none_to_tell_from_others(pretrained, workplace, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": text, "label": "good"} for text in SENTENCES])
     options = {"checkpoint": pretrained, "task": "classification", "eval_split": "", **SHORT}
-    with pytest.raises(ValueError, match="The rows to train on have one class, 'good'; expected two or more"):
+    with pytest.raises(ValueError, match="leave one class, 'good'; expected two or more"):
         finetune.main(arguments(**options, dataset=path, output_dir=tmp_path / "out"))
 
 

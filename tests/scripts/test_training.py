@@ -647,9 +647,6 @@ def test_training_takes_a_stream_of_rows(new_parts, rows, tmp_path):
     assert losses(streamed) == pytest.approx(losses(stored), rel=1e-4)
 
 
-@pytest.mark.skipif(
-    Version(datasets.__version__) < Version("5.2"), reason="older ones repeat a stream without rows for ever"
-)
 @pytest.mark.slow
 def test_two_ranks_evaluate_a_stream_whose_content_is_text_here_and_parts_there_as_one_does(tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -674,6 +671,9 @@ def test_two_ranks_evaluate_a_stream_whose_content_is_text_here_and_parts_there_
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(datasets.__version__) < Version("5.2"), reason="older ones repeat a stream without rows for ever"
+)
 def test_a_stream_without_a_row_that_can_be_read_trains_nothing_and_says_so(new_parts, rows, tmp_path):
     broken = rows.map(lambda row: {**row, "messages": row["messages"][:1]}, keep_in_memory=True)
     bad_rows = BadRows(tmp_path / "bad_rows.jsonl")
