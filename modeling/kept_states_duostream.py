@@ -189,8 +189,8 @@ def positions_to_update(
 ) -> torch.Tensor | None:
     """
     The positions of which all layers make new states, of shape `(batch, num_updated)`. Rows that have fewer of them
-    than others are filled up with positions that are padding, or that the mask names. `None` where layers
-    are seen to leave nothing out, so that no mask need be made for it ([`keeping`] knows further cases).
+    than others are filled up with positions that are padding, or that the mask names. `None` where layers are seen to
+    leave nothing out, so that no mask need be made for it ([`keeping`] knows further cases).
 
     Args:
         stack (`PreTrainedModel`): The decoder.
