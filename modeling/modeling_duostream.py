@@ -735,14 +735,13 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 check_prefix(token_type_ids, attention_mask, segment_ids)
             if segment_ids is not None:
                 check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
+            # Text alone that is read forwards is left to the library: without a mask and a cache it tells several
+            # sequences apart by their positions
+            has_own_order = has_new_images or token_type_ids is not None or self.config.restart_positions
             if segment_ids is not None and position_ids is None:
                 position_ids = default_segment_positions(segment_ids, attention_mask)
-            elif segment_ids is None and position_ids is not None and seq_len > 1:
-                # Text alone that is read forwards is left to the library: without a mask and a cache it tells several
-                # sequences apart by their positions
-                is_more = has_new_images or token_type_ids is not None or self.config.restart_positions
-                if is_more:
-                    check_one_sequence(position_ids, attention_mask)
+            elif segment_ids is None and position_ids is not None and has_own_order and seq_len > 1:
+                check_one_sequence(position_ids, attention_mask)
             given_position_ids = position_ids
             needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
             if position_ids is None and needs_positions:

@@ -531,7 +531,7 @@ def test_pictures_that_are_read_forwards_need_a_mask_only_where_layers_leave_som
     assert masks == [None] * 3
     masks.clear()
     model(**Row(model, PICTURE, 3).inputs)
-    assert all(mask.ndim == 4 for mask in masks)
+    assert masks and all(mask.ndim == 4 for mask in masks)
 
 
 @pytest.mark.parametrize("num_updating", [0, 1])

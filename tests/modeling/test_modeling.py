@@ -966,11 +966,14 @@ def test_sequences_that_positions_alone_tell_apart_are_refused_with_pictures(lla
 
 
 def test_sequences_of_text_that_positions_alone_tell_apart_are_refused_where_they_would_see_each_other() -> None:
-    inputs = {"input_ids": torch.full((1, 7), 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    # Tokens that differ: of equal ones any attention is the same
+    inputs = {"input_ids": torch.arange(5, 12)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
     plain = small_model("llama")
     with torch.no_grad():
         own = plain(input_ids=inputs["input_ids"][:, 3:], use_cache=False).logits[0]
         assert difference(plain(**inputs, use_cache=False).logits[0, 3:], own) < CLOSE
+        seen = plain(input_ids=inputs["input_ids"], use_cache=False).logits[0, 3:]
+        assert difference(seen, own) > CLOSE
     for model in (small_model("llama", restart_positions=True), small_model("llama", cls=DuoStreamForMaskedLM)):
         options = {} if isinstance(model, DuoStreamForMaskedLM) else {"use_cache": False}
         with pytest.raises(ValueError, match=r"`position_ids` start anew.* give `segment_ids`"):
