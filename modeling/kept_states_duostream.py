@@ -5,7 +5,8 @@ layers above `config.num_image_update_layers` make none. At all other positions 
 keys and values that those few attend to.
 """
 
-from functools import partial
+from contextvars import ContextVar
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -42,12 +43,45 @@ KNOWN_TYPES = (
 # of 2304, 576 wide, and 8 of 2304, 2048 wide, in `duostream benchmark prefill --num_image_update_layers 0 0`).
 OPERATIONS_WORTH_A_LAUNCH = 9e11
 
+# In a run for keys and values alone, of how many positions. Each thread has its own.
+_num_unread_queries: ContextVar[int] = ContextVar("num_unread_queries", default=0)
+
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
 def lower_half(num_fusion_layers: int) -> int:
     """`num_image_update_layers` of a model that is composed anew: the lower half of its layers, or one more."""
     return (num_fusion_layers + 1) // 2
+
+
+class KeptPositions:
+    """
+    The positions of which states are kept, and the others. What follows from them is worked out once for all layers.
+
+    Args:
+        index (`torch.LongTensor` of shape `(batch, num_kept)`): Those that are kept.
+        seq_len (`int`): Of all.
+    """
+
+    def __init__(self, index: torch.Tensor, seq_len: int):
+        self.index, self.seq_len = index, seq_len
+
+    @cached_property
+    def others(self) -> torch.Tensor:
+        """Those that are not kept, in order, of shape `(batch, seq_len - num_kept)`."""
+        batch_size, num_kept = self.index.shape
+        is_other = torch.ones(batch_size, self.seq_len, dtype=torch.bool, device=self.index.device)
+        return first_where(is_other.scatter(1, self.index, False))[:, : self.seq_len - num_kept]
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """The others, and then those that are kept, of shape `(batch, seq_len)`."""
+        return torch.cat([self.others, self.index], dim=1)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where in that order each position stands, of shape `(batch, seq_len)`."""
+        return self.order.argsort(dim=1)
 
 
 class CacheOfKeptStates(Cache):
@@ -57,12 +91,11 @@ class CacheOfKeptStates(Cache):
     Args:
         cache (`Cache`): Of the stack; or `None`, and nothing is cached.
         config (`PreTrainedConfig`): Of the stack.
-        kept (`dict[nn.Module, int | torch.LongTensor]`):
-            By layer: states of so many last positions, or of these, of shape `(batch, num_kept)`. Other layers make
-            all.
+        kept (`dict[nn.Module, int | KeptPositions]`):
+            By layer: states of so many last positions, or of these. Other layers make all.
     """
 
-    def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: dict[nn.Module, int | torch.Tensor]):
+    def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: dict[nn.Module, int | KeptPositions]):
         super().__init__(layers=(DynamicCache(config=config) if cache is None else cache).layers)
         self.kept, self.stores = kept, cache is not None
 
@@ -84,21 +117,21 @@ class _CacheOfOneLayer(Cache):
 
     Args:
         cache (`CacheOfKeptStates`): What they go into.
-        kept (`int` or `torch.LongTensor` of shape `(batch, num_kept)`): The positions of the second run.
+        kept (`int` or `KeptPositions`):
+            The positions of the second run. The first is of the others, or, where this is a number, of all.
         hidden_states (`torch.Tensor` of shape `(batch, seq_len, hidden)`): What the layer was given.
-        order (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
-            The positions of the first run and then those of the second. By default the first is of all.
+        kept_states (`torch.Tensor` of shape `(batch, num_kept, hidden)`): Those of the second run.
     """
 
     def __init__(
         self,
         cache: CacheOfKeptStates,
-        kept: int | torch.Tensor,
+        kept: int | KeptPositions,
         hidden_states: torch.Tensor,
-        order: torch.Tensor | None,
+        kept_states: torch.Tensor,
     ):
         super().__init__(layers=cache.layers)
-        self.cache, self.kept, self.hidden_states, self.order = cache, kept, hidden_states, order
+        self.cache, self.kept, self.hidden_states, self.kept_states = cache, kept, hidden_states, kept_states
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -106,16 +139,15 @@ class _CacheOfOneLayer(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.states is None:
             self.states = key_states, value_states
-            if self.order is None:
+            if isinstance(self.kept, int):
                 self.states = self.cache.update(key_states, value_states, *args, **kwargs)
             raise _KeysAndValuesMade
-        if self.order is None:
+        if isinstance(self.kept, int):
             return self.states
         keys = torch.cat([self.states[0], key_states], dim=2)  # (batch, heads, seq_len, head_dim)
         values = torch.cat([self.states[1], value_states], dim=2)
         if self.cache.stores:
-            places = self.order.argsort(dim=1)  # (batch, seq_len)
-            keys, values = take(keys, places, dim=2), take(values, places, dim=2)
+            keys, values = take(keys, self.kept.places, dim=2), take(values, self.kept.places, dim=2)
         return self.cache.update(keys, values, *args, **kwargs)
 
 
@@ -138,9 +170,10 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
     """
     Hooks the layers of a stack so that a layer that a [`CacheOfKeptStates`] names makes the kept states alone. It is
     run twice by its own code, as other hooks see: on the other positions (on all, where `kept` is a number) until keys
-    and values are made, then on the kept ones to its end. At all other positions its output is its input. So it is
-    where an `image_mask` of shape `(batch, seq_len)` holds, too, in all but the lowest `num_image_update_layers`.
-    Layers of types that are not known stay as they are.
+    and values are made, then on the kept ones to its end. Queries, which the first run has no use for, its `q_proj`
+    makes for one position there, if it has one. At all other positions its output is its input. So it is where an
+    `image_mask` of shape `(batch, seq_len)` holds, too, in all but the lowest `num_image_update_layers`. Layers of
+    types that are not known stay as they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.
@@ -148,11 +181,15 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
     for number, layer in enumerate(layers_of(stack)):
         layer.register_forward_pre_hook(_cut, with_kwargs=True)
         layer.register_forward_hook(partial(_put_back, number=number), with_kwargs=True)
+        for name, part in layer.named_modules():
+            if name.endswith("q_proj"):
+                part.register_forward_pre_hook(_ask_once)
+                part.register_forward_hook(_repeat_query)
 
 
 def is_worth_it(num_kept: int, shape: tuple[int, int, int], device: torch.device, layer: nn.Module) -> bool:
     """
-    Whether more is saved than it costs: a run for keys and values, about a quarter of a layer's, or the sorting; and,
+    Whether more is saved than it costs: a run for keys and values, up to a quarter of a layer's, or the sorting; and,
     where the host only launches what a device does, the time it takes to launch a second run.
 
     Args:
@@ -225,24 +262,26 @@ def states_to_make(
     states_to_keep: int | torch.Tensor,
     updated_index: torch.Tensor | None,
     num_image_update_layers: int | None,
-) -> dict[nn.Module, int | torch.Tensor]:
+) -> dict[nn.Module, int | KeptPositions]:
     """
     The layers that need not make all states, with those that they need make: the last one those that are read
     (`states_to_keep`), and those that only read image tokens the others (`updated_index`, if there are any).
     """
     # All make the state of a single token
-    layers = layers_of(stack) if hidden_states.shape[1] > 1 else []
-    kept: dict[nn.Module, int | torch.Tensor] = {}
+    seq_len = hidden_states.shape[1]
+    layers = layers_of(stack) if seq_len > 1 else []
+    kept: dict[nn.Module, int | KeptPositions] = {}
     if layers and updated_index is not None:
-        kept = dict.fromkeys(layers[num_image_update_layers:], updated_index)
+        kept = dict.fromkeys(layers[num_image_update_layers:], KeptPositions(updated_index, seq_len))
     num_kept = states_to_keep if isinstance(states_to_keep, int) else states_to_keep.shape[1]
     if layers and is_worth_it(num_kept, tuple(hidden_states.shape), hidden_states.device, layers[-1]):
-        kept[layers[-1]] = states_to_keep
+        is_number = isinstance(states_to_keep, int)
+        kept[layers[-1]] = states_to_keep if is_number else KeptPositions(states_to_keep, seq_len)
     return kept
 
 
 def keeping(
-    kept: dict[nn.Module, int | torch.Tensor],
+    kept: dict[nn.Module, int | KeptPositions],
     stack: PreTrainedModel,
     config: PreTrainedConfig,
     cache: Cache | None,
@@ -277,17 +316,14 @@ def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.
     if isinstance(kept, int):
         return states.narrow(dim, max(states.shape[dim] - kept, 0), min(kept, states.shape[dim])) if kept else states
     batch_size, num_kept = kept.shape
+    if batch_size == states.shape[0] == 1:
+        # The same, in a fraction of the time: whole rows are copied
+        return states.index_select(dim, kept[0].to(states.device))  # (1, ..., num_kept, ...)
     shape = [batch_size, *states.shape[1:]]
     states = states.expand(shape)
     shape[dim] = num_kept
     index = kept.to(states.device).view(batch_size, *[1] * (dim - 1), num_kept, *[1] * (states.ndim - dim - 1))
     return states.gather(dim, index.expand(shape))  # (batch, ..., num_kept, ...)
-
-
-def others_of(kept: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """The positions that are not kept, in order, of shape `(batch, seq_len - num_kept)`."""
-    is_other = torch.ones(len(kept), seq_len, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
-    return first_where(is_other)[:, : seq_len - kept.shape[1]]
 
 
 def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -301,33 +337,49 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     if len(names) < len(args):
         return None
     given = dict(zip(names, args, strict=True)) | kwargs
-    cut = {name: _cut_argument(name, value, kept, is_static) for name, value in given.items()}
+    positions = kept if isinstance(kept, int) else kept.index
+    cut = {name: _cut_argument(name, value, positions, is_static) for name, value in given.items()}
     if any(value is NotImplemented for value in cut.values()):
         return None
-    hidden_states, order = given["hidden_states"], None
-    if isinstance(kept, torch.Tensor):
-        others = others_of(kept, hidden_states.shape[1])
-        order = torch.cat([others, kept], dim=1)  # (batch, seq_len)
+    keys_and_values = _CacheOfOneLayer(cache, kept, given["hidden_states"], cut["hidden_states"])
+    if isinstance(kept, KeptPositions):
         # Keys and values are made without a mask
         given |= {
-            name: _cut_argument(name, value, others, is_static)
+            name: _cut_argument(name, value, kept.others, is_static)
             for name, value in given.items()
             if name != "attention_mask"
         }
         if not cache.stores:
-            cut["attention_mask"] = take(cut["attention_mask"], order, dim=3)  # (batch, heads or 1, num_kept, seq_len)
-    keys_and_values = _CacheOfOneLayer(cache, kept, hidden_states, order)
+            mask = cut["attention_mask"]
+            cut["attention_mask"] = take(mask, kept.order, dim=3)  # (batch, heads or 1, num_kept, seq_len)
     for arguments in (given, cut):
         arguments.update({name: keys_and_values for name, value in arguments.items() if value is cache})
+    num_others = given["hidden_states"].shape[1]
     # By position what came so, as other hooks may look there
     in_place = [given.pop(name) for name in names]
     # Where a layer's forward is compiled, a run that ends in the middle is not: all others wouldn't be, either
     run = getattr(layer.forward, "_torchdynamo_orig_callable", layer)
+    token = _num_unread_queries.set(num_others)
     try:
         run(*in_place, **given)
     except _KeysAndValuesMade:
         return tuple(cut.pop(name) for name in names), cut
+    finally:
+        _num_unread_queries.reset(token)
     raise RuntimeError(f"{type(layer).__name__} was given a cache, but cached no keys and values")
+
+
+def _ask_once(q_proj: nn.Module, args: tuple) -> tuple | None:
+    if torch.compiler.is_compiling() or not _num_unread_queries.get():
+        return None
+    return args[0][:, :1], *args[1:]  # (batch, 1, hidden)
+
+
+def _repeat_query(q_proj: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    if torch.compiler.is_compiling() or not (num_queries := _num_unread_queries.get()):
+        return None
+    # In memory of its own, as adapters around it may add to it
+    return output.expand(-1, num_queries, -1).contiguous()  # (batch, num_queries, heads * head_dim)
 
 
 def _cut_argument(name: str, value: Any, kept: int | torch.Tensor, is_static: bool) -> Any:
@@ -358,18 +410,24 @@ def _put_back(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     states = output[0] if isinstance(output, tuple) else output
     # The layer may have taken what it was given to its own device
     if keys_and_values is None:
-        before = (args[0] if args else kwargs["hidden_states"]).to(states)
+        states = _leave(states, args[0] if args else kwargs["hidden_states"], image_mask)
     else:
-        before, kept = keys_and_values.hidden_states.to(states), keys_and_values.kept
+        kept, before = keys_and_values.kept, keys_and_values.hidden_states.to(states)
+        if image_mask is not None:
+            # Where a row holds more pictures than others do, some of their positions are among the kept ones
+            positions = kept if isinstance(kept, int) else kept.index
+            states = _leave(states, keys_and_values.kept_states, take(image_mask, positions))
         if isinstance(kept, int):
             states = torch.cat([before[:, :-kept], states], dim=1)  # (batch, seq_len, hidden)
         else:
-            index = kept.to(states.device).unsqueeze(-1).expand_as(states)
+            index = kept.index.to(states.device).unsqueeze(-1).expand_as(states)
             states = before.scatter(1, index, states)  # (batch, seq_len, hidden)
-    if image_mask is not None:
-        # Where a row holds more pictures than others do, some of their positions are among the kept ones
-        states = torch.where(image_mask.to(states.device).unsqueeze(-1), before, states)  # (batch, seq_len, hidden)
     return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _leave(states: torch.Tensor, before: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
+    """A layer's states, but for what it was given where the mask holds."""
+    return torch.where(image_mask.to(states.device).unsqueeze(-1), before.to(states), states)  # (batch, len, hidden)
 
 
 def _find(cache_class: type[AnyCache], args: tuple, kwargs: dict[str, Any]) -> AnyCache | None:

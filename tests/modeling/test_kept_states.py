@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,6 +120,57 @@ def test_the_last_layer_works_for_the_end_of_a_prompt_alone(model: Any) -> None:
         with watched(model) as lengths:
             model(**inputs, logits_to_keep=num_kept)
         assert set(lengths) == {num_kept}
+
+
+def query_makers(model: Any) -> list[nn.Module]:
+    """Those of the fusion layers, where they make queries apart from keys and values."""
+    return [part for name, part in model.model.fusion_model.named_modules() if name.endswith("q_proj")]
+
+
+@pytest.mark.parametrize("num_image_update_layers", [None, 1])
+@torch.no_grad()
+def test_where_keys_and_values_alone_are_made_one_query_is_made(num_image_update_layers: int | None) -> None:
+    model = small_reader(num_image_update_layers)
+    row = Row(model, PICTURE, 8)
+    lengths: list[int] = []
+    for part in query_makers(model):
+        # Behind the model's own hook, which cuts the input
+        part.register_forward_pre_hook(lambda part, args: lengths.append(args[0].shape[1]))
+    model(**row.inputs, logits_to_keep=1)
+    # Nine states are made where image tokens are read alone: eight words' and the picture's last
+    assert lengths == [len(row), *([len(row)] if num_image_update_layers is None else [1, 9]), 1, 1]
+
+
+@torch.no_grad()
+def test_another_thread_gets_all_its_queries_meanwhile() -> None:
+    model = small_reader(None)
+    queries = query_makers(model)[-1]
+    states = torch.randn(2, 7, queries.in_features)
+    expected = queries(states)
+    got: list[torch.Tensor] = []
+    with ThreadPoolExecutor(max_workers=1) as other:
+        # Between the queries and the values of a run for keys and values, and then of a run to the end
+        model.model.fusion_model.layers[-1].self_attn.k_proj.register_forward_pre_hook(
+            lambda part, args: got.append(other.submit(queries, states).result())
+        )
+        model(**Row(model, PICTURE, 9).inputs, logits_to_keep=1)
+    assert len(got) == 2 and all(torch.equal(each, expected) for each in got)
+
+
+@pytest.mark.parametrize("num_image_update_layers", [None, 1])
+def test_adapters_around_queries_say_and_learn_the_same(num_image_update_layers: int | None) -> None:
+    model = small_reader(num_image_update_layers)
+    adapters = LoraConfig(target_modules=r".*fusion_model.*q_proj", init_lora_weights=False)
+    model = get_peft_model(model, adapters).base_model.model.train()
+    row = Row(model, PICTURE, 8)
+    labels = row.ids[None].clone()
+    labels[:, :-4] = -100
+    inputs = {**row.inputs, "labels": labels}
+    expected = trained(model, inputs, output_hidden_states=True)
+    with watched(model) as lengths:
+        cut = trained(model, inputs, targets_per_row=4)
+    assert set(lengths) == {4}
+    assert_learnt_the_same(cut, expected)
 
 
 @torch.no_grad()
