@@ -1,9 +1,11 @@
 """The chat templates: DuoStream's own, and a text model's own with pictures added."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from transformers.utils.chat_template_utils import _get_template_variables
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 IMAGE_TOKEN = "<|image|>"
 
@@ -27,7 +29,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}
 """
 
-# Turns lists of parts into strings, with a marker for each picture, so that a text model's template can go on.
+# Makes one text of each message, with a marker for each picture, so that a text model's template can go on.
 FLATTEN_PARTS = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -39,10 +41,13 @@ FLATTEN_PARTS = """\
             {%- set content.text = content.text + ('<|image|>' if part['type'] == 'image' else part['text']) -%}
         {%- endfor -%}
     {%- endif -%}
-    {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=FLAT_CONTENT)] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
+# What a text model's template reads, and what that of a model with pictures may read alone
+FLAT_STRING, FLAT_PART = "content.text", "[{'type': 'text', 'text': content.text}]"
+PROBE = "What is this?"
 
 
 def default_chat_template(template: str | dict[str, str]) -> str:
@@ -60,6 +65,39 @@ def default_chat_template(template: str | dict[str, str]) -> str:
             "`chat_template`"
         )
     return template["default"]
+
+
+@lru_cache(maxsize=32)
+def loses_text(template: str, is_string: bool) -> bool:
+    """
+    Whether a chat template leaves out what a user says, as those do that read lists of parts alone, or strings alone.
+
+    Args:
+        template (`str`): The template.
+        is_string (`bool`): Whether it is given a string, not a list of one part.
+    """
+    content = PROBE if is_string else [{"type": "text", "text": PROBE}]
+    no_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+    try:
+        (text,), _ = render_jinja_template(
+            [[{"role": "user", "content": content}]], chat_template=template, **no_tokens
+        )
+    except (TemplateError, TypeError):
+        return False  # it says so itself where it is used
+    return PROBE not in text
+
+
+def check_contents(template: str, messages: Sequence[dict[str, Any]]) -> None:
+    """Raises `ValueError` where a chat template would leave out a message's text, as it reads lists of parts alone."""
+    if not loses_text(template, is_string=True) or loses_text(template, is_string=False):
+        return
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str) and content.strip():
+            raise ValueError(
+                f"the chat template leaves out contents that are strings, as the {message['role']}'s {content!r:.100}: "
+                "expected a list of parts, [{'type': 'text', 'text': ...}]"
+            )
 
 
 class ToolsNotWrittenError(ValueError):
@@ -90,12 +128,21 @@ def multimodal_chat_template(text_template: str | dict[str, str] | None, image_t
 
     Args:
         text_template (`str` or `dict`, *optional*): The tokenizer's own template, which stays as it is behind a
-            preamble that turns message parts into text; of several named ones, `"default"`. Defaults to DuoStream's
-            template.
+            preamble that makes one text of each message's parts; of several named ones, `"default"`. Defaults to
+            DuoStream's template.
         image_token (`str`, *optional*, defaults to `"<|image|>"`): The marker of a picture.
 
     Raises:
-        ValueError: Of several templates none is named `"default"`.
+        ValueError: Of several templates none is named `"default"`; or it writes nothing of what a user says.
     """
-    template = CHAT_TEMPLATE if text_template is None else FLATTEN_PARTS + default_chat_template(text_template)
+    template = CHAT_TEMPLATE
+    if text_template is not None:
+        own = default_chat_template(text_template)
+        candidates = [FLATTEN_PARTS.replace("FLAT_CONTENT", flat) + own for flat in (FLAT_STRING, FLAT_PART)]
+        template = next((each for each in candidates if not loses_text(each, is_string=True)), "")
+        if not template:
+            raise ValueError(
+                f"The tokenizer's chat template writes nothing of what a user says: give the processor another "
+                f"`chat_template`. It is {own!r:.300}"
+            )
     return template.replace(IMAGE_TOKEN, image_token)

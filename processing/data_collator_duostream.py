@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
-from .chat_template_duostream import check_tools, default_chat_template
+from .chat_template_duostream import check_contents, check_tools, default_chat_template
 from .processing_duostream import DuoStreamProcessor, check_text, read_picture
 
 logger = logging.get_logger(__name__)
@@ -325,10 +325,14 @@ class DuoStreamDataCollator:
         tokenizer, template = self.processor.tokenizer, default_chat_template(self.processor.chat_template)
         tools = tools_of(row)
         check_tools(template, messages, tools)
+        check_contents(template, messages)
         marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools, None, {}, True, False)
         text, answers = self.render_marked(marked[0], tools)
         check_text(text, "the conversation")
-        num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])
+        num_given_answers = 0
+        if any(message["role"] == "assistant" for message in messages[:num_given]):
+            # A template may mark several pieces of a message, or none
+            num_given_answers = len(self.render_marked(marked[0][:num_given], tools)[1])
         pieces, end = [], 0
         for start, stop in answers[num_given_answers:]:
             pieces += [(text[end:start], False), (text[start:stop], True)]

@@ -1,10 +1,13 @@
 """Batches for what is not written answers: masked tokens, classes, and pictures with the texts that belong to them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from tokenizers.models import WordPiece
 from transformers import DataCollatorForLanguageModeling
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .data_collator_duostream import (
     IGNORE_INDEX,
@@ -15,8 +18,9 @@ from .data_collator_duostream import (
 )
 from .processing_duostream import check_text
 
-# What a space, a line's end and a tab look like in a vocabulary: of byte-level BPE, and of SentencePiece
-MARKS_BEFORE = "ĠĊĉ▁"
+# Byte-level BPE spells each byte as a letter, and SentencePiece those of a letter that it doesn't know by number
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+SENTENCE_PIECE_SPACE, NUMBERED_BYTE = "▁", re.compile("<0x([0-9A-F]{2})>")
 
 
 @dataclass
@@ -98,15 +102,42 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
         """
         tokenizer = self.processor.tokenizer
         rows = [tokenizer.convert_ids_to_tokens(row) for row in input_ids.tolist()]
-        marks_inside = any(token.startswith("##") for token in tokenizer.get_vocab())  # WordPiece
-
-        def begins(token: str) -> bool:
-            return not token.startswith("##") if marks_inside else token[0] in MARKS_BEFORE or not token[0].isalnum()
-
-        is_first = torch.tensor([[begins(token) for token in row] for row in rows]).long()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if isinstance(getattr(backend, "model", None), WordPiece):
+            is_first = torch.tensor([[not token.startswith("##") for token in row] for row in rows]).long()
+        else:
+            is_byte_level = "Ġ" in tokenizer.get_vocab()
+            is_first = torch.tensor([begin_words(row, is_byte_level) for row in rows]).long()  # (batch, seq_len)
         # A gap before the first token of a word, none within one
         starts = torch.arange(input_ids.shape[1]) + is_first.cumsum(dim=1)  # (batch, seq_len)
         return torch.stack([starts, starts + 1], dim=-1)
+
+
+def begin_words(tokens: list[str], is_byte_level: bool) -> list[bool]:
+    """
+    Which tokens begin a word: those that begin with a whole character that is no letter or digit, such as a space.
+
+    Args:
+        tokens (`list[str]`): As a vocabulary spells them.
+        is_byte_level (`bool`): Whether it spells bytes, as GPT-2's (Radford et al. 2019, section 2.2).
+    """
+    spelled = [_bytes_of(token, is_byte_level) for token in tokens]
+    written, start, begins = b"".join(spelled), 0, []
+    for each in spelled:
+        # A character of several bytes may be in as many tokens
+        is_inside = 0x80 <= (each[0] if each else 0) < 0xC0
+        character = written[start : start + 4].decode("utf-8", errors="ignore")[:1]
+        begins.append(not is_inside and not character.isalnum())
+        start += len(each)
+    return begins
+
+
+def _bytes_of(token: str, is_byte_level: bool) -> bytes:
+    if numbered := NUMBERED_BYTE.fullmatch(token):
+        return bytes.fromhex(numbered[1])
+    if is_byte_level and all(letter in BYTES for letter in token):
+        return bytes(BYTES[letter] for letter in token)
+    return token.replace(SENTENCE_PIECE_SPACE, " ").encode()
 
 
 @dataclass

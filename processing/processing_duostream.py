@@ -30,7 +30,7 @@ from transformers.utils import PROCESSOR_NAME, logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START
 
 from ..configuration.saved_code_duostream import AUTO_MAP, is_foreign, save_code
-from .chat_template_duostream import IMAGE_TOKEN, check_tools, multimodal_chat_template
+from .chat_template_duostream import IMAGE_TOKEN, check_contents, check_tools, multimodal_chat_template
 
 logger = logging.get_logger(__name__)
 
@@ -468,11 +468,12 @@ class DuoStreamProcessor(ProcessorMixin):
 
         Raises:
             ValueError: There is no conversation of text and pictures, or the chat template would leave out `tools`, or
-                `tool_calls` in a message.
+                `tool_calls` in a message, or a text that is no list of parts.
         """
         template = self._resolve_chat_template(chat_template)
         for messages in self._normalize_conversations(conversation)[0]:
             check_tools(template, messages, kwargs.get("tools"))
+            check_contents(template, messages)
         if kwargs.get("tokenize"):
             given = kwargs.get("processor_kwargs") or {}
             defaults: dict[str, Any] = {}

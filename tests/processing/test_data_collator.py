@@ -252,6 +252,23 @@ def test_the_token_right_after_a_picture_is_never_learnt(byte_processor):
     assert learnt(processor, batch) == "bc"
 
 
+def test_of_a_prompt_nothing_is_learnt_however_many_pieces_of_it_a_template_marks(byte_processor):
+    processor = make_processor("bytes")
+    # Each part by itself, and none of a message that has a name
+    processor.chat_template = (
+        "{%- for message in messages -%}<{{ message['role'] }}>{%- for part in message['content'] -%}"
+        "{%- if message['role'] == 'assistant' and not message['name'] -%}{%- generation -%}{{- part['text'] -}}"
+        "{%- endgeneration -%}{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+    )
+    asked = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    parts = [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]
+    completion = [{"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "text", "text": "."}]}]
+    for given in ({"content": parts}, {"content": parts[:1]}, {"content": parts, "name": "tool"}):
+        row = {"images": [], "prompt": [*asked, {"role": "assistant", **given}, *asked], "completion": completion}
+        batch = DuoStreamDataCollator(processor)([row])
+        assert learnt(processor, batch) == "So."
+
+
 def test_rows_are_padded_on_the_right(processor):
     short, long = dialogue("What?", "That."), dialogue("What color is the square?", "It is red.", "Why?", "So.")
     processor.tokenizer.padding_side = "left"  # as `generate` wants it

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -98,8 +99,6 @@ def test_no_token_ever_becomes_the_placeholder_of_a_picture(processor):
 
 
 def word_piece():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     vocab = {"[PAD]": 0, "[UNK]": 1, "[MASK]": 2, "play": 3, "##ing": 4, "##s": 5, "dog": 6, "ball": 7, ".": 8}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -133,6 +132,39 @@ def test_whole_words_are_masked_or_not_at_all(kind):
             assert chosen.all() or not chosen.any()
             seen.add(bool(chosen.any()))
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bytes", [" café", " über", ",", " Привет", " мир", " 左上角", "."]),
+        # In whose vocabulary there is a word of hashes
+        ("hashes", [" plain", " words", "##", " Title"]),
+        ("pieces", ["▁caf<0xC3><0xA9>", "▁plain", "."]),
+    ],
+)
+def test_words_that_are_spelled_by_bytes_are_masked_whole(kind, words):
+    torch.manual_seed(0)
+    if kind == "pieces":
+        tokens = ["▁caf", "<0xC3>", "<0xA9>", "▁pl", "ain", "."]
+        vocab = {token: i for i, token in enumerate(["[PAD]", "[MASK]", *tokens])}
+        backend = Tokenizer(models.BPE(vocab, merges=[], byte_fallback=True))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", mask_token="[MASK]")
+        ids, lengths = tokenizer.convert_tokens_to_ids(tokens), [3, 2, 1]
+    else:
+        tokenizer = train_tokenizer(["## Title ## Title"] * 5 if kind == "hashes" else [], 300)
+        assert ("##" in tokenizer.get_vocab()) == (kind == "hashes")
+        rows = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+        ids, lengths = [token for row in rows for token in row], [len(row) for row in rows]
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=NUM_TOKENS
+    )
+    collator = DuoStreamMaskedLMCollator(processor, mlm_probability=0.4, whole_word_mask=True)
+    input_ids = torch.tensor([ids] * 50)
+    _, labels = collator.mask(input_ids, input_ids.clone())
+    for row in labels != -100:
+        assert all(chosen.all() or not chosen.any() for chosen in row.split(lengths))
+    assert set((labels != -100).flatten().tolist()) == {True, False}
 
 
 def test_a_tokenizer_without_a_mask_is_refused(processor):

@@ -340,6 +340,50 @@ def test_a_tokenizer_keeps_its_own_chat_template_with_pictures_added():
     assert outputs["input_ids"][0].count(processor.image_token_id) == 2 * NUM_TOKENS
 
 
+# Reads contents that are lists of parts alone, as of models that have pictures, with another marker than ours
+READS_PARTS = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + ': ' -}}
+    {%- for part in message['content'] -%}
+        {{- '<picture>' if part['type'] == 'image' else part['text'] -}}
+    {%- endfor -%}
+    {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif -%}
+"""
+
+
+def test_a_tokenizers_own_template_that_reads_parts_alone_writes_all_texts_and_pictures():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = READS_PARTS
+    processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    expected = "<|im_start|>user: <|image|>Color?<|im_end|><|im_start|>assistant: It is red.<|im_end|>"
+    assert processor.apply_chat_template(CONVERSATIONS["several turns"]).startswith(expected)
+    as_strings = [{"role": "user", "content": "Color?"}, {"role": "assistant", "content": "Red."}]
+    expected = "<|im_start|>user: Color?<|im_end|><|im_start|>assistant: Red.<|im_end|>"
+    assert processor.apply_chat_template(as_strings) == expected
+    outputs = tokenize(processor, CONVERSATIONS["several turns"])
+    assert outputs["input_ids"][0].count(processor.image_token_id) == 2 * NUM_TOKENS
+
+
+def test_a_template_that_would_leave_out_what_is_said_is_refused():
+    tokenizer = chatml_tokenizer()
+    given = DuoStreamProcessor(
+        image_processor(), tokenizer, chat_template=READS_PARTS, image_seq_length=NUM_TOKENS, image_token="<picture>"
+    )
+    as_parts = [user(text("Color?")), {"role": "assistant", "content": [text("Red.")]}]
+    assert "Color?" in given.apply_chat_template(as_parts)
+    as_strings = [user(text("Color?")), {"role": "assistant", "content": "Red."}]
+    message = "the chat template leaves out contents that are strings, as the assistant's 'Red.'"
+    with pytest.raises(ValueError, match=message):
+        given.apply_chat_template(as_strings)
+    with pytest.raises(ValueError, match="Row 0 of the batch: " + message):
+        DuoStreamDataCollator(given)([{"images": [], "messages": as_strings}])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="writes nothing of what a user says"):
+        DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+
+
 def test_of_several_chat_templates_the_default_one_is_kept():
     tokenizer = chatml_tokenizer()
     expected = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS).chat_template
