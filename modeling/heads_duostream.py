@@ -104,6 +104,10 @@ class DuoStreamImageTextHead(nn.Module):
         pooled = mean_pool(self.image_norm(hidden_states))
         return nn.functional.normalize(self.visual_projection(pooled), dim=-1)  # (num_images, projection_dim)
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and bias of scores. Where parts are on disk, `accelerate` fetches what a module holds for a call."""
+        return self.logit_scale, self.logit_bias
+
     def contrastive_loss(
         self,
         text_embeds: torch.Tensor,
@@ -111,7 +115,7 @@ class DuoStreamImageTextHead(nn.Module):
         num_pairs: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """See [`contrastive_loss`]."""
-        scale, bias = self.logit_scale, self.logit_bias
+        scale, bias = self()
         return contrastive_loss(text_embeds, image_embeds, scale, bias, self.config.contrastive_loss, num_pairs)
 
 
@@ -284,7 +288,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
                 )
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
             num_items = kwargs.get("num_items_in_batch")
-            if labels.is_floating_point() and num_items is not None:
+            if self.config.problem_type != "single_label_classification" and num_items is not None:
                 # The library sums over accumulated batches, but divides by the items of all only for class numbers
                 loss = loss * labels.numel() / num_items
         return SequenceClassifierOutput(
@@ -389,7 +393,8 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
         text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
         image_embeds = self.get_image_features(pixel_values, return_dict=True).pooler_output
         head = self.image_text_head
-        logits_per_text = head.logit_scale.exp() * text_embeds @ image_embeds.T + head.logit_bias
+        scale, bias = head()
+        logits_per_text = scale.exp() * text_embeds @ image_embeds.T + bias
         loss = None
         if return_loss:
             check_pairs(len(text_embeds), len(image_embeds))
@@ -578,7 +583,8 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         if self.config.itc_weight:
             itc_loss = head.contrastive_loss(text_embeds, image_embeds, num_pairs)
         if self.config.itm_weight and len(text_embeds) > 1:
-            scores = (head.logit_scale.exp() * text_embeds @ image_embeds.T).detach()
+            scale, _ = head()
+            scores = (scale.exp() * text_embeds @ image_embeds.T).detach()
             itm_loss = self.matching_loss(scores, text_states, attention_mask, image_states, num_pairs)
         return itc_loss, itm_loss
 

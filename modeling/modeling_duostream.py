@@ -255,7 +255,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         Stops training of whole parts, which then stay in eval mode, too.
 
         Args:
-            streams (`str`): Any of `"text"`, `"vision"`, `"projector"` and `"fusion"`.
+            streams (`str`): Any of `"text"`, `"vision"`, `"projector"` and `"fusion"`. A language-model head goes with
+                `"fusion"`, or, where it is tied to the text stream's embeddings, with `"text"`.
 
         Raises:
             ValueError: There is no such part.
@@ -264,6 +265,9 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
             if name not in STREAMS:
                 raise ValueError(f"There is no stream {name!r} to freeze; there are {', '.join(map(repr, STREAMS))}")
             getattr(self.base_model, STREAMS[name]).requires_grad_(False)
+        head = self.get_output_embeddings()
+        if "fusion" in streams and head is not None and head.weight is not self.get_input_embeddings().weight:
+            head.requires_grad_(False)
         self.train(self.training)
 
     @classmethod
@@ -332,10 +336,12 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         check_found(name for name in loading["missing_keys"] if re.match(rf"(model\.)?({old})\.", name))
         if num_fusion_layers is not None:
             check_is_unchanged(model, text)
-        if writes and getattr(text, "generation_config", None) is not None:
-            # What ends a turn may stand there alone. How to sample is left to whoever writes
+        if getattr(text, "generation_config", None) is not None:
+            # What ends a turn may stand there alone. How to sample is left to whoever writes. Where a head doesn't,
+            # one that does may be put in its place later, and finds them in the config
+            told = model.generation_config if writes else model.config.text_config
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(model.generation_config, name, copy.copy(getattr(text.generation_config, name)))
+                setattr(told, name, copy.copy(getattr(text.generation_config, name)))
         return model
 
 

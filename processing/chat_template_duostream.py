@@ -95,7 +95,8 @@ def check_contents(template: str, messages: Sequence[dict[str, Any]]) -> None:
         content = message.get("content")
         if isinstance(content, str) and content.strip():
             raise ValueError(
-                f"the chat template leaves out contents that are strings, as the {message['role']}'s {content!r:.100}: "
+                f"the chat template leaves out contents that are strings, as the {message['role']}'s "
+                f"{content!r:.100}: "
                 "expected a list of parts, [{'type': 'text', 'text': ...}]"
             )
 

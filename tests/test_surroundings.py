@@ -41,6 +41,7 @@ from trl import (
 from duostream import (
     DuoStreamDataCollator,
     DuoStreamForConditionalGeneration,
+    DuoStreamForImageTextRetrieval,
     DuoStreamForSequenceClassification,
     DuoStreamProcessor,
     train_tokenizer,
@@ -228,6 +229,20 @@ def test_parts_that_memory_has_no_room_for_are_read_from_disk(tmp_path: Path) ->
         assert difference(offloaded(**inputs).logits, model(**inputs).logits) == 0
     settings: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(offloaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+def test_what_compares_pictures_and_texts_may_be_on_disk(tmp_path: Path) -> None:
+    model = small_model(cls=DuoStreamForImageTextRetrieval)
+    model.save_pretrained(tmp_path / "model")
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    offloaded = DuoStreamForImageTextRetrieval.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": num_bytes // 2}, offload_folder=tmp_path / "offload"
+    )
+    assert offloaded.hf_device_map["image_text_head"] == "disk"
+    inputs = {"input_ids": torch.randint(3, 90, (2, 5)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        got, expected = offloaded(**inputs, return_loss=True), model(**inputs, return_loss=True)
+    assert torch.equal(got.logits_per_text, expected.logits_per_text) and got.loss == expected.loss
 
 
 def test_positions_of_the_projector_may_be_fetched_when_they_are_needed() -> None:

@@ -153,6 +153,34 @@ def test_what_ends_an_answer_is_what_ended_the_language_models() -> None:
     assert language.generation_config.eos_token_id == [1, 7]
 
 
+def test_what_ends_an_answer_is_kept_by_heads_that_write_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED))
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    language.generation_config.eos_token_id = [1, 7]
+    DuoStreamForPreTraining.from_backbones(language, vision, num_fusion_layers=2).save_pretrained(tmp_path)
+    writer = DuoStreamForConditionalGeneration.from_pretrained(tmp_path)
+    assert writer.generation_config.eos_token_id == [1, 7]
+
+
+def test_backbones_that_give_tuples_are_read_by_name() -> None:
+    torch.manual_seed(0)
+    language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED, return_dict=False))
+    vision = AutoModel.from_config(VISIONS["siglip"]())
+    vision.config.return_dict = False
+    model = DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=2)
+    assert model(**Row(model, PICTURE, 3).inputs).logits.isfinite().all()
+    assert not language.config.return_dict and not vision.config.return_dict
+
+
+def test_an_encoder_that_takes_no_mask_is_refused(folder: Callable[[str], Path]) -> None:
+    fnet = AutoModel.from_config(
+        transformers.FNetConfig(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    )
+    with pytest.raises(ValueError, match="`text` of type 'fnet' takes no `attention_mask`"):
+        DuoStreamForSequenceClassification.from_backbones(fnet, folder("siglip"), fusion_config=LLAMA)
+
+
 def test_a_new_fusion_stack_says_nothing_of_what_ends_an_answer() -> None:
     assert transformers.LlamaConfig().eos_token_id == 2 != COMMON["eos_token_id"]
     fusion = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
@@ -366,6 +394,9 @@ def whole_model(name: str) -> Any:
         return DuoStreamForConditionalGeneration.from_backbones(text, vision, num_fusion_layers=2)
     if name == "gemma3":
         config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4, image_token_index=5)
+    elif name == "smolvlm":
+        vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16}
+        config = transformers.SmolVLMConfig(text_config=parts["text_config"], vision_config=vision, image_token_id=5)
     else:
         config = transformers.LlavaConfig(**parts, image_token_index=5, vision_feature_layer=-1)
     return roughen(AutoModelForImageTextToText.from_config(config), scale=0.1)
@@ -389,10 +420,11 @@ def test_the_vision_tower_of_a_whole_model_is_taken_with_its_weights(
 
 
 @pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "on disk"])
+@pytest.mark.parametrize("name", ["gemma3", "smolvlm"])
 def test_the_language_model_of_a_whole_model_is_taken_with_its_weights(
-    is_loaded: bool, folder: Callable[[str], Path], tmp_path: Path
+    name: str, is_loaded: bool, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    whole = whole_model("gemma3").eval()
+    whole = whole_model(name).eval()
     if not is_loaded:
         whole.save_pretrained(tmp_path)
     vision = AutoModel.from_pretrained(folder("siglip"))

@@ -388,14 +388,15 @@ def test_pretraining_takes_pictures_that_were_read_before(is_projected):
         assert torch.isclose(found[name], expected[name], rtol=1e-5), name
 
 
-@pytest.mark.parametrize("kind", ["classes", "soft scores", "numbers"])
+@pytest.mark.parametrize("kind", ["classes", "soft scores", "numbers", "whole numbers"])
 def test_accumulated_batches_give_the_classification_loss_of_one_batch(kind):
     labels = {
         "classes": torch.tensor([0, 2, 1, 1]),
         "soft scores": torch.rand(4, 3),
         "numbers": torch.tensor([0.5, 2.0, -1.0, 3.0]),
+        "whole numbers": torch.tensor([0, 2, 1, 3]),
     }[kind]
-    num_labels = 1 if kind == "numbers" else 3
+    num_labels = 1 if "numbers" in kind else 3
     model = small_model(cls=DuoStreamForSequenceClassification, num_labels=num_labels).train()
     inputs = {**batch([Row(model, PICTURE, 5) for _ in range(4)]), "labels": labels}
     whole = model(**inputs).loss

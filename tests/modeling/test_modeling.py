@@ -1317,6 +1317,15 @@ def test_a_frozen_stream_learns_nothing_and_keeps_its_statistics() -> None:
         model.freeze("eyes")
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_frozen_head_goes_with_its_embeddings_or_with_the_fusion_stack(is_tied: bool) -> None:
+    for parts, frozen in ((("text", "vision", "fusion"), True), (("fusion",), not is_tied), (("text",), is_tied)):
+        model = small_model(tie_word_embeddings=is_tied)
+        model.freeze(*parts)
+        assert model.lm_head.weight.requires_grad is not frozen
+        assert all(weight.requires_grad for weight in model.model.projector.parameters())
+
+
 @pytest.mark.parametrize("parts", [(9,), (PICTURE, 6)], ids=str)
 def test_types_of_the_new_tokens_alone_are_enough_with_a_cache(parts: tuple) -> None:
     model = small_model("gpt2")

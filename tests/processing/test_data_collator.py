@@ -263,8 +263,8 @@ def test_of_a_prompt_nothing_is_learnt_however_many_pieces_of_it_a_template_mark
     asked = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
     parts = [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]
     completion = [{"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "text", "text": "."}]}]
-    for given in ({"content": parts}, {"content": parts[:1]}, {"content": parts, "name": "tool"}):
-        row = {"images": [], "prompt": [*asked, {"role": "assistant", **given}, *asked], "completion": completion}
+    for said in ({"content": parts}, {"content": parts[:1]}, {"content": parts, "name": "tool"}):
+        row = {"images": [], "prompt": [*asked, {"role": "assistant", **said}, *asked], "completion": completion}
         batch = DuoStreamDataCollator(processor)([row])
         assert learnt(processor, batch) == "So."
 
