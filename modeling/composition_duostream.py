@@ -230,8 +230,6 @@ def compose_config(
     kwargs.setdefault("base_models", on_hub or None)
     text_config = copy.deepcopy(text_config.get_text_config(decoder=True))
     vision_config = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
-    # What the parts give is read by name
-    text_config.return_dict = vision_config.return_dict = True
     if type(vision_config) not in MODEL_MAPPING:
         raise ValueError(f"`vision` of type {vision_config.model_type!r} is no type that `AutoModel` builds")
     if image_size is not None:
@@ -320,10 +318,10 @@ def compose_state_dict(
     base = text.base_model
     if text.config.get_text_config(decoder=True) is not text.config:
         # A multimodal model has its decoder one level down
-        names = [name for name in ("language_model", "text_model") if hasattr(base, name)]
-        if not names:
+        decoder = getattr(base, "language_model", getattr(base, "text_model", None))
+        if decoder is None:
             raise ValueError(f"`text` of type {text.config.model_type!r} has no `language_model` and no `text_model`")
-        base = getattr(base, names[0])
+        base = decoder
     layers_name, num_text_layers = "", config.text_config.num_hidden_layers
     if is_split:
         num_layers = num_text_layers + config.fusion_stack_config.num_hidden_layers
@@ -371,14 +369,14 @@ def check_is_unchanged(model: PreTrainedModel, text: PreTrainedModel) -> None:
     # A head that fills masks reads both ways, and says other things for that
     has_heads = model.can_generate() and text.get_output_embeddings() is not None
     words = set(range(min(9, model.config.text_config.vocab_size))) - {model.config.image_token_id}
-    inputs = {"input_ids": torch.tensor([sorted(words)], device=text.device), "return_dict": True}  # (1, seq_len)
+    input_ids = torch.tensor([sorted(words)], device=text.device)  # (1, seq_len)
     modes = [(module, module.training) for module in text.modules()]
     text.eval()
     try:
         if has_heads:
-            got, expected = (each(**inputs).logits for each in (model, text))
+            got, expected = (each(input_ids=input_ids).logits for each in (model, text))
         else:
-            got, expected = (each.base_model(**inputs).last_hidden_state for each in (model, text))
+            got, expected = (each.base_model(input_ids=input_ids).last_hidden_state for each in (model, text))
     finally:
         for module, mode in modes:
             module.training = mode

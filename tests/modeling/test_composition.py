@@ -163,16 +163,6 @@ def test_what_ends_an_answer_is_kept_by_heads_that_write_none(tmp_path: Path) ->
     assert writer.generation_config.eos_token_id == [1, 7]
 
 
-def test_backbones_that_give_tuples_are_read_by_name() -> None:
-    torch.manual_seed(0)
-    language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED, return_dict=False))
-    vision = AutoModel.from_config(VISIONS["siglip"]())
-    vision.config.return_dict = False
-    model = DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=2)
-    assert model(**Row(model, PICTURE, 3).inputs).logits.isfinite().all()
-    assert not language.config.return_dict and not vision.config.return_dict
-
-
 def test_an_encoder_that_takes_no_mask_is_refused(folder: Callable[[str], Path]) -> None:
     fnet = AutoModel.from_config(
         transformers.FNetConfig(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
