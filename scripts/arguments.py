@@ -6,12 +6,13 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -56,9 +57,16 @@ def check_at_least_one(args: Any, *names: str) -> None:
 
 def check_unused(args: Any, names: Sequence[str], reason: str) -> None:
     """Raises `ValueError` if one of the options is given, which for this `reason` would do nothing."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args)(), name):
-            raise ValueError(f"`{name}` would do nothing: {reason}")
+    for each in fields(args):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.name in names and getattr(args, each.name) != default:
+            raise ValueError(f"`{each.name}` would do nothing: {reason}")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `ValueError` if this is no name of a type of numbers."""
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`dtype` is {dtype!r}; expected one of torch's, as float32, bfloat16 or float16")
 
 
 def json_mapping(args: Any, name: str) -> dict[str, Any]:
@@ -76,6 +84,25 @@ def json_mapping(args: Any, name: str) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ValueError(f"`{name}` is {text!r}; expected a mapping in JSON")
     return mapping
+
+
+def merged(config: dict[str, Any], overrides: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """
+    The fields of a configuration with others in their place. A mapping changes fields of the one that is there, unless
+    it names a `model_type` of its own.
+
+    Raises:
+        ValueError: The configuration has no such field.
+    """
+    if unknown := sorted(set(overrides) - set(config)):
+        raise ValueError(
+            f"`config_overrides` has {unknown}, which are no fields of the configuration{within and f' `{within}`'}"
+        )
+    changed = dict(config)
+    for name, value in overrides.items():
+        is_nested = isinstance(value, dict) and isinstance(config[name], dict) and "model_type" in config[name]
+        changed[name] = merged(config[name], value, name) if is_nested and "model_type" not in value else value
+    return changed
 
 
 @dataclass

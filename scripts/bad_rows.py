@@ -142,7 +142,8 @@ class BadRows:
         self, rows: Dataset | IterableDataset, check: Callable[[dict[str, Any]], Any]
     ) -> Dataset | IterableDataset:
         """
-        The rows that `check` doesn't refuse. All are read once, now; of a stream, each as it comes.
+        The rows that `check` doesn't refuse, of `conversations` that share a picture those that it doesn't. All are
+        read once, now; of a stream, each as it comes.
 
         Args:
             check: Of a row; raises `ValueError`, `TypeError` or `OSError` if the row is bad.
@@ -167,10 +168,42 @@ class BadRows:
                 return False
             return True
 
+        def with_good_conversations(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+            row = {**row}  # `map` gives something like it
+            conversations, sources = row["conversations"], row.get("source")
+            if is_good(row):
+                return row
+            numbers = [row.get("row", index)] * len(conversations) if sources is None else sources
+            parts = [
+                {**row, "conversations": [conversation], "source": [number], "row": number}
+                for conversation, number in zip(conversations, numbers, strict=True)
+            ]
+            good = [place for place, part in enumerate(parts) if is_good(part)]
+            # As where their picture can't be read, or they can't share it: then all are bad
+            for part in [part for place, part in enumerate(parts) if place not in good] or [row]:
+                keep(part, index)
+            if len(good) == len(parts):
+                good = []
+            told = {} if sources is None else {"source": [sources[place] for place in good]}
+            return {**row, **told, "conversations": [conversations[place] for place in good]}
+
+        def is_good(row: dict[str, Any]) -> bool:
+            try:
+                check(row)
+            except BAD_ROW_ERRORS:
+                return False
+            return True
+
         if is_stream:
             return rows.filter(keep, with_indices=True)
         # A cached result would leave rows out, but write nothing down
-        kept = rows.filter(keep, with_indices=True, load_from_cache_file=False, desc="looking for bad rows")
+        anew = {"with_indices": True, "load_from_cache_file": False, "desc": "looking for bad rows"}
+        if "conversations" in rows.column_names:
+            kept = rows.map(with_good_conversations, features=rows.features, **anew).filter(
+                bool, input_columns="conversations", load_from_cache_file=False
+            )
+        else:
+            kept = rows.filter(keep, **anew)
         if not len(kept):
             raise ValueError(f"All rows are bad: {self.path} says why")
         return kept

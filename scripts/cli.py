@@ -84,6 +84,8 @@ def main(args: list[str] | None = None) -> None:
     sys.argv = [f"duostream {command}", *options]
     try:
         if command == "completion":
+            if len(options) > 1:
+                raise ValueError(f"`completion` takes one shell, not {' '.join(options)}")
             print(completions(*options or ["bash"]))
         else:
             import_module(f".{command}", __package__).main(options)

@@ -25,7 +25,7 @@ from transformers import (
 
 from .. import DuoStreamConfig, DuoStreamPreTrainedModel, DuoStreamProcessor
 from ..processing.chat_template_duostream import default_chat_template
-from .arguments import json_mapping, parse
+from .arguments import check_dtype, json_mapping, parse
 from .tasks import task_of
 
 
@@ -59,6 +59,10 @@ class ComposeArguments:
     dtype: str | None = field(default=None, metadata={"help": "Of the weights: by default, the language model's."})
     seed: int = field(default=42, metadata={"help": "Of the new weights."})
     json: bool = field(default=False, metadata={"help": "Print what was made as JSON."})
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_dtype(self.dtype)
 
 
 def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImageProcessor, PreTrainedConfig]:

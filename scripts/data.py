@@ -266,7 +266,7 @@ def pack_rows(
             for name in kept:
                 out[name].append(chosen[name][end])
             if source is not None:
-                # Of all: if the picture can't be read, all are lost, and are to be counted
+                # Of each: those that can't be read are to be counted
                 out["source"].append(chosen[source][end : end + len(indices)])
             end += len(indices)
             pairs = islice(turns, len(indices))
@@ -726,6 +726,7 @@ def _make_rows(
                 "none of which is one of these: give the labels the model's names"
             )
         features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
+        features |= {"references": List(Value("string"))} if is_soft and is_evaluation else {}
 
     def make(row: dict[str, Any], num_images: int, index: int) -> list[dict[str, Any]]:
         if kind == "classification":
@@ -941,6 +942,7 @@ def _name_of_number(number: int | float, classes: Sequence[str]) -> str | None:
 def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str] | None) -> dict[str, Any]:
     """The text to classify, with its class's number, a score for every class, or a number."""
     label, known = row[args.label_column], list(classes or [])
+    references = list(dict.fromkeys(label)) if isinstance(label, list) else None
     if isinstance(label, list):
         # An answer that is no class can't be chosen, and counts as wrong
         label = [float(name in label) for name in known]
@@ -959,7 +961,7 @@ def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str]
         raise ValueError(
             f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
         )
-    return {"text": _prompt_of(row, args, index), "label": label}
+    return {"text": _prompt_of(row, args, index), "label": label, "references": references}
 
 
 def number_rows(rows: Rows) -> Rows:

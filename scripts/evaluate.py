@@ -418,8 +418,13 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
-    for_training = ("mixture", "conversations_per_row", "on_bad_rows", "max_train_rows")
+    for_training = (
+        *("mixture", "weight", "train_split", "max_train_rows"),
+        *("conversations_per_row", "chars_per_picture", "on_bad_rows"),
+    )
     check_unused(data_args, for_training, "it is for rows to train on")
+    if task_of(data_args.task).auto_class is not WRITER:
+        check_unused(evaluate_args, ["max_new_tokens", "num_beams"], f"{data_args.task!r} writes nothing")
     output_dir = Path(evaluate_args.output_dir)
     there = next(each for each in (output_dir, *output_dir.parents) if each.exists())
     if not there.is_dir():
@@ -446,6 +451,9 @@ def main(args: list[str] | None = None) -> None:
     figures, results = evaluate(model, processor, rows, data_args.task, batch_size, **options)
     if data_args.task == "classification" and isinstance(rows, Dataset) and is_plain_text(rows.features):
         results = [{**result, "prompt": text} for result, text in zip(results, rows["text"], strict=True)]
+    if data_args.task == "classification" and isinstance(rows, Dataset) and "references" in rows.column_names:
+        # Some may be no class
+        results = [{**result, "label": names} for result, names in zip(results, rows["references"], strict=True)]
     has_row_results = data_args.task not in ("retrieval", "masked")
     record = {
         "command": sys.argv[1:] if args is None else args,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging
 
 from ..configuration import DuoStreamConfig
-from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, merged, parse
 from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
 from .places import check_place
@@ -68,11 +68,8 @@ def changed_config(args: FinetuneArguments) -> dict[str, Any]:
     """
     overrides = json_mapping(args, "config_overrides")
     if overrides:
-        fields = AutoConfig.from_pretrained(args.checkpoint).to_dict()
-        if unknown := set(overrides) - set(fields):
-            raise ValueError(f"`config_overrides` has {sorted(unknown)}, which are no fields of the configuration")
         # `from_pretrained` sets fields without looking at them
-        DuoStreamConfig.from_dict({**fields, **overrides})
+        DuoStreamConfig.from_dict(merged(AutoConfig.from_pretrained(args.checkpoint).to_dict(), overrides))
     return overrides
 
 

@@ -9,6 +9,7 @@ Example:
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -23,7 +24,15 @@ from .. import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, json_mapping, parse
+from .arguments import (
+    DataArguments,
+    DuoStreamTrainingArguments,
+    check_at_least_one,
+    check_unused,
+    json_mapping,
+    merged,
+    parse,
+)
 from .compose import check_answers_end, load_vision, take_vision
 from .data import Rows, load_mixture, load_rows, texts_of
 from .training import bad_rows_of, check_output_dir, prepare, train
@@ -64,18 +73,20 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     more objectives than that, `DuoStreamForPreTraining`.
 
     Raises:
-        ValueError: The parts don't fit together.
+        ValueError: The parts don't fit together, or an option is told twice, or would do nothing.
     """
     check_at_least_one(args, "tokenizer_rows")
+    overrides = check_overrides(args)
     tokenizer: PreTrainedTokenizerBase
     if args.tokenizer is None:
         tokenizer = train_tokenizer(islice(texts_of(rows), args.tokenizer_rows), args.vocab_size)
     else:
+        check_unused(args, ["vocab_size", "tokenizer_rows"], "`tokenizer` is trained already")
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="left")  # prompts are written on
     fields = {
         "contrastive_loss": args.contrastive_loss,
         **objective_weights(args),
-        **json_mapping(args, "config_overrides"),
+        **overrides,
     }
     if args.vision is not None:
         image_processor, fields["vision_config"] = load_vision(args.vision)
@@ -100,6 +111,22 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     if args.vision is not None:
         take_vision(model, args.vision)
     return model, processor
+
+
+def check_overrides(args: PretrainArguments) -> dict[str, Any]:
+    """
+    `config_overrides`, for the preset.
+
+    Raises:
+        ValueError: They are no fields of it, or have options of their own.
+    """
+    overrides = json_mapping(args, "config_overrides")
+    own = {*objective_weights(args), "contrastive_loss", "vocab_size", "image_token_id"}
+    own |= {"vision_config"} if args.vision is not None else set()
+    if twice := sorted(own & set(overrides)):
+        raise ValueError(f"`config_overrides` has {twice}, which options of their own, or the tokenizer, tell")
+    merged(DuoStreamConfig.from_preset(args.preset).to_dict(), overrides)
+    return overrides
 
 
 def objective_weights(args: PretrainArguments) -> dict[str, float]:
@@ -127,6 +154,14 @@ def main(args: list[str] | None = None) -> None:
         )
     if training_args.cache_vision:
         check_cacheable(data_args)
+    if not any(objective_weights(pretrain_args).values()):
+        raise ValueError(f"{', '.join(objective_weights(pretrain_args))} are all 0: there is nothing to learn")
+    if not pretrain_args.mlm_weight:
+        check_unused(pretrain_args, ["whole_word_mask"], "`mlm_weight` is 0, so that nothing is masked")
+    if not pretrain_args.itc_weight:
+        check_unused(pretrain_args, ["contrastive_loss"], "`itc_weight` is 0")
+    if training_args.eval_strategy == "no":
+        check_unused(data_args, ["max_eval_rows"], "`eval_strategy` is 'no'")
     for option in ("cache_vision", "packing"):
         if getattr(training_args, option) and not writes_only(pretrain_args):
             raise ValueError(f"`{option}` goes with language modelling alone, not with the other objectives")

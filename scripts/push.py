@@ -23,7 +23,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, P
 import duostream
 
 from .arguments import parse
-from .card import CARD, PICTURES, are_same_weights, is_by_hand, read_evaluation, weights_fingerprints, write_card
+from .card import CARD, PICTURES, RUN, are_same_weights, is_by_hand, read_evaluation, weights_fingerprints, write_card
 from .checkpoints import check_files, load_model
 from .demo import import_gradio, space_files
 from .places import MERGE, check_place, is_adapter
@@ -32,7 +32,9 @@ logger = logging.get_logger(__name__)
 
 # What pushing again replaces
 PROCESSOR = ("processor_config.json", "tokenizer*.json", "special_tokens_map.json", "*.jinja", "*_duostream.py")
-OURS = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", *PROCESSOR)
+MODEL = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
+# What is told of other weights' training must not stay beside these
+OURS = (*MODEL, *PROCESSOR, RUN)
 ADAPTER = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 # How the card begins that PEFT writes for somebody to fill
 BLANK_HEADING = "# Model Card for Model ID"
@@ -146,6 +148,9 @@ def push(args: PushArguments) -> tuple[CommitInfo, str]:
                 Path(args.checkpoint), evaluations, folder, repo_id, license=args.license, language=args.language
             )
             told = f"The card was filled from {', '.join([args.checkpoint, *args.evaluations])}"
+        if not is_own and (run := Path(args.checkpoint) / RUN).exists():
+            # By which the demo knows where pictures stood in training
+            copyfile(run, folder / RUN)
         return upload(args, folder, repo_id, [name for name in there if is_ours(name, replaced)]), told
 
 

@@ -40,6 +40,11 @@ NOT_TAKEN: dict[str, Any] = {
     "logit_bias": {},
     "presence_penalty": 0,
     "response_format": {"type": "text"},
+    "functions": [],
+    "function_call": "none",
+    "tool_choice": "auto",
+    "modalities": ["text"],
+    "audio": None,
 }
 # The library adds `frequency_penalty` to 1 and divides scores by the sum
 NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -56,11 +61,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 LOWEST_TEMPERATURE = 1e-5
 
 
-def refusal(body: Any, model: str) -> str | None:
+def refusal(body: Any, model: str, name_in_answers: str) -> str | None:
     """Why a request isn't answered: it asks for what the server can't do, or for a file or an address to be opened."""
     if not isinstance(body, dict):
         return "expected a JSON object"
-    if body.get("model") not in (None, model):
+    if body.get("model") not in (None, model, name_in_answers):
         return f"`model` is {body['model']!r}; this server has {model!r}"
     if "chat_template_kwargs" in body:
         return "`chat_template_kwargs` is not taken: it could name files to open"
@@ -203,14 +208,16 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
     """The library's `build_server`, whose app asks [`refusal`] and [`messages_refusal`] first."""
 
     def build(model_manager: Any, *args: Any, **kwargs: Any) -> Any:
+        from fastapi.middleware import Middleware
         from fastapi.responses import JSONResponse
+        from starlette.middleware.base import BaseHTTPMiddleware
 
         model = model_manager.force_model
         if model is None:
             raise typer.BadParameter("name the checkpoint to serve: with none, each request could load any model")
         app = build_server(model_manager, *args, **kwargs)
+        name_in_answers = model_manager.process_model_name(model)
 
-        @app.middleware("http")
         async def guard(request: Any, call_next: Any) -> Any:
             if request.url.path not in ROUTES:
                 return JSONResponse({"detail": f"there are {', '.join(ROUTES)}"}, 404)
@@ -222,13 +229,15 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
                     body = await request.json()
                 except (ValueError, RecursionError):
                     return JSONResponse({"detail": "the request is no JSON"}, 400)
-                problem = refusal(body, model)
+                problem = refusal(body, model, name_in_answers)
                 if problem is None and request.url.path == "/v1/chat/completions":
                     problem = messages_refusal(body.get("messages"))
                 if problem is not None:
                     return JSONResponse({"detail": problem}, 400)
             return await call_next(request)
 
+        # Within the library's own, so that those see to what it refuses, too, for pages of other sites (CORS)
+        app.user_middleware.append(Middleware(BaseHTTPMiddleware, dispatch=guard))
         return app
 
     return build

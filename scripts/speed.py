@@ -43,7 +43,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..modeling.kept_states_duostream import lower_half
 from ..modeling.masks_duostream import block_sequence_ids
 from ..processing.data_collator_duostream import IGNORE_INDEX
-from .arguments import parse
+from .arguments import check_dtype, parse
 from .comparison import (
     CLOCKS,
     Row,
@@ -123,6 +123,7 @@ class SpeedArguments:
 
     def __post_init__(self) -> None:
         check_preset(self.preset, self.peers, self.image_tokens)
+        check_dtype(self.dtype)
         check_repeats(self.repeats)
         check_clock(self.clock)
         if len(set(self.fusion_layers)) < len(self.fusion_layers):

@@ -425,6 +425,28 @@ def check_output_dir(args: DuoStreamTrainingArguments) -> None:
         )
 
 
+def check_batches(training_args: DuoStreamTrainingArguments, rows: Rows) -> None:
+    """
+    Raises:
+        ValueError: There are fewer rows than a batch of all ranks, and `dataloader_drop_last` leaves such out; or they
+            are a stream, whose lengths aren't known, and are to be grouped by them.
+    """
+    if isinstance(rows, IterableDataset):
+        if training_args.train_sampling_strategy == "group_by_length":
+            raise ValueError("`train_sampling_strategy` 'group_by_length' needs all rows: not with `streaming`")
+        return
+    rows_per_batch = training_args.train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and len(rows) < rows_per_batch:
+        raise ValueError(
+            f"The rows to train on are {len(rows)}, fewer than a batch of {rows_per_batch}, which "
+            "`dataloader_drop_last` leaves out: nothing would be learnt"
+        )
+    if training_args.length_column_name != "length":
+        raise ValueError(
+            f"`length_column_name` is {training_args.length_column_name!r}; the rows' lengths are in 'length'"
+        )
+
+
 def train(
     model: PreTrainedModel,
     processor: DuoStreamProcessor,
@@ -464,6 +486,7 @@ def train(
     if bad_rows is not None:
         # Before training, so that batches, epochs and resuming are those of a data set without them
         train_rows = bad_rows.leave_out(train_rows, lambda row: collator([row]))
+    check_batches(training_args, train_rows)
     if training_args.cache_vision:
         train_rows = with_states(train_rows, model, processor, training_args)
         eval_rows = None if eval_rows is None else with_states(eval_rows, model, processor, training_args)

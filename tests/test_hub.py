@@ -230,6 +230,12 @@ def test_the_trainer_pushes_what_it_trained_and_none_of_its_states(
     files = set(hub.files("me/trained"))
     assert files >= WHOLE | {"README.md", "run.json"} and not files & {"training_args.bin", "trainer_state.json"}
     assert b'checkpoint = "me/trained"' in hub.files("me/trained")["README.md"]
+    # What pushing it again uploads is what was recorded, and beside other weights that doesn't stay
+    for folder, is_recorded in ((tmp_path / "run", True), (checkpoint, False)):
+        pushed = run("duostream.scripts.push", "--checkpoint", folder, "--repo_id", "me/again")
+        assert pushed.returncode == 0, pushed.stderr[-3000:]
+        recorded = hub.files("me/again").get("run.json")
+        assert recorded == ((folder / "run.json").read_bytes() if is_recorded else None)
     check_clean(hub, checkpoint, tmp_path)
     loaded = run(LOAD, "me/trained", "main", "no plugin", "trust")
     assert loaded.returncode == 0, loaded.stderr[-3000:]

@@ -9,13 +9,16 @@ import pytest
 from packaging.version import Version
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.scripts import pretrain
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import (
     READS_EMPTY_LINES,
     READS_EMPTY_PICTURES,
+    load_mixture,
     load_rows,
     number_rows,
     read_classes,
@@ -153,6 +156,36 @@ def test_all_rows_that_share_a_picture_that_cannot_be_read_are_written_down(tmp_
     written = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
     assert [each["row"] for each in written] == [1, 3, 4]
     assert all("a picture can't be read" in each["reason"] for each in written)
+
+
+def test_of_conversations_that_share_a_picture_the_bad_one_alone_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, color in (("red.png", "red"), ("blue.png", "blue")):
+        Image.new("RGB", (40, 40), color).save(tmp_path / name)
+    said = [("red.png", "one"), ("red.png", None), ("red.png", "three"), ("blue.png", None), ("blue.png", None)]
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    rows = [
+        {
+            "images": [str(tmp_path / name)],
+            "prompt": [asked],
+            "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
+        }
+        for name, text in said
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad_rows = BadRows(tmp_path / "out" / "bad_rows.jsonl")
+    args = DataArguments(task="chat", dataset=str(path), conversations_per_row=3)
+    processor = DuoStreamProcessor(
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}), train_tokenizer([], 263), image_seq_length=4
+    )
+    collator = DuoStreamDataCollator(processor)
+    (row,) = bad_rows.leave_out(load_mixture(args, bad_rows=bad_rows), lambda row: collator([row]))
+    texts = [each["completion"][0]["content"][0]["text"] for each in row["conversations"]]
+    assert texts == ["one", "three"] and row["source"] == [0, 2]
+    written = [json.loads(line) for line in bad_rows.path.read_text().splitlines()]
+    assert [each["row"] for each in written] == [1, 3, 4]
+    assert all(f"Row {each['row']}: expected text" in each["reason"] for each in written)
 
 
 def write_lines(path, *lines):

@@ -186,6 +186,21 @@ def test_pretraining_evaluates_when_asked_to(tmp_path):
         ({"eval_strategy": "steps", "eval_split": ""}, "`eval_strategy` 'steps' evaluates on `eval_split`, which is"),
         ({"tokenizer_rows": 0}, "`tokenizer_rows` is 0; expected at least 1"),
         ({"config_overrides": "[1]"}, r"`config_overrides` is '\[1\]'; expected a mapping in JSON"),
+        ({"config_overrides": '{"itc_weight": 1.0}'}, r"`config_overrides` has \['itc_weight'\], which options of"),
+        ({"config_overrides": '{"vocab_size": 300}'}, r"`config_overrides` has \['vocab_size'\], which options of"),
+        ({"config_overrides": '{"num_image_update_layer": 0}'}, r"has \['num_image_update_layer'\], which are no"),
+        ({"config_overrides": '{"text_config": {"wide": 8}}'}, r"has \['wide'\], .* configuration `text_config`"),
+        ({"vision": "there", "config_overrides": '{"vision_config": {}}'}, r"has \['vision_config'\], which options"),
+        ({"tokenizer": "there"}, "`vocab_size` would do nothing: `tokenizer` is trained already"),
+        ({"lm_weight": 0}, "lm_weight, mlm_weight, itc_weight, itm_weight are all 0: there is nothing to learn"),
+        ({"whole_word_mask": True}, "`whole_word_mask` would do nothing: `mlm_weight` is 0"),
+        ({"contrastive_loss": "softmax", "itm_weight": 1}, "`contrastive_loss` would do nothing: `itc_weight` is 0"),
+        ({"max_eval_rows": 1}, "`max_eval_rows` would do nothing: `eval_strategy` is 'no'"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 9},
+            "The rows to train on are 2, fewer than a batch of 9, which `dataloader_drop_last` leaves out",
+        ),
+        ({"length_column_name": "size"}, "`length_column_name` is 'size'; the rows' lengths are in 'length'"),
     ],
 )
 def test_options_that_pretraining_can_do_nothing_with_are_refused(tmp_path, wrong, message):
@@ -330,9 +345,42 @@ def test_fields_of_the_configuration_may_change_in_finetuning(pretrained, photog
         ('{"loss_chunk_size": 0}', "`loss_chunk_size` is 0"),
         ('{"bidirectional_images": "false"}', "`bidirectional_images`"),
         ('{"loss_chunk": 3}', r"has \['loss_chunk'\], which are no fields"),
+        ('{"text_config": {"wide": 8}}', r"has \['wide'\], which are no fields of the configuration `text_config`"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune.main(arguments(**{**options, "config_overrides": wrong}, **SHORT_TRAINING, **QUIET))
+
+
+def test_fields_within_a_part_of_the_configuration_may_change_alone(pretrained, photographs, tmp_path):
+    options = {"checkpoint": pretrained, "dataset": photographs, "answer_column": "captions", "eval_split": ""}
+    options |= {"config_overrides": '{"text_config": {"attention_dropout": 0.5}}', "output_dir": tmp_path / "run"}
+    finetune.main(arguments(**options, **SHORT_TRAINING, **QUIET))
+    before, after = (read_json(folder / "config.json")["text_config"] for folder in (pretrained, tmp_path / "run"))
+    assert after["attention_dropout"] == 0.5 != before["attention_dropout"]
+    assert {name: value for name, value in after.items() if name != "attention_dropout"} == {
+        name: value for name, value in before.items() if name != "attention_dropout"
+    }
+
+
+def test_a_stream_is_not_grouped_by_lengths_that_are_not_known(pretrained, photographs, tmp_path):
+    options = {"checkpoint": pretrained, "dataset": photographs, "answer_column": "captions", "streaming": True}
+    options |= {"train_sampling_strategy": "group_by_length", "output_dir": tmp_path / "run"}
+    with pytest.raises(ValueError, match="'group_by_length' needs all rows: not with `streaming`"):
+        finetune.main(arguments(**options, **SHORT_TRAINING, **QUIET))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "classification", "num_beams": 7}, "`num_beams` would do nothing: 'classification' writes nothing"),
+        ({"task": "retrieval", "max_new_tokens": 7}, "`max_new_tokens` would do nothing: 'retrieval' writes nothing"),
+        ({"chars_per_picture": 7}, "`chars_per_picture` would do nothing: it is for rows to train on"),
+        ({"train_split": "test"}, "`train_split` would do nothing: it is for rows to train on"),
+    ],
+)
+def test_options_that_evaluation_can_do_nothing_with_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(arguments(checkpoint="nowhere", **options))
 
 
 def test_freezing_what_is_not_there_is_refused(pretrained, photographs, tmp_path):
@@ -694,6 +742,8 @@ def test_composing_says_what_it_wrote(language_model, vision_model, tmp_path, ca
     assert made["num_text_layers"] == 2 and made["num_image_update_layers"] == 0
     assert made["num_fusion_layers"] == 1 and made["num_parameters"] > 0 and made["image_seq_length"] == 1
     assert AutoProcessor.from_pretrained(tmp_path / "out").image_seq_length == 1
+    with pytest.raises(ValueError, match="`dtype` is 'bf16'; expected one of torch's"):
+        compose.main(arguments(**options, dtype="bf16"))
     for field in ("spatial_merge_size", "image_token_id"):
         with pytest.raises(ValueError, match=rf"`config_overrides` has \['{field}'\], which options of their own"):
             compose.main(arguments(**options, config_overrides=json.dumps({field: 2})))

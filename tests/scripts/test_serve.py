@@ -48,6 +48,7 @@ def server(checkpoint: Path) -> Iterator[str]:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "duostream.scripts.serve", str(checkpoint), "--port", port, "--device", "cpu"]
+    command.append("--enable-cors")
     process = subprocess.Popen(command)
     address = f"http://localhost:{port}"
     try:
@@ -214,6 +215,30 @@ def test_what_clients_send_though_they_ask_for_nothing_by_it_is_taken(server: st
     assert words(server, messages=silent) == words(server, messages=empty)
 
 
+def test_the_name_that_answers_carry_is_known(server: str) -> None:
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    asked: Any = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+    name = client.chat.completions.create(model=client.models.list().data[0].id, **asked).model
+    again = client.chat.completions.create(model=name, **asked)
+    assert again.model == name and again.choices[0].message.content == "nice to meet you"
+
+
+def test_pages_of_other_sites_may_ask_and_read_what_is_refused(server: str) -> None:
+    origin = {"Origin": "http://a.example"}
+    chat, models = f"{server}/v1/chat/completions", f"{server}/v1/models"
+    asking = {**origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}
+    answers = [
+        httpx.get(models, headers=origin),
+        httpx.options(models, headers=asking),
+        httpx.post(chat, json={}, headers=origin),
+        httpx.post(chat, json={**saying("Hello"), "max_tokens": 2}, headers=origin),
+        httpx.get(f"{server}/nowhere", headers=origin),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 400, 200, 404]
+    assert all(answer.headers["access-control-allow-origin"] in ("*", origin["Origin"]) for answer in answers)
+    assert "authorization" in answers[1].headers["access-control-allow-headers"]
+
+
 def saying(content: Any, role: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content}]}
 
@@ -237,6 +262,11 @@ def showing(picture: bytes, kind: str = "png", role: str = "user") -> dict[str, 
                 "logit_bias": {"5": 100},
                 "presence_penalty": 0.5,
                 "response_format": {"type": "json_object"},
+                "functions": [{"name": "f", "parameters": {}}],
+                "function_call": "auto",
+                "tool_choice": "required",
+                "modalities": ["audio"],
+                "audio": {"voice": "alloy"},
             }.items()
         ),
         *(

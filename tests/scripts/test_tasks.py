@@ -184,6 +184,19 @@ def test_only_the_most_frequent_answers_are_classes(texts):
     assert read_classes(args) == ["film"]
 
 
+def test_an_answer_that_is_no_class_is_told_beside_what_was_predicted(pretrained, tmp_path):
+    answers = [["yes"], ["yes", "no"], ["other"], ["no", "other"]]
+    rows = [{"text": text, "label": each} for text, each in zip(SENTENCES, answers, strict=True)]
+    data = {"task": "classification", "dataset": write(tmp_path / "rows.jsonl", rows), "eval_split": "train"}
+    options = {"checkpoint": pretrained, "max_answers": 2, "output_dir": tmp_path / "out", **SHORT}
+    finetune.main(arguments(**options, **data))
+    evaluate.main(arguments(checkpoint=tmp_path / "out", **data, output_dir=tmp_path / "figures"))
+    lines = (tmp_path / "figures" / "predictions.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    assert [result["label"] for result in results] == answers
+    assert results[2]["score"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
