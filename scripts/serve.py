@@ -61,11 +61,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 LOWEST_TEMPERATURE = 1e-5
 
 
-def refusal(body: Any, model: str, name_in_answers: str) -> str | None:
+def refusal(body: Any, model: str) -> str | None:
     """Why a request isn't answered: it asks for what the server can't do, or for a file or an address to be opened."""
     if not isinstance(body, dict):
         return "expected a JSON object"
-    if body.get("model") not in (None, model, name_in_answers):
+    if body.get("model") not in (None, model):
         return f"`model` is {body['model']!r}; this server has {model!r}"
     if "chat_template_kwargs" in body:
         return "`chat_template_kwargs` is not taken: it could name files to open"
@@ -216,7 +216,6 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
         if model is None:
             raise typer.BadParameter("name the checkpoint to serve: with none, each request could load any model")
         app = build_server(model_manager, *args, **kwargs)
-        name_in_answers = model_manager.process_model_name(model)
 
         async def guard(request: Any, call_next: Any) -> Any:
             if request.url.path not in ROUTES:
@@ -229,7 +228,7 @@ def guarded(build_server: Callable[..., Any]) -> Callable[..., Any]:
                     body = await request.json()
                 except (ValueError, RecursionError):
                     return JSONResponse({"detail": "the request is no JSON"}, 400)
-                problem = refusal(body, model, name_in_answers)
+                problem = refusal(body, model)
                 if problem is None and request.url.path == "/v1/chat/completions":
                     problem = messages_refusal(body.get("messages"))
                 if problem is not None:
