@@ -28,7 +28,6 @@ from .arguments import (
     DataArguments,
     DuoStreamTrainingArguments,
     check_at_least_one,
-    check_unused,
     json_mapping,
     merged,
     parse,
@@ -73,7 +72,7 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     more objectives than that, `DuoStreamForPreTraining`.
 
     Raises:
-        ValueError: The parts don't fit together, or an option is told twice, or would do nothing.
+        ValueError: The parts don't fit together, or something is told twice.
     """
     check_at_least_one(args, "tokenizer_rows")
     overrides = check_overrides(args)
@@ -81,7 +80,6 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
     if args.tokenizer is None:
         tokenizer = train_tokenizer(islice(texts_of(rows), args.tokenizer_rows), args.vocab_size)
     else:
-        check_unused(args, ["vocab_size", "tokenizer_rows"], "`tokenizer` is trained already")
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="left")  # prompts are written on
     fields = {
         "contrastive_loss": args.contrastive_loss,
@@ -156,12 +154,6 @@ def main(args: list[str] | None = None) -> None:
         check_cacheable(data_args)
     if not any(objective_weights(pretrain_args).values()):
         raise ValueError(f"{', '.join(objective_weights(pretrain_args))} are all 0: there is nothing to learn")
-    if not pretrain_args.mlm_weight:
-        check_unused(pretrain_args, ["whole_word_mask"], "`mlm_weight` is 0, so that nothing is masked")
-    if not pretrain_args.itc_weight:
-        check_unused(pretrain_args, ["contrastive_loss"], "`itc_weight` is 0")
-    if training_args.eval_strategy == "no":
-        check_unused(data_args, ["max_eval_rows"], "`eval_strategy` is 'no'")
     for option in ("cache_vision", "packing"):
         if getattr(training_args, option) and not writes_only(pretrain_args):
             raise ValueError(f"`{option}` goes with language modelling alone, not with the other objectives")
