@@ -123,7 +123,8 @@ def check_overrides(args: PretrainArguments) -> dict[str, Any]:
     own |= {"vision_config"} if args.vision is not None else set()
     if twice := sorted(own & set(overrides)):
         raise ValueError(f"`config_overrides` has {twice}, which options of their own, or the tokenizer, tell")
-    merged(DuoStreamConfig.from_preset(args.preset).to_dict(), overrides)
+    # A configuration takes this one, too, and doesn't write it down
+    merged({**DuoStreamConfig.from_preset(args.preset).to_dict(), "attn_implementation": None}, overrides)
     return overrides
 
 
