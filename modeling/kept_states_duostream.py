@@ -171,9 +171,9 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
     Hooks the layers of a stack so that a layer that a [`CacheOfKeptStates`] names makes the kept states alone. It is
     run twice by its own code, as other hooks see: on the other positions (on all, where `kept` is a number) until keys
     and values are made, then on the kept ones to its end. Queries, which the first run has no use for, its `q_proj`
-    makes for one position there, if it has one. At all other positions its output is its input. So it is where an
-    `image_mask` of shape `(batch, seq_len)` holds, too, in all but the lowest `num_image_update_layers`. Layers of
-    types that are not known stay as they are.
+    makes for one position there, if it has one (and that wasn't replaced later). At all other positions its output is
+    its input. So it is where an `image_mask` of shape `(batch, seq_len)` holds, too, in all but the lowest
+    `num_image_update_layers`. Layers of types that are not known stay as they are.
 
     Args:
         stack (`PreTrainedModel`): A decoder of `transformers`.

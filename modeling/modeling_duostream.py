@@ -337,11 +337,14 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         if num_fusion_layers is not None:
             check_is_unchanged(model, text)
         if getattr(text, "generation_config", None) is not None:
-            # What ends a turn may stand there alone. How to sample is left to whoever writes. Where a head doesn't,
-            # one that does may be put in its place later, and finds them in the config
-            told = model.generation_config if writes else model.config.text_config
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(told, name, copy.copy(getattr(text.generation_config, name)))
+            # What ends a turn may stand there alone. How to sample is left to whoever writes
+            told = text.generation_config
+            if writes:
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                    setattr(model.generation_config, name, copy.copy(getattr(told, name)))
+            elif told.eos_token_id is not None:
+                # Where a head that writes is put in this one's place, it finds it in the config
+                model.config.text_config.eos_token_id = copy.copy(told.eos_token_id)
         return model
 
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<|image|>"
 
@@ -47,7 +49,6 @@ FLATTEN_PARTS = """\
 """
 # What a text model's template reads, and what that of a model with pictures may read alone
 FLAT_STRING, FLAT_PART = "content.text", "[{'type': 'text', 'text': content.text}]"
-PROBE = "What is this?"
 
 
 def default_chat_template(template: str | dict[str, str]) -> str:
@@ -67,37 +68,48 @@ def default_chat_template(template: str | dict[str, str]) -> str:
     return template["default"]
 
 
-@lru_cache(maxsize=32)
-def loses_text(template: str, is_string: bool) -> bool:
+@lru_cache(maxsize=64)
+def writes_text(template: str, role: str, is_string: bool) -> bool | None:
     """
-    Whether a chat template leaves out what a user says, as those do that read lists of parts alone, or strings alone.
+    Whether a chat template writes what is said, which those that read lists of parts alone, or strings alone, may
+    leave out without a word; `None` if it fails.
 
     Args:
         template (`str`): The template.
-        is_string (`bool`): Whether it is given a string, not a list of one part.
+        role (`str`): Who says it: `"user"` or `"assistant"`.
+        is_string (`bool`): Whether the template is given strings, not lists of one part.
     """
-    content = PROBE if is_string else [{"type": "text", "text": PROBE}]
-    no_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
-    try:
-        (text,), _ = render_jinja_template(
-            [[{"role": "user", "content": content}]], chat_template=template, **no_tokens
-        )
-    except (TemplateError, TypeError):
-        return False  # it says so itself where it is used
-    return PROBE not in text
+    texts = []
+    for said in ("one", "two"):
+        turns = [(each, said if each == role else "so") for each in ("user", "assistant", "user")]
+        messages = [
+            {"role": each, "content": text if is_string else [{"type": "text", "text": text}]} for each, text in turns
+        ]
+        try:
+            (text,), _ = render_jinja_template(
+                [messages],
+                chat_template=template,
+                add_generation_prompt=True,
+                **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), ""),
+            )
+        except Exception:
+            # A template is a program, and says itself what is wrong where it is used
+            return None
+        texts.append(text)
+    # Not as lists of Python's are written
+    return texts[0] != texts[1] and "{'type': 'text', 'text': 'one'" not in texts[0]
 
 
 def check_contents(template: str, messages: Sequence[dict[str, Any]]) -> None:
     """Raises `ValueError` where a chat template would leave out a message's text, as it reads lists of parts alone."""
-    if not loses_text(template, is_string=True) or loses_text(template, is_string=False):
-        return
     for message in messages:
-        content = message.get("content")
-        if isinstance(content, str) and content.strip():
+        content, role = message.get("content"), "assistant" if message["role"] == "assistant" else "user"
+        if not isinstance(content, str) or not content.strip():
+            continue
+        if writes_text(template, role, is_string=True) is False and writes_text(template, role, is_string=False):
             raise ValueError(
                 f"the chat template leaves out contents that are strings, as the {message['role']}'s "
-                f"{content!r:.100}: "
-                "expected a list of parts, [{'type': 'text', 'text': ...}]"
+                f"{content!r:.100}: expected a list of parts, [{{'type': 'text', 'text': ...}}]"
             )
 
 
@@ -134,16 +146,19 @@ def multimodal_chat_template(text_template: str | dict[str, str] | None, image_t
         image_token (`str`, *optional*, defaults to `"<|image|>"`): The marker of a picture.
 
     Raises:
-        ValueError: Of several templates none is named `"default"`; or it writes nothing of what a user says.
+        ValueError: Of several templates none is named `"default"`.
     """
     template = CHAT_TEMPLATE
     if text_template is not None:
         own = default_chat_template(text_template)
-        candidates = [FLATTEN_PARTS.replace("FLAT_CONTENT", flat) + own for flat in (FLAT_STRING, FLAT_PART)]
-        template = next((each for each in candidates if not loses_text(each, is_string=True)), "")
-        if not template:
-            raise ValueError(
-                f"The tokenizer's chat template writes nothing of what a user says: give the processor another "
-                f"`chat_template`. It is {own!r:.300}"
+        strings, parts = (FLATTEN_PARTS.replace("FLAT_CONTENT", flat) + own for flat in (FLAT_STRING, FLAT_PART))
+        writes_parts, writes_strings = (
+            all(writes_text(each, role, is_string=True) for role in ("user", "assistant")) for each in (parts, strings)
+        )
+        template = parts if writes_parts and not writes_strings else strings
+        if not writes_parts and not writes_strings:
+            logger.warning(
+                "The tokenizer's chat template fails at, or leaves out, what is said in a conversation of a question, "
+                f"an answer and a question: it may want another `chat_template`. It is {own!r:.300}"
             )
     return template.replace(IMAGE_TOKEN, image_token)

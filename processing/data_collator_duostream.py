@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import datasets
 import PIL.Image
 import torch
+from jinja2 import TemplateError
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
@@ -329,10 +331,11 @@ class DuoStreamDataCollator:
         marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools, None, {}, True, False)
         text, answers = self.render_marked(marked[0], tools)
         check_text(text, "the conversation")
-        num_given_answers = 0
-        if any(message["role"] == "assistant" for message in messages[:num_given]):
-            # A template may mark several pieces of a message, or none
-            num_given_answers = len(self.render_marked(marked[0][:num_given], tools)[1])
+        num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])
+        if num_given_answers:
+            # A template may mark several pieces of a message, or none; one that takes no prompt alone, each as one
+            with suppress(TemplateError):
+                num_given_answers = len(self.render_marked(marked[0][:num_given], tools)[1])
         pieces, end = [], 0
         for start, stop in answers[num_given_answers:]:
             pieces += [(text[end:start], False), (text[start:stop], True)]

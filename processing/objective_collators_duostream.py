@@ -1,6 +1,7 @@
 """Batches for what is not written answers: masked tokens, classes, and pictures with the texts that belong to them."""
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -102,11 +103,17 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
         """
         tokenizer = self.processor.tokenizer
         rows = [tokenizer.convert_ids_to_tokens(row) for row in input_ids.tolist()]
+        vocab = tokenizer.get_vocab()
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if isinstance(getattr(backend, "model", None), WordPiece):
+        # Tokenizers that are written in Python have none to ask. Of others' words some begin with hashes, too
+        is_word_piece = (
+            any(token.startswith("##") for token in vocab) if backend is None else isinstance(backend.model, WordPiece)
+        )
+        if is_word_piece:
             is_first = torch.tensor([[not token.startswith("##") for token in row] for row in rows]).long()
         else:
-            is_byte_level = "Ġ" in tokenizer.get_vocab()
+            # SentencePiece has the letter, too, for words of Malta
+            is_byte_level = "Ġ" in vocab and SENTENCE_PIECE_SPACE not in vocab
             is_first = torch.tensor([begin_words(row, is_byte_level) for row in rows]).long()  # (batch, seq_len)
         # A gap before the first token of a word, none within one
         starts = torch.arange(input_ids.shape[1]) + is_first.cumsum(dim=1)  # (batch, seq_len)
@@ -115,7 +122,8 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
 
 def begin_words(tokens: list[str], is_byte_level: bool) -> list[bool]:
     """
-    Which tokens begin a word: those that begin with a whole character that is no letter or digit, such as a space.
+    Which tokens begin a word: those that begin with a whole character that is no letter, sign above or below one, or
+    digit; such as a space.
 
     Args:
         tokens (`list[str]`): As a vocabulary spells them.
@@ -127,7 +135,7 @@ def begin_words(tokens: list[str], is_byte_level: bool) -> list[bool]:
         # A character of several bytes may be in as many tokens
         is_inside = 0x80 <= (each[0] if each else 0) < 0xC0
         character = written[start : start + 4].decode("utf-8", errors="ignore")[:1]
-        begins.append(not is_inside and not character.isalnum())
+        begins.append(not is_inside and unicodedata.category(character or " ")[0] not in "LMN")
         start += len(each)
     return begins
 

@@ -57,10 +57,11 @@ def check_at_least_one(args: Any, *names: str) -> None:
 
 def check_unused(args: Any, names: Sequence[str], reason: str) -> None:
     """Raises `ValueError` if one of the options is given, which for this `reason` would do nothing."""
-    for each in fields(args):
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if each.name in names and getattr(args, each.name) != default:
-            raise ValueError(f"`{each.name}` would do nothing: {reason}")
+    known = {each.name: each for each in fields(args)}
+    for name in names:
+        made = known[name].default_factory
+        if getattr(args, name) != (known[name].default if made is MISSING else made()):
+            raise ValueError(f"`{name}` would do nothing: {reason}")
 
 
 def check_dtype(dtype: str) -> None:
@@ -89,7 +90,7 @@ def json_mapping(args: Any, name: str) -> dict[str, Any]:
 def merged(config: dict[str, Any], overrides: dict[str, Any], within: str = "") -> dict[str, Any]:
     """
     The fields of a configuration with others in their place. A mapping changes fields of the one that is there, unless
-    it names a `model_type` of its own.
+    it names another `model_type`.
 
     Raises:
         ValueError: The configuration has no such field.
@@ -100,8 +101,9 @@ def merged(config: dict[str, Any], overrides: dict[str, Any], within: str = "") 
         )
     changed = dict(config)
     for name, value in overrides.items():
-        is_nested = isinstance(value, dict) and isinstance(config[name], dict) and "model_type" in config[name]
-        changed[name] = merged(config[name], value, name) if is_nested and "model_type" not in value else value
+        is_part = isinstance(value, dict) and isinstance(config[name], dict) and "model_type" in config[name]
+        is_same = is_part and value.get("model_type") in (None, config[name]["model_type"])
+        changed[name] = merged(config[name], value, name) if is_same else value
     return changed
 
 

@@ -182,10 +182,12 @@ class BadRows:
             # As where their picture can't be read, or they can't share it: then all are bad
             for part in [part for place, part in enumerate(parts) if place not in good] or [row]:
                 keep(part, index)
-            if len(good) == len(parts):
-                good = []
-            told = {} if sources is None else {"source": [sources[place] for place in good]}
-            return {**row, **told, "conversations": [conversations[place] for place in good]}
+            rest = {**row, "conversations": [conversations[place] for place in good]}
+            if sources is not None:
+                rest["source"] = [sources[place] for place in good]
+            if len(good) == len(parts) or (good and not keep(rest, index)):
+                rest["conversations"] = []
+            return rest  # of at most the row's `length`
 
         def is_good(row: dict[str, Any]) -> bool:
             try:

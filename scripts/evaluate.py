@@ -418,10 +418,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
-    for_training = (
-        *("mixture", "weight", "train_split", "max_train_rows"),
-        *("conversations_per_row", "chars_per_picture", "on_bad_rows"),
-    )
+    for_training = ("mixture", "conversations_per_row", "on_bad_rows", "max_train_rows")
     check_unused(data_args, for_training, "it is for rows to train on")
     if task_of(data_args.task).auto_class is not WRITER:
         check_unused(evaluate_args, ["max_new_tokens", "num_beams"], f"{data_args.task!r} writes nothing")

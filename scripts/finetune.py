@@ -64,12 +64,20 @@ def changed_config(args: FinetuneArguments) -> dict[str, Any]:
     `config_overrides`, with which the checkpoint's configuration was tried out.
 
     Raises:
-        ValueError: They are no fields of it, or no values for them.
+        ValueError: They are no fields of it, or no values for them, or make a part another type.
     """
     overrides = json_mapping(args, "config_overrides")
     if overrides:
+        fields = AutoConfig.from_pretrained(args.checkpoint).to_dict()
+        changed = merged(fields, overrides)
+        for name, part in fields.items():
+            if isinstance(part, dict) and changed[name].get("model_type") != part.get("model_type"):
+                raise ValueError(
+                    f"`config_overrides` makes `{name}` a {changed[name].get('model_type')!r}, but the checkpoint has "
+                    f"weights of a {part['model_type']!r}"
+                )
         # `from_pretrained` sets fields without looking at them
-        DuoStreamConfig.from_dict(merged(AutoConfig.from_pretrained(args.checkpoint).to_dict(), overrides))
+        DuoStreamConfig.from_dict(changed)
     return overrides
 
 

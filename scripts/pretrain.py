@@ -123,8 +123,9 @@ def check_overrides(args: PretrainArguments) -> dict[str, Any]:
     own |= {"vision_config"} if args.vision is not None else set()
     if twice := sorted(own & set(overrides)):
         raise ValueError(f"`config_overrides` has {twice}, which options of their own, or the tokenizer, tell")
-    # A configuration takes this one, too, and doesn't write it down
-    merged({**DuoStreamConfig.from_preset(args.preset).to_dict(), "attn_implementation": None}, overrides)
+    fields = DuoStreamConfig.from_preset(args.preset).to_dict()
+    # What else a preset may be told
+    merged({**fields, "attn_implementation": None, "fusion_config": fields["fusion_stack_config"]}, overrides)
     return overrides
 
 

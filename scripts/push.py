@@ -148,7 +148,7 @@ def push(args: PushArguments) -> tuple[CommitInfo, str]:
                 Path(args.checkpoint), evaluations, folder, repo_id, license=args.license, language=args.language
             )
             told = f"The card was filled from {', '.join([args.checkpoint, *args.evaluations])}"
-        if not is_own and (run := Path(args.checkpoint) / RUN).exists():
+        if (run := Path(args.checkpoint) / RUN).exists():
             # By which the demo knows where pictures stood in training
             copyfile(run, folder / RUN)
         return upload(args, folder, repo_id, [name for name in there if is_ours(name, replaced)]), told

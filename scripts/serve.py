@@ -30,21 +30,21 @@ ROUTES = ("/health", "/load_model", "/v1/models", "/v1/chat/completions")
 # What OpenAI's clients expect to be told of a model
 MADE = {"created": 0, "owned_by": "duostream"}
 
-# What the library's server leaves out without a word, or fails at; each with the value that asks for nothing, which
+# What the library's server leaves out without a word, or fails at; each with the values that ask for nothing, which
 # some clients always send
-NOT_TAKEN: dict[str, Any] = {
-    "n": 1,
-    "stop": [],
-    "logprobs": False,
-    "top_logprobs": 0,
-    "logit_bias": {},
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "functions": [],
-    "function_call": "none",
-    "tool_choice": "auto",
-    "modalities": ["text"],
-    "audio": None,
+NOT_TAKEN: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "stop": ([],),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
+    "tool_choice": ("auto", "none"),
+    "modalities": (["text"],),
+    "audio": (),
 }
 # The library adds `frequency_penalty` to 1 and divides scores by the sum
 NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -70,8 +70,10 @@ def refusal(body: Any, model: str) -> str | None:
     if "chat_template_kwargs" in body:
         return "`chat_template_kwargs` is not taken: it could name files to open"
     for name, idle in NOT_TAKEN.items():
-        if body.get(name) not in (None, idle):
-            return f"`{name}` is not taken, unless it is {json.dumps(idle)}"
+        if body.get(name) not in (None, *idle):
+            return f"`{name}` is not taken, unless it is {' or '.join(map(json.dumps, (*idle, None)))}"
+    if body.get("tool_choice") == "none" and body.get("tools"):
+        return '`tool_choice` is not taken beside `tools`, unless it is "auto"'
     for name, (kind, low, high) in NUMBERS.items():
         value = body.get(name)
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)

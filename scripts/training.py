@@ -435,7 +435,8 @@ def check_batches(training_args: DuoStreamTrainingArguments, rows: Rows) -> None
         if training_args.train_sampling_strategy == "group_by_length":
             raise ValueError("`train_sampling_strategy` 'group_by_length' needs all rows: not with `streaming`")
         return
-    rows_per_batch = training_args.train_batch_size * training_args.world_size
+    is_split = training_args.accelerator_config.split_batches
+    rows_per_batch = training_args.train_batch_size * (1 if is_split else training_args.world_size)
     if training_args.dataloader_drop_last and len(rows) < rows_per_batch:
         raise ValueError(
             f"The rows to train on are {len(rows)}, fewer than a batch of {rows_per_batch}, which "

@@ -155,12 +155,15 @@ def test_what_ends_an_answer_is_what_ended_the_language_models() -> None:
 
 def test_what_ends_an_answer_is_kept_by_heads_that_write_none(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**GROUPED))
+    language = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**GROUPED, "pad_token_id": 0}))
     vision = AutoModel.from_config(VISIONS["siglip"]())
     language.generation_config.eos_token_id = [1, 7]
-    DuoStreamForPreTraining.from_backbones(language, vision, num_fusion_layers=2).save_pretrained(tmp_path)
+    language.generation_config.pad_token_id = None
+    model = DuoStreamForPreTraining.from_backbones(language, vision, num_fusion_layers=2)
+    model.save_pretrained(tmp_path)
     writer = DuoStreamForConditionalGeneration.from_pretrained(tmp_path)
     assert writer.generation_config.eos_token_id == [1, 7]
+    assert writer.get_input_embeddings().padding_idx == model.get_input_embeddings().padding_idx == 0
 
 
 def test_an_encoder_that_takes_no_mask_is_refused(folder: Callable[[str], Path]) -> None:

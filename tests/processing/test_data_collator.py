@@ -267,6 +267,11 @@ def test_of_a_prompt_nothing_is_learnt_however_many_pieces_of_it_a_template_mark
         row = {"images": [], "prompt": [*asked, {"role": "assistant", **said}, *asked], "completion": completion}
         batch = DuoStreamDataCollator(processor)([row])
         assert learnt(processor, batch) == "So."
+    # A template may refuse what doesn't end with an answer
+    refusal = "{{ raise_exception('No answer.') if messages[-1]['role'] == 'user' }}"
+    processor.chat_template = refusal + processor.chat_template
+    row["prompt"] = [*asked, {"role": "assistant", "content": parts[:1]}, *asked]
+    assert learnt(processor, DuoStreamDataCollator(processor)([row])) == "So."
 
 
 def test_rows_are_padded_on_the_right(processor):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PythonBackend
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import (
@@ -134,23 +134,49 @@ def test_whole_words_are_masked_or_not_at_all(kind):
     assert seen == {True, False}
 
 
+class WithoutBackend(PythonBackend):
+    """A tokenizer written in Python, as BERT's for Japanese."""
+
+    def __init__(self, tokens):
+        self.tokens = ["[PAD]", "[UNK]", "[MASK]", *tokens]
+        super().__init__(pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+
+    @property
+    def vocab_size(self):
+        return len(self.tokens)
+
+    def get_vocab(self):
+        return {token: i for i, token in enumerate(self.tokens)} | self.added_tokens_encoder
+
+    def _convert_token_to_id(self, token):
+        return self.tokens.index(token) if token in self.tokens else 1
+
+    def _convert_id_to_token(self, index):
+        return self.tokens[index]
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("bytes", [" café", " über", ",", " Привет", " мир", " 左上角", "."]),
         # In whose vocabulary there is a word of hashes
         ("hashes", [" plain", " words", "##", " Title"]),
-        ("pieces", ["▁caf<0xC3><0xA9>", "▁plain", "."]),
+        ("pieces", ["▁caf", "<0xC3>", "<0xA9>", "▁pl", "ain", "."]),
+        ("pieces", ["▁caf", "é", "Ġ", "▁नम", "स्", "ते"]),
+        ("word pieces without a backend", ["play", "##ing", "dog", "##s"]),
     ],
 )
 def test_words_that_are_spelled_by_bytes_are_masked_whole(kind, words):
     torch.manual_seed(0)
-    if kind == "pieces":
-        tokens = ["▁caf", "<0xC3>", "<0xA9>", "▁pl", "ain", "."]
-        vocab = {token: i for i, token in enumerate(["[PAD]", "[MASK]", *tokens])}
+    if "pieces" in kind:
+        vocab = {token: i for i, token in enumerate(["[PAD]", "[MASK]", "▁", *words])}
         backend = Tokenizer(models.BPE(vocab, merges=[], byte_fallback=True))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", mask_token="[MASK]")
-        ids, lengths = tokenizer.convert_tokens_to_ids(tokens), [3, 2, 1]
+        if "backend" in kind:
+            tokenizer = WithoutBackend(words)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", mask_token="[MASK]")
+        ids = tokenizer.convert_tokens_to_ids(words)
+        lengths = {6: [3, 2, 1] if "." in words else [3, 3], 4: [2, 2]}[len(words)]
     else:
         tokenizer = train_tokenizer(["## Title ## Title"] * 5 if kind == "hashes" else [], 300)
         assert ("##" in tokenizer.get_vocab()) == (kind == "hashes")

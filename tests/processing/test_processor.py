@@ -379,9 +379,48 @@ def test_a_template_that_would_leave_out_what_is_said_is_refused():
         given.apply_chat_template(as_strings)
     with pytest.raises(ValueError, match="Row 0 of the batch: " + message):
         DuoStreamDataCollator(given)([{"images": [], "messages": as_strings}])
-    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="writes nothing of what a user says"):
-        DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+
+
+# One role's contents as strings, and the other's as parts
+READS_BOTH = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' %}{% for part in message['content'] %}{{ part['text'] }}{% endfor -%}
+    {%- else %}{{ message['content'] }}{% endif -%}
+{%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (CHATML.replace("message['content']", "(message['content'] | upper)"), "COLOR?"),
+        # On strings it fails, where others write nothing
+        (READS_PARTS.replace("part['text']", "part['text'] + ' '"), "<|image|>Color? "),
+        ("{{ raise_exception('Never.') if messages | length < 4 }}" + CHATML, "<|image|>Color?"),
+        ("{% for message in messages %}{{ message['content'].index('?') }}{% endfor %}", None),
+        ("{% for message in messages %}{{ message['role'] }}{% endfor %}", None),
+        (READS_BOTH, None),
+    ],
+)
+def test_a_template_is_asked_whether_it_writes_and_a_doubt_is_told(template, written, caplog):
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = template
+    with caplog.at_level("WARNING"):
+        processor = DuoStreamProcessor(image_processor(), tokenizer, image_seq_length=NUM_TOKENS)
+    asked = [user(image(), text("Color?")), assistant("It is red."), user(text("And?")), assistant("So.")]
+    if written is not None:
+        assert written in processor.apply_chat_template(asked)
+    assert ("fails at, or leaves out, what is said" in caplog.text) == (written is None or "Never" in template)
+
+
+def test_strings_are_refused_for_the_role_alone_whose_parts_a_template_reads():
+    given = DuoStreamProcessor(
+        image_processor(), chatml_tokenizer(), chat_template=READS_BOTH, image_seq_length=NUM_TOKENS
+    )
+    answered = [user(text("Color?")), {"role": "assistant", "content": "Red."}]
+    assert given.apply_chat_template(answered) == "Color?Red."
+    with pytest.raises(ValueError, match="leaves out contents that are strings, as the user's 'Color"):
+        given.apply_chat_template([{"role": "user", "content": "Color?"}])
 
 
 def test_of_several_chat_templates_the_default_one_is_kept():

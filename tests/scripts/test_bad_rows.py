@@ -158,34 +158,43 @@ def test_all_rows_that_share_a_picture_that_cannot_be_read_are_written_down(tmp_
     assert all("a picture can't be read" in each["reason"] for each in written)
 
 
-def test_of_conversations_that_share_a_picture_the_bad_one_alone_is_left_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bidirectional_prefix", [False, True])
+def test_of_conversations_that_share_a_picture_the_bad_one_alone_is_left_out(
+    tmp_path, monkeypatch, bidirectional_prefix
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for name, color in (("red.png", "red"), ("blue.png", "blue")):
-        Image.new("RGB", (40, 40), color).save(tmp_path / name)
+    for color in ("red", "blue", "green"):
+        Image.new("RGB", (40, 40), color).save(tmp_path / f"{color}.png")
     said = [("red.png", "one"), ("red.png", None), ("red.png", "three"), ("blue.png", None), ("blue.png", None)]
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
     rows = [
         {
             "images": [str(tmp_path / name)],
-            "prompt": [asked],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{number}?"}]}],
             "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
         }
-        for name, text in said
+        for number, (name, text) in enumerate([*said, ("green.png", "four")])
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bad_rows = BadRows(tmp_path / "out" / "bad_rows.jsonl")
     args = DataArguments(task="chat", dataset=str(path), conversations_per_row=3)
     processor = DuoStreamProcessor(
-        SiglipImageProcessorPil(size={"height": 16, "width": 16}), train_tokenizer([], 263), image_seq_length=4
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        train_tokenizer([], 263),
+        image_seq_length=4,
+        bidirectional_prefix=bidirectional_prefix,
     )
     collator = DuoStreamDataCollator(processor)
-    (row,) = bad_rows.leave_out(load_mixture(args, bad_rows=bad_rows), lambda row: collator([row]))
-    texts = [each["completion"][0]["content"][0]["text"] for each in row["conversations"]]
-    assert texts == ["one", "three"] and row["source"] == [0, 2]
+    *rows, last = bad_rows.leave_out(load_mixture(args, bad_rows=bad_rows), lambda row: collator([row]))
+    assert last["source"] == [5]
     written = [json.loads(line) for line in bad_rows.path.read_text().splitlines()]
-    assert [each["row"] for each in written] == [1, 3, 4]
-    assert all(f"Row {each['row']}: expected text" in each["reason"] for each in written)
+    # Different questions can't share what is read both ways, whether one of them is bad or not
+    unshared = [0, 2] if bidirectional_prefix else []
+    assert {each["row"] for each in written if "expected text" in each["reason"]} == {1, 3, 4}
+    assert [each["row"] for each in written if "ask different things" in each["reason"]] == unshared
+    assert len(written) == 3 + len(unshared)
+    texts = [[each["completion"][0]["content"][0]["text"] for each in row["conversations"]] for row in rows]
+    assert (texts, [row["source"] for row in rows]) == (([], []) if unshared else ([["one", "three"]], [[0, 2]]))
 
 
 def write_lines(path, *lines):

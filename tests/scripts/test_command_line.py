@@ -342,6 +342,7 @@ def test_fields_of_the_configuration_may_change_in_finetuning(pretrained, photog
         ('{"bidirectional_images": "false"}', "`bidirectional_images`"),
         ('{"loss_chunk": 3}', r"has \['loss_chunk'\], which are no fields"),
         ('{"text_config": {"wide": 8}}', r"has \['wide'\], which are no fields of the configuration `text_config`"),
+        ('{"text_config": {"model_type": "gpt2"}}', "makes `text_config` a 'gpt2', but the checkpoint has weights"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune.main(arguments(**{**options, "config_overrides": wrong}, **SHORT_TRAINING, **QUIET))
@@ -368,8 +369,7 @@ def test_a_stream_is_not_grouped_by_lengths_that_are_not_known(pretrained, photo
     [
         ({"task": "classification", "num_beams": 7}, "`num_beams` would do nothing: 'classification' writes nothing"),
         ({"task": "retrieval", "max_new_tokens": 7}, "`max_new_tokens` would do nothing: 'retrieval' writes nothing"),
-        ({"chars_per_picture": 7}, "`chars_per_picture` would do nothing: it is for rows to train on"),
-        ({"train_split": "test"}, "`train_split` would do nothing: it is for rows to train on"),
+        ({"max_train_rows": 7}, "`max_train_rows` would do nothing: it is for rows to train on"),
     ],
 )
 def test_options_that_evaluation_can_do_nothing_with_are_refused(options, message):
