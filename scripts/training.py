@@ -428,12 +428,15 @@ def check_output_dir(args: DuoStreamTrainingArguments) -> None:
 def check_batches(training_args: DuoStreamTrainingArguments, rows: Rows) -> None:
     """
     Raises:
-        ValueError: There are fewer rows than a batch of all ranks, and `dataloader_drop_last` leaves such out; or they
-            are a stream, whose lengths aren't known, and are to be grouped by them.
+        ValueError: There are fewer rows than a batch of all ranks, and `dataloader_drop_last` leaves such out; or
+            their lengths are looked for in another column.
     """
     if isinstance(rows, IterableDataset):
         if training_args.train_sampling_strategy == "group_by_length":
-            raise ValueError("`train_sampling_strategy` 'group_by_length' needs all rows: not with `streaming`")
+            # As recipes for stored rows may say
+            logger.warning(
+                "A stream's rows come as they stand: `group_by_length` needs the lengths of all, and is not done"
+            )
         return
     is_split = training_args.accelerator_config.split_batches
     rows_per_batch = training_args.train_batch_size * (1 if is_split else training_args.world_size)
