@@ -296,6 +296,8 @@ for problem_type, num_labels, label in (
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print("loss", loss)
+# A rank whose threads still wait for others when Python ends is aborted
+trainer.accelerator.end_training()
 """
 
 
