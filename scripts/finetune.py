@@ -71,10 +71,11 @@ def changed_config(args: FinetuneArguments) -> dict[str, Any]:
         fields = AutoConfig.from_pretrained(args.checkpoint).to_dict()
         changed = merged(fields, overrides)
         for name, part in fields.items():
-            if isinstance(part, dict) and changed[name].get("model_type") != part.get("model_type"):
+            kind = part.get("model_type") if isinstance(part, dict) else None
+            if kind is not None and not (isinstance(changed[name], dict) and changed[name]["model_type"] == kind):
                 raise ValueError(
-                    f"`config_overrides` makes `{name}` a {changed[name].get('model_type')!r}, but the checkpoint has "
-                    f"weights of a {part['model_type']!r}"
+                    f"`config_overrides` makes `{name}` {changed[name]!r:.100}, but the checkpoint has weights of a "
+                    f"{kind!r}"
                 )
         # `from_pretrained` sets fields without looking at them
         DuoStreamConfig.from_dict(changed)
