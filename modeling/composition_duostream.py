@@ -216,8 +216,14 @@ def compose_config(
         raise ValueError(
             f"{', '.join(f'`{name}`' for name in unknown)}: expected fields of `DuoStreamConfig`, or of "
             f"{', '.join(f'`{name}`' for name in HUB_OPTIONS)}. A backbone that needs other options of "
-            "`from_pretrained` (`revision`, `quantization_config`) can be loaded by itself, and given as a model"
+            "`from_pretrained` (`revision`) can be loaded by itself, and given as a model"
         )
+    for name, given in (("text", text_config), ("vision", vision_config)):
+        if getattr(given, "quantization_config", None) is not None:
+            raise ValueError(
+                f"`{name}` is quantized: expected whole weights. Compose and save the model first, then load it by "
+                "`from_pretrained(..., quantization_config=...)`"
+            )
     if text_config.model_type == DuoStreamConfig.model_type:
         raise ValueError(
             "`text` is a DuoStream model, whose language model is in two parts: name the one it was composed from"

@@ -302,8 +302,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
                 vocabulary, so that no row of the embeddings changes), `num_image_update_layers` (of a model that
                 writes, defaults to half of the fusion layers, rounded up, where they are of a type that may leave
                 states out), `projector_type`, ...; or `token`, `cache_dir`, `local_files_only` and `force_download`,
-                by which both backbones are fetched. One that needs other options (`revision`, `quantization_config`)
-                is loaded by itself, and given as a model.
+                by which both backbones are fetched. One that needs other options (`revision`) is loaded by itself, and
+                given as a model. None may be quantized: a composed model is, where it is loaded.
 
         Raises:
             ValueError: The two can't work together, or an argument is unknown; raised before any weight is loaded,

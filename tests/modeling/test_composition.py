@@ -375,6 +375,22 @@ def test_backbones_may_be_loaded_already(folder: Callable[[str], Path]) -> None:
     assert AutoModelForCausalLM.from_config(text.config).config.n_layer == NUM_LAYERS
 
 
+@pytest.mark.parametrize("quantized", ["text", "vision"])
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "on disk"])
+def test_a_quantized_backbone_is_refused(
+    quantized: str, is_loaded: bool, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    backbones: dict[str, Any] = {"text": folder("llama"), "vision": folder("siglip")}
+    loader = AutoModelForCausalLM if quantized == "text" else AutoModel
+    in_8_bits = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    backbone = loader.from_pretrained(backbones[quantized], quantization_config=in_8_bits, device_map="cpu")
+    if not is_loaded:
+        backbone.save_pretrained(tmp_path)
+    backbones[quantized] = backbone if is_loaded else tmp_path
+    with pytest.raises(ValueError, match=rf"`{quantized}` is quantized.*`from_pretrained\(.*quantization_config"):
+        DuoStreamForConditionalGeneration.from_backbones(**backbones, num_fusion_layers=2)
+
+
 def whole_model(name: str) -> Any:
     """A model that has a language model and a vision tower of its own."""
     torch.manual_seed(0)
