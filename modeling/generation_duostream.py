@@ -17,7 +17,7 @@ from transformers.generation import (
     PromptLookupCandidateGenerator,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .kept_states_duostream import refuses_cache
 from .stream_layout_duostream import prefix_length_of
@@ -55,8 +55,8 @@ class DuoStreamGenerationMixin(GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         # `generate` calls this once, before the first step. From here on it carries along what every step needs:
         # `mm_token_type_ids`, by which the text stream knows which of the cached tokens are text; their number, where
-        # rows are alike, without padding and with pictures at the same places, so that no step need look at those; and
-        # the length of the prefix, behind which positions may start anew.
+        # rows are alike, without padding and with pictures at the same places, so that no step need look at those; how
+        # many tokens `token_type_ids` told of; and the length of the prefix, behind which positions may start anew.
         images = self.model.read_images(None, model_kwargs.get("mm_encoder_outputs"))
         if images is not None:
             # The library repeats them in place, for several sequences or beams: not those of whoever calls
@@ -71,8 +71,11 @@ class DuoStreamGenerationMixin(GenerationMixin):
         if types is not None and mask is not None and mask.shape == types.shape:
             are_alike = ((types == types[:1]) & (mask != 0)).all()
             model_kwargs["image_tokens_per_row"] = int((types[0] == 1).sum()) if are_alike else None
+        token_type_ids = model_kwargs.get("token_type_ids")
+        if token_type_ids is not None:
+            # An assistant is told by the model that it assists
+            model_kwargs.setdefault("num_typed", token_type_ids.shape[1])
         if self.config.restart_positions and model_kwargs.get("prefix_length") is None:
-            token_type_ids = model_kwargs.get("token_type_ids")
             if token_type_ids is None:
                 given = input_ids if input_ids is not None else model_kwargs["inputs_embeds"]
                 model_kwargs["prefix_length"] = torch.zeros(len(given), dtype=torch.long, device=given.device)
@@ -115,6 +118,7 @@ class DuoStreamGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        num_typed: int | None = None,
         is_first_iteration: bool | None = False,
         image_tokens_per_row: int | None = None,
         **kwargs: Any,
@@ -131,6 +135,11 @@ class DuoStreamGenerationMixin(GenerationMixin):
         )
         if past_key_values is None or is_first_iteration:
             # Generated tokens are causal; so the prefix matters only while it is read
+            if token_type_ids is not None and num_typed is not None:
+                # The library repeats the last type, which may be the prefix's; what is written, and candidates of
+                # assisted decoding, belong to the suffix
+                num_untyped = token_type_ids.shape[1] - num_typed
+                token_type_ids = nn.functional.pad(token_type_ids[:, :num_typed], (0, num_untyped), value=1)
             model_inputs["token_type_ids"] = token_type_ids
         if past_key_values is not None and past_key_values.is_compileable and not is_first_iteration:
             if mm_token_type_ids is None:
@@ -223,6 +232,11 @@ class DuoStreamGenerationMixin(GenerationMixin):
                 "`assistant_model` and `prompt_lookup_num_tokens` don't go with `past_key_values` that hold tokens: "
                 "expected an empty cache, or none"
             )
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and assistant.config.model_type != self.config.model_type:
+            # Another model can't take what is told of pictures and of the prefix
+            own = ("mm_token_type_ids", "image_tokens_per_row", "token_type_ids", "num_typed", "prefix_length")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         generator = super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         number = self.config.image_token_id
         if isinstance(generator, PromptLookupCandidateGenerator) and number >= self.config.text_config.vocab_size:
@@ -241,19 +255,3 @@ class DuoStreamGenerationMixin(GenerationMixin):
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
         # The library's hook makes one set of masks for all layers: `prepare_decoding` makes one for each stream
         return attention_mask
-
-    def _update_model_kwargs_for_generation(
-        self,
-        outputs: ModelOutput,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
-    ) -> dict[str, Any]:
-        token_type_ids = model_kwargs.get("token_type_ids")
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        if token_type_ids is not None:
-            # The library repeats the last type, which may be the prefix's; a generated token belongs to the suffix
-            model_kwargs["token_type_ids"] = nn.functional.pad(token_type_ids, (0, num_new_tokens), value=1)
-        return model_kwargs

@@ -237,6 +237,25 @@ def test_another_model_may_assist_on_text(gpt2: Any, assistant: str) -> None:
     assert torch.equal(write(gpt2, row.inputs, assistant_model=helper), write(gpt2, row.inputs))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("assistant", ["a language model", "the model itself"])
+@pytest.mark.parametrize("restart_positions", [False, True])
+def test_an_assistant_may_guess_from_whatever_a_processor_returns(
+    kind: str, assistant: str, restart_positions: bool
+) -> None:
+    model = small_model(kind, restart_positions=restart_positions)
+    if assistant == "a language model":
+        helper = roughen(AutoModelForCausalLM.from_config(model.config.text_config))
+    else:
+        helper = copy.deepcopy(model)
+    row = Row(model, 9)
+    no_pictures, prefix = torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)
+    given = {"attention_mask": torch.ones(1, 9, dtype=torch.long), "mm_token_type_ids": no_pictures}
+    for types in (given, {**given, "token_type_ids": prefix}):
+        expected = write(model, row.inputs, max_new_tokens=20, **types)
+        assert torch.equal(write(model, row.inputs, max_new_tokens=20, assistant_model=helper, **types), expected)
+
+
 def test_a_static_cache_writes_what_a_dynamic_one_writes(model: Any) -> None:
     rows = ragged_rows(model)
     for inputs in [batch(rows), *(row.inputs for row in rows)]:
@@ -817,6 +836,8 @@ def test_positions_that_restart_behind_the_prefix_do_so_at_every_step(kwargs: di
 def test_looking_candidates_up_in_a_prefix_changes_nothing(parts: tuple, restart_positions: bool) -> None:
     model = small_model("llama", restart_positions=restart_positions)
     row = Row(model, *parts)
+    # Of a prompt that repeats itself, candidates are found before its prefix is read
+    row.ids[-4:-2] = row.ids[-2:] = torch.tensor([7, 8])
     types = {"token_type_ids": torch.zeros(1, len(row), dtype=torch.long)}
     expected = write(model, row.inputs, max_new_tokens=20, **types)
     assert torch.equal(write(model, row.inputs, max_new_tokens=20, prompt_lookup_num_tokens=3, **types), expected)
