@@ -171,8 +171,13 @@ class DuoStreamGenerationMixin(GenerationMixin):
         # The library would hand in one new token at a time to layers that it takes the cache from
         if generation_config.use_cache and any(map(refuses_cache, (self.model.text_model, self.model.fusion_model))):
             advice = "call `model.eval()` before `generate`"
-            if model_kwargs.get("past_key_values") is not None:
-                raise ValueError(f"In training, layers with gradient checkpointing can't read a cache: {advice}")
+            # The library reads embeddings at the first step alone
+            for name in ("past_key_values", "inputs_embeds"):
+                if model_kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"`{name}` need a cache, which layers with gradient checkpointing don't read in training: "
+                        f"{advice}"
+                    )
             logger.warning_once(
                 "In training, layers with gradient checkpointing fill no cache, without which each token takes as "
                 f"long as the whole text: {advice}"
@@ -187,9 +192,9 @@ class DuoStreamGenerationMixin(GenerationMixin):
         return super()._get_static_cache_init_shape() if shapes[0] == shapes[1] else None
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # As in `forward`, pictures that are `None` are none, which the library would read
+        # As in `forward`, `None` and no pictures at all are none, which the library would read
         for name in ("pixel_values", "mm_encoder_outputs"):
-            if name in model_kwargs and model_kwargs[name] is None:
+            if name in model_kwargs and (model_kwargs[name] is None or len(model_kwargs[name]) == 0):
                 del model_kwargs[name]
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 

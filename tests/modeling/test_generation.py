@@ -597,6 +597,14 @@ def test_pictures_that_are_none_are_none(gpt2: Any, name: str) -> None:
     assert torch.equal(write(gpt2, {**text, name: None}), write(gpt2, text))
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_no_pictures_at_all_are_none(model: Any, num_beams: int) -> None:
+    row = Row(model, 5)
+    assert not len(row.pictures)
+    expected = write(model, row.inputs, num_beams=num_beams)
+    assert torch.equal(write(model, {**row.inputs, "pixel_values": row.pictures}, num_beams=num_beams), expected)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 100])
 def test_a_chunk_that_splits_a_picture_is_right_or_refused(model: Any, chunk: int) -> None:
     for row in [Row(model, 5, PICTURE, 6), Row(model, 1, PICTURE, PICTURE, 2), Row(model, 9)]:
@@ -622,6 +630,10 @@ def test_in_training_with_checkpoints_of_activations_the_same_is_written(options
             assert model(**inputs, use_cache=True, logits_to_keep=1).past_key_values.get_seq_length() == 0
     with pytest.raises(ValueError, match=r"`model.eval\(\)`"):
         write(model, inputs, past_key_values=DynamicCache(config=model.config))
+    # Which the library reads at the first step alone
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with pytest.raises(ValueError, match=r"`inputs_embeds`.*`model.eval\(\)`"):
+        write(model, {"inputs_embeds": embeds}, **options)
 
 
 def test_logits_of_the_last_position_are_those_of_a_whole_forward(model: Any) -> None:
