@@ -261,6 +261,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
             shape = (len(images.pooler_output), self.config.image_seq_length)
             input_ids = torch.full(shape, self.config.image_token_id, device=images.pooler_output.device)
             pixel_values, mm_encoder_outputs, images_per_row = None, {"image": images}, 1
+        num_items = take_num_items(kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -286,8 +287,9 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
                     (((labels >= 0) & (labels < self.num_labels)) | (labels == -100)).all(),
                     f"`labels` must be from 0 to {self.num_labels - 1}, as `config.num_labels` is {self.num_labels}",
                 )
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            num_items = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items, **kwargs
+            )
             if self.config.problem_type != "single_label_classification" and num_items is not None:
                 # The library sums over accumulated batches, but divides by the items of all only for class numbers
                 loss = loss * labels.numel() / num_items
@@ -325,6 +327,9 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` is of shape `(batch, projection_dim)` and of unit length;
             `last_hidden_state` is what the text stream gave.
+
+        Raises:
+            ValueError: There are placeholders of pictures in a text.
         """
         outputs = self.model.read_text(input_ids, attention_mask, **kwargs)
         return BaseModelOutputWithPooling(
@@ -360,7 +365,11 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
 
         Returns:
             `torch.FloatTensor` of shape `(batch, 2)`: logits of no and yes.
+
+        Raises:
+            ValueError: There are not as many pictures as texts, or placeholders of pictures in a text.
         """
+        check_pairs(len(input_ids), len(pixel_values))
         image_states = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
         text_states = self.model.read_text(input_ids, attention_mask).last_hidden_state
         return matching_logits(self.model, self.image_text_head, image_states, text_states, attention_mask)
@@ -383,7 +392,8 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
                 Whether to give the contrastive loss, `config.contrastive_loss`, of text i with picture i.
 
         Raises:
-            ValueError: There are no texts or no pictures; or `return_loss` with different numbers of them.
+            ValueError: There are no texts or no pictures; `return_loss` with different numbers of them; or
+                placeholders of pictures in a text.
         """
         if input_ids is None or pixel_values is None:
             raise ValueError(

@@ -586,7 +586,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         segment_ids: torch.Tensor | None,
     ) -> StreamLayout:
         """Deals out this forward's tokens to the two streams: see `stream_layout_duostream`."""
-        if is_image is None:
+        if is_image is None or (not num_image_tokens and text_cache is None):
             return StreamLayout(text_attention_mask=attention_mask, text_position_ids=position_ids)
         if num_image_tokens:
             layout = lay_out(
@@ -895,7 +895,16 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """What the text stream makes of text on its own, padded on either side: states `(batch, text_len, hidden)`."""
+        """
+        What the text stream makes of text on its own, padded on either side: states `(batch, text_len, hidden)`.
+
+        Raises:
+            ValueError: There are placeholders of pictures in it.
+        """
+        check(
+            (input_ids != self.config.image_token_id).all(),
+            "`input_ids` hold placeholders of pictures: expected texts without markers, which are read on their own",
+        )
         position_ids = None
         if attention_mask is not None:
             batch_size, seq_len = input_ids.shape

@@ -548,6 +548,23 @@ def test_retrieval_of_one_kind_alone_says_what_reads_it(name):
         model(**{name: inputs[name]})
 
 
+@pytest.mark.parametrize("image_token_id", [2, VOCAB_SIZE], ids=["within the vocabulary", "beyond it"])
+def test_retrieval_reads_no_markers_of_pictures_in_a_text(image_token_id):
+    model = small_model(cls=DuoStreamForImageTextRetrieval, image_token_id=image_token_id)
+    inputs = Row(model, PICTURE, 3).inputs
+    texts = {"input_ids": inputs["input_ids"]}
+    for read, given in ((model, inputs), (model.match, inputs), (model.get_text_features, texts)):
+        with pytest.raises(ValueError, match=r"`input_ids` hold placeholders.*without markers"):
+            read(**given)
+
+
+def test_matching_needs_a_picture_for_each_text():
+    model = small_model(cls=DuoStreamForImageTextRetrieval)
+    texts, picture = batch([Row(model, 3), Row(model, 8)]), Row(model, PICTURE).pictures
+    with pytest.raises(ValueError, match="2 texts, 1 pictures"):
+        model.match(**texts, pixel_values=picture)
+
+
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(0)], ids=str)
 def test_where_nothing_is_masked_nothing_is_learnt(trains, num_items_in_batch):

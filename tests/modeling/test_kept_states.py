@@ -450,6 +450,16 @@ def test_layers_that_leave_image_states_out_learn_the_same(reader: Any) -> None:
     reader.eval()
 
 
+@pytest.mark.parametrize("num_items", [None, 2, torch.tensor(2)], ids=repr)
+def test_a_classifier_leaves_image_states_out_however_its_labels_are_counted(num_items: Any) -> None:
+    model = small_reader(0, cls=DuoStreamForSequenceClassification, num_labels=3).train()
+    inputs = batch([Row(model, PICTURE, 5), Row(model, PICTURE, 5)])
+    with watched(model) as lengths:
+        model(**inputs, labels=torch.tensor([0, 2]), num_items_in_batch=num_items)
+    # Of each row five words, and the picture's last token
+    assert set(lengths) == {2 * 6}
+
+
 @pytest.mark.parametrize("num_image_update_layers", [0, 1])
 def test_checkpoints_of_activations_leave_image_states_as_they_are(num_image_update_layers: int) -> None:
     model = small_reader(num_image_update_layers).train()

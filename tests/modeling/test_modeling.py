@@ -980,6 +980,17 @@ def test_sequences_of_text_that_positions_alone_tell_apart_are_refused_where_the
             model(**inputs, **options)
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["untold", "told of no picture"])
+def test_sequences_of_text_that_positions_alone_tell_apart_see_themselves_alone(llama: Any, told: bool) -> None:
+    ids = torch.arange(5, 19).view(2, 7)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2)
+    types = {"mm_token_type_ids": torch.zeros_like(ids)} if told else {}
+    with torch.no_grad():
+        own = llama(input_ids=ids[:, 3:], use_cache=False).logits
+        packed = llama(input_ids=ids, position_ids=positions, use_cache=False, **types).logits
+    assert difference(packed[:, 3:], own) < CLOSE
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 32, 8), (2, 3, 20, 16), (3, 16, 16), (1, 2, 3, 16, 16)])
 def test_pixels_of_another_shape_than_the_vision_model_s_pictures_are_refused(
     llama: Any, shape: tuple[int, ...]
