@@ -190,18 +190,18 @@ class DuoStreamRetrievalCollator(DuoStreamDataCollator):
                 f"{name} has {len(others) + 1} `conversations`: expected one, whose text belongs to the picture"
             )
         if is_plain_text(row):
-            check_text(row["text"], name)
-            return row["text"]
-        messages = row.get("messages") or row.get("completion") or []
-        try:
-            content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
-            parts = content if isinstance(content, list) else [{"text": content}]
-            text = "".join(part.get("text") or "" for part in parts)
-        except Exception as error:
-            raise ValueError(f"{name}: expected messages of text, not {messages!r:.100}") from error
-        if not text.strip():
-            raise ValueError(f"{name}: expected a text of the assistant that belongs to the picture, found none")
+            text = row["text"]
+        else:
+            messages = row.get("messages") or row.get("completion") or []
+            try:
+                content = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), None)
+                parts = content if isinstance(content, list) else [{"text": content}]
+                text = "".join(part.get("text") or "" for part in parts)
+            except Exception as error:
+                raise ValueError(f"{name}: expected messages of text, not {messages!r:.100}") from error
         check_text(text, name)
+        if not text.strip():
+            raise ValueError(f"{name}: expected a text that belongs to the picture, of the assistant or in `text`")
         return text
 
     def tokenize_texts(self, texts: list[str], names: list[str]) -> dict[str, torch.Tensor]:
@@ -234,6 +234,9 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
     Args:
         mlm (`bool`, *optional*, defaults to `True`): Whether to mask.
         pairs (`bool`, *optional*, defaults to `True`): Whether to give the texts of pictures on their own.
+
+    Raises:
+        ValueError: a row is broken, or, with `pairs`, has one picture and no text.
     """
 
     mlm: bool = True
