@@ -227,6 +227,8 @@ class DuoStreamProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
+        *,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -234,6 +236,8 @@ class DuoStreamProcessor(ProcessorMixin):
             images (`ImageInput`, *optional*): Pictures: one, a list in the order of the markers, or a list for each
                 row of `text`.
             text (`str` or `list[str]`, *optional*): Text with `image_token` where a picture stands.
+            chat_template (`str`, *optional*): What wrote the text, or its name, where it isn't the processor's own: by
+                it the end of a bidirectional prefix is found.
             kwargs: Anything the tokenizer and the image processor take. `truncation` shortens text, never a picture.
                 Of a text and its `text_pair` it cuts what the tokenizer cuts, and nothing beside pictures.
 
@@ -269,7 +273,7 @@ class DuoStreamProcessor(ProcessorMixin):
         if text_kwargs.get("is_split_into_words"):
             raise ValueError("`is_split_into_words` is True; expected texts, not the words of a text")
         truncation = text_kwargs.get("truncation")
-        marker = self.answer_marker() if self.bidirectional_prefix and rows is not None else None
+        marker = self.answer_marker(chat_template) if self.bidirectional_prefix and rows is not None else None
         # Role markers in a text that is read without special tokens are none
         checked = None if text_kwargs.get("split_special_tokens") else marker
         is_cut = rows is not None and truncation and truncation != "do_not_truncate"
@@ -427,15 +431,18 @@ class DuoStreamProcessor(ProcessorMixin):
                 "`bidirectional_prefix=False`"
             )
 
-    def answer_marker(self) -> tuple[str, str]:
+    def answer_marker(self, chat_template: str | None = None) -> tuple[str, str]:
         """
         What tells where an answer begins: what the chat template writes before it, without spaces at the end, and how
         tokens behind other text spell it.
 
+        Args:
+            chat_template (`str`, *optional*): A chat template, or its name. Defaults to the processor's own.
+
         Raises:
             ValueError: The chat template writes nothing there.
         """
-        before, prompt = self.generation_prompt()
+        before, prompt = self.generation_prompt(chat_template)
         prompt = prompt.rstrip()
         if not prompt:
             raise ValueError(
@@ -453,11 +460,11 @@ class DuoStreamProcessor(ProcessorMixin):
         tokens = self.tokenizer.convert_ids_to_tokens(input_ids)
         return [f"\0{i}\0" if i in added else token for i, token in zip(input_ids, tokens, strict=True)]
 
-    def generation_prompt(self) -> tuple[str, str]:
+    def generation_prompt(self, chat_template: str | None = None) -> tuple[str, str]:
         """A conversation as the chat template writes it, and what it writes behind that before an answer."""
         message = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
-        before = self.apply_chat_template(message)
-        return before, self.apply_chat_template(message, add_generation_prompt=True)[len(before) :]
+        before = self.apply_chat_template(message, chat_template)
+        return before, self.apply_chat_template(message, chat_template, add_generation_prompt=True)[len(before) :]
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """
@@ -476,7 +483,7 @@ class DuoStreamProcessor(ProcessorMixin):
             check_contents(template, messages)
         if kwargs.get("tokenize"):
             given = kwargs.get("processor_kwargs") or {}
-            defaults: dict[str, Any] = {}
+            defaults: dict[str, Any] = {} if chat_template is None else {"chat_template": chat_template}
             if not kwargs.get("return_assistant_tokens_mask"):
                 kwargs.setdefault("sanitize_control_tokens", True)
                 defaults["add_special_tokens"] = False

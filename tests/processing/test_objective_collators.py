@@ -257,7 +257,7 @@ def test_retrieval_names_the_row_that_has_not_one_picture(processor, num_images)
 def test_a_picture_without_a_text_that_belongs_to_it_names_its_row(processor, collator, options, text):
     said = {**caption_row(1), "completion": [{"role": "assistant", "content": text}]}
     for row in (said, {"images": said["images"], "text": text}):
-        with pytest.raises(ValueError, match="Row 1.*: expected a text that belongs to the picture"):
+        with pytest.raises(ValueError, match=r"Row 1.*: expected a text that belongs to the picture"):
             collator(processor, **options)([caption_row(0), row])
 
 

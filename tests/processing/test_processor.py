@@ -789,6 +789,30 @@ def test_a_role_marker_of_several_tokens_is_found_whole():
     assert types == sorted(types)
 
 
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "given"])
+@pytest.mark.parametrize("options", [{}, {"processor_kwargs": {"truncation": True, "max_length": 40}}], ids=str)
+def test_a_prefix_ends_where_the_template_that_is_asked_for_begins_an_answer(prefix_processor, is_named, options):
+    other = prefix_processor.chat_template.replace("<|assistant|>", "<assistant>")
+    other = other.replace("'<|' + message['role'] + '|>'", "'<' + message['role'] + '>'")
+    named = DuoStreamProcessor(
+        image_processor(),
+        prefix_processor.tokenizer,
+        chat_template={"default": prefix_processor.chat_template, "other": other},
+        image_seq_length=NUM_TOKENS,
+        bidirectional_prefix=True,
+    )
+    for name in ("one picture", "several turns"):
+        outputs = tokenize(named, CONVERSATIONS[name], chat_template="other" if is_named else other, **options)
+        (ids,), (types,) = outputs["input_ids"], outputs["token_type_ids"]
+        assert types == sorted(types)
+        suffix = named.decode([i for i, kind in zip(ids, types, strict=True) if kind])
+        assert suffix.startswith("<assistant>") and ("red" in suffix) == (name == "several turns")
+        own = tokenize(named, CONVERSATIONS[name], **options)
+        assert equal(own, tokenize(named, CONVERSATIONS[name], chat_template="default", **options))
+    with pytest.raises(ValueError, match="writes nothing in front of an answer"):
+        tokenize(named, CONVERSATIONS["one picture"], chat_template=other.replace("<assistant>", ""), **options)
+
+
 def test_a_causal_prefix_has_no_types(processor):
     assert "token_type_ids" not in tokenize(processor, CONVERSATIONS["one picture"])
 
