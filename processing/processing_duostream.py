@@ -346,7 +346,7 @@ class DuoStreamProcessor(ProcessorMixin):
         if not wants_mask:
             outputs.pop("special_tokens_mask", None)
         padded_names = ("input_ids", "attention_mask", "special_tokens_mask")
-        for name in (*padded_names, "mm_token_type_ids", "token_type_ids", "offset_mapping"):
+        for name in (*padded_names, "token_type_ids", "offset_mapping"):
             if name in outputs:
                 outputs[name] = [[ids[i] for i in keep] for ids, keep in zip(outputs[name], kept, strict=True)]
         if "length" in outputs:
