@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any
@@ -215,7 +216,12 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "max_length", "max_column_chars", "max_train_rows", "max_eval_rows")
+        check_at_least_one(self, "max_length", "max_column_chars", "max_train_rows", "max_eval_rows", "max_answers")
+
+    @cached_property
+    def mixture_parts(self) -> list["DataArguments"]:
+        """What the files of `mixture` say, each read once: it may be changed for another run while this one lasts."""
+        return [parse_file(DataArguments, path) for path in self.mixture]
 
 
 @dataclass
@@ -274,6 +280,9 @@ class DuoStreamTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
             self.greater_is_better: bool | None = False
         super().__post_init__()
+        check_at_least_one(self, "max_new_tokens")
+        if self.metric_rows < 0:
+            raise ValueError(f"`metric_rows` is {self.metric_rows}; expected 0 or more")
         self.freeze = [name for name in self.freeze if name]
         for name, rate in json_mapping(self, "learning_rates").items():
             if name not in STREAMS or not isinstance(rate, int | float) or rate < 0:

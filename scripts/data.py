@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import PIL.Image
+import pyarrow
 from datasets import (
     Array2D,
     Array3D,
@@ -26,6 +28,7 @@ from datasets import (
     Features,
     Image,
     IterableDataset,
+    Json,
     LargeList,
     List,
     Value,
@@ -35,12 +38,13 @@ from datasets import (
 from datasets.data_files import _get_data_files_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.json.json import JsonConfig
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
 from ..processing.processing_duostream import check_messages, parts_of
-from .arguments import DataArguments, check_unused, parse_file
+from .arguments import DataArguments, check_unused
 from .bad_rows import BAD_ROW_ERRORS, BadRows, broken_lines
 from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, rows_of_batch, training_rows
 from .tasks import WRITER, task_of, with_defaults
@@ -55,6 +59,9 @@ Rows: TypeAlias = Dataset | IterableDataset
 # Files are opened by the collator, which names the row of one that can't be read
 UNDECODED = Image(decode=False)
 LISTS = (List, LargeList)
+
+# Columns of rows that are ready
+CONVERSATIONS = ("messages", "prompt", "completion")
 
 # By the types of files that each reads, in the order in which they are looked for: JSON may tell of Parquet and Arrow
 BUILDERS = {
@@ -133,7 +140,7 @@ def load_mixture(
         ValueError: As `load_rows`; or a task in a mixture is not one that writes, or a weight is not positive; or
             `conversations_per_row` is out of range, or not for this task.
     """
-    parts = [args, *(parse_file(DataArguments, path) for path in args.mixture)]
+    parts = [args, *args.mixture_parts]
     _check_parts(parts)
     is_packed = any(part.conversations_per_row > 1 for part in parts)
     if not args.mixture and not is_packed:
@@ -203,9 +210,12 @@ def _same_columns(rows: Rows, args: DataArguments) -> Rows:
         """From JSON, a message may be a plain text, and a part lack what others have."""
         if message.get("tool_calls"):
             raise ValueError(f"Row {index} of {args.dataset!r}: a mixture takes no `tool_calls`")
-        parts = [{"type": part.get("type"), "text": part.get("text")} for part in parts_of(message)]
-        # What says nothing stays so, for the collator to refuse it by its row
-        return {"role": message.get("role"), "content": parts or [{"type": "text", "text": None}]}
+        # What is no message says nothing, for the collator to refuse it by its row
+        parts: list[dict[str, Any]] = [{"type": "text", "text": None}]
+        with suppress(ValueError):
+            check_messages([message])
+            parts = [{"type": part["type"], "text": part.get("text")} for part in parts_of(message)] or parts
+        return {"role": message.get("role"), "content": parts}
 
     def make_alike(row: dict[str, Any], index: int) -> dict[str, Any]:
         turns = {
@@ -409,10 +419,31 @@ def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> R
             check_unused(args, ["dataset_config"], f"{args.dataset!r} is here, and no data set of the Hub")
             rows = _load_files(path, options, bad_rows)
         else:
-            rows = load_dataset(args.dataset, args.dataset_config, **options)
+            rows = _load_as_written(args.dataset, args.dataset_config, **options)
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
     return _patient(rows) if args.streaming else rows
+
+
+def _load_as_written(*args: Any, **options: Any) -> Rows:
+    """
+    What `load_dataset` loads. Where JSON has texts beside lists, `datasets` keeps both as `Json`, and texts that are
+    JSON, too, as `12` or, in quotes, `"STOP"`, are read as what they say. Conversations lose nothing if they are kept
+    so as a whole.
+    """
+    rows = load_dataset(*args, **options)
+    if rows.info.builder_name != "json" or rows.features is None:
+        return rows
+    mixed = [name for name, feature in rows.features.items() if _has_json(feature)]
+    whole = {name: Json() for name in mixed if name in CONVERSATIONS}
+    return load_dataset(*args, **options, features=Features({**rows.features, **whole})) if whole else rows
+
+
+def _has_json(feature: Any) -> bool:
+    """Whether values of several types are somewhere in a column."""
+    if isinstance(feature, dict):
+        return any(map(_has_json, feature.values()))
+    return _has_json(feature.feature) if isinstance(feature, LISTS) else isinstance(feature, Json)
 
 
 def _patient(rows: IterableDataset) -> IterableDataset:
@@ -423,10 +454,18 @@ def _patient(rows: IterableDataset) -> IterableDataset:
     if isinstance(files := getattr(source, "kwargs", {}).get("metadata_files"), set):
         # An image folder's, which each process, and one that resumes, would read in an order of its own
         source.kwargs = {**source.kwargs, "metadata_files": sorted(files, key=str)}
-    for name in ("generate_tables_fn", "generate_examples_fn"):
-        if hasattr(source, name):
-            setattr(source, name, partial(read_patiently, getattr(source, name)))
+    if hasattr(source, "generate_tables_fn"):
+        source.generate_tables_fn = partial(read_patiently, partial(_valid_tables, source.generate_tables_fn))
+    if hasattr(source, "generate_examples_fn"):
+        source.generate_examples_fn = partial(read_patiently, source.generate_examples_fn)
     return rows
+
+
+def _valid_tables(generate: Callable[..., Iterator[tuple[Any, pyarrow.Table]]], **shard: Any) -> Iterator[Any]:
+    """The tables of a shard. Bytes that are no UTF-8 `datasets` passes over, and who reads the row fails."""
+    for key, table in generate(**shard):
+        table.validate(full=True)
+        yield key, table
 
 
 def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iterator[Any]:
@@ -437,6 +476,7 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
 
     Raises:
         OSError: The shard didn't come back. It is named.
+        ValueError: It is broken.
     """
     max_tries, seconds = datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL
     paths = [each for value in shard.values() if isinstance(value, list) for each in value if isinstance(each, str)]
@@ -451,7 +491,8 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
             return
         except (OSError, ValueError, TarError) as error:
             if not was_away and not isinstance(error, OSError):
-                raise  # broken, while one that is just being put back may be half a file
+                # Broken, while one that is just being put back may be half a file
+                raise ValueError(f"{name}: {error}") from error
             was_away = True
             # Of a lost connection `datasets` has tried it so often
             num_tries = max_tries if isinstance(error, ConnectionError) else num_tries + 1
@@ -472,8 +513,10 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
     data_files = {name: [glob.escape(file) for file in files] for name, files in splits.items()}
     is_image_folder = builder == "imagefolder"
     source: dict[str, Any] = {"data_dir": glob.escape(str(path))} if is_image_folder else {"data_files": data_files}
+    if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
+        source["parse_agent_traces"] = False  # Rows may look like one by what else they tell
     try:
-        rows = load_dataset(builder, **source, **options)
+        rows = _load_as_written(builder, **source, **options)
         if builder == "json" and isinstance(rows, Dataset):
             # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
             rows.data.validate(full=True)
@@ -481,7 +524,7 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
         # The library's message names no file, or no row
         for _, _, reason in broken_lines(chain(*_lines_read(path, builder, splits).values())):
             raise reason from error
-        raise
+        raise ValueError(f"{path}: {error.__cause__ or error}") from error
     return rows
 
 
@@ -685,6 +728,12 @@ def _make_rows(
     for name in columns_in(args.prompt or "") if not args.prompt_column else ():
         if name not in columns:
             raise ValueError(f"`prompt` {args.prompt!r} names {name!r}, but the columns are {columns}")
+    texts = [*wanted.values(), *(columns_in(args.prompt or "") if not args.prompt_column else ())]
+    if mixed := sorted({name for name in texts if name is not None and _has_json((rows.features or {}).get(name))}):
+        logger.warning(
+            f"The columns {mixed} of {args.dataset!r} have texts beside values of other types: `datasets` reads those "
+            'that are JSON as what they say, `12` as a number and `"STOP"` without its quotes. Expected one type'
+        )
     has_images = args.image_column in columns
     if not has_images and args.image_column not in (DataArguments.image_column, ""):
         raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
@@ -698,6 +747,12 @@ def _make_rows(
                 f"`image_column` is {args.image_column!r}, but the columns are {columns}: name the one with "
                 f'pictures{hint}, or "" to read text alone'
             )
+    stored = (rows.features or {}).get(args.image_column) if has_images else None
+    if not _may_hold_pictures(stored):
+        raise ValueError(
+            f"`image_column` {args.image_column!r} is {stored}; expected a picture or its path in each row, or a list "
+            "of them in each"
+        )
     if has_images and args.image_dir is not None:
         options = {"column": args.image_column, "image_dir": args.image_dir}
         rows = rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
@@ -770,18 +825,6 @@ def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
     unknown.
     """
 
-    def may_hold_pictures(feature: Any) -> bool:
-        if isinstance(feature, LISTS):
-            # Of lists in lists, as of arrays, `datasets` makes pictures
-            return isinstance(feature.feature, LISTS) or may_hold_pictures(feature.feature)
-        if isinstance(feature, dict):  # of a file, or of where it lies
-            return any(map(may_hold_pictures, feature.values()))
-        if isinstance(feature, Value):
-            # What is empty in the first rows of a stream may hold anything later on
-            is_unknown = feature.dtype == "null" and isinstance(rows, IterableDataset)
-            return is_unknown or feature.dtype in ("string", "large_string", "binary", "large_binary")
-        return feature is None or isinstance(feature, Array2D | Array3D | Image)
-
     def holds_pictures(feature: Any) -> bool:
         if isinstance(feature, LISTS):
             return holds_pictures(feature.feature)
@@ -790,11 +833,22 @@ def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
         return isinstance(feature, Image) or is_file or is_bytes
 
     features = rows.features or {}
-    return [
-        name
-        for name in columns
-        if holds_pictures(features.get(name)) or (name == "images" and may_hold_pictures(features.get(name)))
-    ]
+    # What is empty in the first rows of a stream may hold anything later on
+    is_empty = isinstance(rows, Dataset) and features.get("images") == Value("null")
+    may_be = "images" in columns and not is_empty and _may_hold_pictures(features.get("images"))
+    return [name for name in columns if holds_pictures(features.get(name)) or (name == "images" and may_be)]
+
+
+def _may_hold_pictures(feature: Any) -> bool:
+    """Whether what is stored so may be pictures or, where it is empty, the lack of them."""
+    if isinstance(feature, LISTS):
+        # Of lists in lists, as of arrays, `datasets` makes pictures
+        return isinstance(feature.feature, LISTS) or _may_hold_pictures(feature.feature)
+    if isinstance(feature, dict):  # of a file, or of where it lies
+        return any(map(_may_hold_pictures, feature.values()))
+    if isinstance(feature, Value):
+        return feature.dtype in ("null", "string", "large_string", "binary", "large_binary")
+    return feature is None or isinstance(feature, Array2D | Array3D | Image)
 
 
 def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars_per_picture) -> int:
@@ -807,9 +861,13 @@ def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars
 
 
 def _parts_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of all messages of a row."""
-    names = ("messages", "prompt", "completion")
-    return [part for name in names for message in row.get(name) or () for part in parts_of(message)]
+    """The parts of all messages of a row; none of what are no messages, which the collator names."""
+    parts = []
+    for messages in filter(None, map(row.get, CONVERSATIONS)):
+        with suppress(ValueError):
+            check_messages(messages)
+            parts += [part for message in messages for part in parts_of(message)]
+    return parts
 
 
 def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
@@ -817,7 +875,7 @@ def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
     Rows with a column `length` (see [`_num_chars`]), where they have none. Pictures are not read for it: they are
     counted by the parts of messages.
     """
-    texts = [name for name in ("text", "messages", "prompt", "completion") if name in rows.column_names]
+    texts = [name for name in ("text", *CONVERSATIONS) if name in rows.column_names]
     if "length" in rows.column_names or not texts:
         return rows
     lengths = []
@@ -996,7 +1054,7 @@ def blank(rows: Rows) -> Rows:
 
 def texts_of(rows: Rows) -> Iterator[str]:
     """Everything that is said in the rows, message by message, for training a tokenizer."""
-    known = ("text", "messages", "prompt", "completion", "conversations")
+    known = ("text", *CONVERSATIONS, "conversations")
     columns = [name for name in known if name in (rows.column_names or [])]
     for row in rows.select_columns(columns) if columns else rows:
         for each in conversations_of(row):

@@ -233,13 +233,13 @@ def with_states(
 
 def identity_of(image: dict[str, Any] | None) -> Any:
     """By which pictures are told apart: the hash of their bytes, or the path, size and time of their file."""
-    if image is None:
-        return None
+    if image is None or image["bytes"] is image["path"] is None:
+        return None  # reading it says so, and names the row
     if image["bytes"] is not None:
         return sha256(image["bytes"]).hexdigest()
     path = os.path.abspath(image["path"])
     try:
         found = os.stat(path)
     except OSError:
-        return path  # reading it says so, and names the row
+        return path  # as here
     return path, found.st_size, found.st_mtime_ns

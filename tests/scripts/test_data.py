@@ -529,6 +529,71 @@ def test_files_that_are_left_out_for_their_type_are_named(tmp_path, monkeypatch)
     assert "of which parquet is read; not read: ['b.jsonl']" in warned[0]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_texts_that_are_json_are_read_as_they_stand_beside_lists_of_parts(tmp_path, is_pair, streaming, collator):
+    answers = ["3", "Yes", '"STOP"', "1.50", "true", "null", '{"a": 1}', "[1, 2]", "a/b", "2021-05-03"]
+    picture(0).save(tmp_path / "a.png")
+    rows = []
+    for answer in answers:
+        turns = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
+            {"role": "assistant", "content": answer},
+        ]
+        turns = {"prompt": turns[:1], "completion": turns[1:]} if is_pair else {"messages": turns}
+        rows.append({"images": [str(tmp_path / "a.png")], **turns})
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    loaded = list(load(path, task="chat", streaming=streaming))
+    name = "completion" if is_pair else "messages"
+    assert [row[name][-1]["content"] for row in loaded] == answers
+    assert len(collator(loaded)["labels"]) == len(answers)
+    if is_pair and not streaming:
+        (packed,) = load_mixture(DataArguments(dataset=str(path), conversations_per_row=20))
+        assert [each["completion"][0]["content"] for each in packed["conversations"]] == answers
+        (tmp_path / "other.yaml").write_text(f"{{task: chat, dataset: {path}}}")
+        mixed = load_mixture(DataArguments(dataset=str(path), mixture=[str(tmp_path / "other.yaml")]))
+        assert {row["completion"][0]["content"][0]["text"] for row in mixed} == set(answers)
+
+
+def test_columns_of_texts_beside_other_values_are_told_of(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(logger, "warning", warned.append)
+    path = write_lines(tmp_path / "rows.jsonl", [{"question": "?", "answer": answer} for answer in (["12"], "Yes")])
+    assert [said(row)[2] for row in load(path, task="vqa")] == ["12", "Yes"]
+    assert "The columns ['answer'] of" in warned[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("images", [[5, 5], ["a.png", ["a.png"]]], ids=["numbers", "paths and lists"])
+def test_a_column_that_is_named_but_holds_no_pictures_is_refused(tmp_path, images, streaming):
+    path = write_lines(tmp_path / "rows.jsonl", [{"image": image, "captions": "a"} for image in images])
+    with pytest.raises(ValueError, match=r"`image_column` 'image' is .*; expected a picture or its path in each row"):
+        load(path, task="caption", streaming=streaming)
+
+
+def test_what_datasets_takes_for_traces_of_agents_is_read_as_conversations(tmp_path):
+    others = {name: "a" for name in ("id", "source", "model", "system_prompt")}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path = write_lines(tmp_path / "rows.jsonl", [{**others, "messages": turns}] * 2)
+    assert [row["messages"] for row in load(path, task="chat")] == [turns] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_with_different_columns_are_refused_by_name(tmp_path, streaming):
+    (tmp_path / "train").mkdir()
+    for name, column in (("a", "answer"), ("b", "reply")):
+        write_lines(tmp_path / "train" / f"{name}.jsonl", [{"question": "?", column: "!"}])
+    with pytest.raises(ValueError, match=f"{tmp_path}.*\n(.*\n)*.*reply"):
+        list(load(tmp_path, task="vqa", streaming=streaming))
+
+
+def test_a_file_with_a_line_that_is_no_utf_8_is_named_in_a_stream(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"source": "café", "target": "café"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl: .*UTF8"):
+        list(load(path, task="translation", streaming=True))
+
+
 def test_a_line_that_is_no_utf_8_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     good, bad = (json.dumps({"source": each, "target": each}, ensure_ascii=False) for each in ("cafe", "café"))
@@ -673,8 +738,10 @@ def test_a_number_is_the_class_that_has_it_for_a_name(tmp_path):
     [
         {"prompt": conversation("?", "a")[:1], "completion": [{"role": "assistant", "content": None}]},
         {"prompt": None, "completion": conversation("?", "a")[1:]},
+        {"prompt": conversation("?", "a")[:1], "completion": [{"role": "assistant", "content": 5}]},
+        {"prompt": conversation("?", "a")[:1], "completion": [{"role": "assistant", "content": ["a"]}]},
     ],
-    ids=["an answer", "a prompt"],
+    ids=["an answer", "a prompt", "an answer, but a number", "an answer, but a list"],
 )
 def test_what_is_missing_in_a_row_of_a_mixture_is_never_learnt_as_empty(tmp_path, photographs, collator, row):
     ready = {"prompt": conversation("?", "a")[:1], "completion": [{"role": "assistant", "content": "a", "name": "x"}]}
@@ -796,6 +863,8 @@ def test_messages_get_a_length_of_their_texts_and_pictures_where_it_is_asked_for
     assert with_lengths(Dataset.from_list(parts), 100)["length"][:] == [len("WhatX") + len("Red") + 100]
     strings = [{"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red"}]}]
     assert with_lengths(Dataset.from_list(strings), 100)["length"][:] == [8]
+    numbers = [{"messages": [{"role": "assistant", "content": 5}]}]
+    assert with_lengths(Dataset.from_list(numbers), 100)["length"][:] == [0], "the collator names the row"
     known = Dataset.from_list([{**strings[0], "length": 3}])
     assert with_lengths(known, 100) is known
 

@@ -275,6 +275,13 @@ def test_rows_without_pictures_stay_as_they_are(parts, tmp_path, cache):
     train(*parts, training_options(tmp_path / "run"), with_states(none, *parts, training_options(tmp_path)))
 
 
+def test_a_picture_without_bytes_and_path_names_its_row(parts, tmp_path):
+    rows = Dataset.from_dict({"text": ["One ."], "images": [[{"bytes": None, "path": None}]], "row": [0]})
+    rows = rows.cast_column("images", List(datasets.Image(decode=False)))
+    with pytest.raises(ValueError, match="Row 0: a picture can't be read"):
+        with_states(rows, *parts, training_options(tmp_path))
+
+
 def test_a_picture_that_cannot_be_read_names_its_row_or_is_left_out(pretrained, tmp_path, monkeypatch):
     photographs = save_photographs(tmp_path / "photographs")
     (photographs / "train" / "2.jpg").write_bytes(b"<html>")
