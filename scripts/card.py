@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..configuration import DuoStreamConfig
 from ..processing.data_collator_duostream import load_picture
-from .arguments import DataArguments, parse_file
+from .arguments import DataArguments
 from .long_runs import TrainingTime
 from .report import draw_losses, pick
 from .tasks import WRITER, task_of, with_defaults
@@ -138,12 +138,18 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     metric_rows = getattr(trainer, "metric_rows", None)
     is_written = metric_rows is not None and task_of(trainer.task).auto_class is WRITER
     # What was loaded and is no folder here came from the Hub
-    name = str(config.name_or_path)
+    name = str(getattr(trainer, "began_with", None) or config.name_or_path)
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    parts = [data, *(parse_file(DataArguments, path) for path in data.mixture)] if data is not None else []
+    earlier = read_run(Path(name)) if name and not is_on_hub else {}
+    before = earlier.get("sources_before")
+    parts = [data, *data.mixture_parts] if data is not None else []
     record = {
-        "base_models": [name] if is_on_hub else getattr(config, "base_models", None) or [],
+        "base_models": [name]
+        if is_on_hub
+        else getattr(config, "base_models", None) or earlier.get("base_models") or [],
         "sources": [{**source_of(part, part.train_split), "task": part.task} for part in parts],
+        # What the weights that it began with had learnt from: nothing, or, where they don't tell, `None`
+        "sources_before": [] if not name else None if before is None else [*before, *earlier["sources"]],
         "prompt": prompt_of(data) if data is not None else None,
         "images_last": data is not None and data.images_last,
         "reads_pictures": "images" in (getattr(rows, "column_names", None) or ["images"]),
@@ -166,6 +172,12 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
         "versions": {name: version(name) for name in ("duostream", "transformers", "torch", "datasets")},
     }
     (Path(str(args.output_dir)) / RUN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What [`write_run`] wrote; nothing where it didn't."""
+    path = folder / RUN
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def weights_fingerprints(model: PreTrainedModel) -> dict[str, str]:
@@ -325,7 +337,7 @@ def write_card(
         logger.warning(f"{path} was written or changed by hand: it is left as it is")
         return False
     config = DuoStreamConfig.from_pretrained(folder)
-    run = json.loads((folder / RUN).read_text(encoding="utf-8")) if (folder / RUN).exists() else {}
+    run = read_run(folder)
     auto_class, pipeline_tag = HEADS.get((config.architectures or [""])[0], HEADS["DuoStreamModel"])
     records = [read_evaluation(each) for each in evaluations]
     for number, record in enumerate(records):
@@ -362,7 +374,7 @@ def _header(
     name: str,
     **metadata: Any,
 ) -> ModelCardData:
-    sources = run.get("sources", [])
+    sources, before = run.get("sources", []), run.get("sources_before")
     base_models = run.get("base_models") or getattr(config, "base_models", None)
     energy = run.get("energy")
     fields: dict[str, Any] = {
@@ -372,7 +384,8 @@ def _header(
         "base_model": base_models or None,
         "datasets": sorted({source["name"] for source in sources if source["kind"] == "hub"}) or None,
     }
-    if sources and not base_models and {source["kind"] for source in sources} == {"scenes"}:
+    is_all = bool(sources) and before is not None and not base_models
+    if is_all and {source["kind"] for source in [*sources, *(before or [])]} == {"scenes"}:
         # All of it is ours: of other data, the license of the weights is for whoever trained them to say
         fields |= {"license": "apache-2.0", "language": ["en"]}
     if energy is not None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging
 
 from ..configuration import DuoStreamConfig
+from ..modeling import DuoStreamForSequenceClassification
 from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, merged, parse
 from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
@@ -59,6 +61,13 @@ def class_options(classes: list[str], label: Any) -> dict[str, Any]:
     }
 
 
+def known_classes(checkpoint: str) -> list[str]:
+    """The classes that a checkpoint's head tells apart, in the order of its scores; none, if it has no such head."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    is_classifier = config.architectures == [DuoStreamForSequenceClassification.__name__]
+    return [config.id2label[number] for number in range(config.num_labels)] if is_classifier else []
+
+
 def changed_config(args: FinetuneArguments) -> dict[str, Any]:
     """
     `config_overrides`, with which the checkpoint's configuration was tried out.
@@ -99,6 +108,9 @@ def main(args: list[str] | None = None) -> None:
     is_classification = data_args.task == "classification"
     bad_rows = bad_rows_of(data_args, training_args)
     classes = read_classes(data_args, bad_rows) if is_classification else []
+    known = known_classes(finetune_args.checkpoint) if classes else []
+    if set(known) == set(classes):
+        classes = known  # so that its head is theirs, whatever their order is here
     rows = load_mixture(data_args, classes, training_args.seed, bad_rows)
     if training_args.packing and "conversations" in (rows.column_names or []):
         raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
@@ -120,10 +132,17 @@ def main(args: list[str] | None = None) -> None:
     options = changed_config(finetune_args)
     if is_classification:
         options |= class_options(classes, next(iter(rows))["label"])
-        # A head for other classes is made anew, which the loading reports
+        # A head for more classes, or fewer, is made anew, which the loading reports
         options["ignore_mismatched_sizes"] = True
     auto_class = task_of(data_args.task).auto_class
     model = load_model(auto_class, finetune_args.checkpoint, may_have_new_head=True, **options)
+    if len(known) == len(classes) and not {*known, *(name.removeprefix("LABEL_") for name in known)} >= set(classes):
+        logger.warning(
+            f"The head of {finetune_args.checkpoint} tells {known!r:.200} apart, not {classes!r:.200}: it is made anew"
+        )
+        # Of weights that were loaded the library would leave the values
+        model.score = nn.Linear(model.score.in_features, len(classes)).to(model.score.weight)
+        model._init_weights(model.score)
     processor = AutoProcessor.from_pretrained(finetune_args.checkpoint)
     prepare(model, processor, training_args.freeze)
     collator = collator_of(data_args, processor, model)

@@ -180,7 +180,8 @@ def main(args: list[str] | None = None) -> None:
             mlm=bool(pretrain_args.mlm_weight),
             pairs=bool(pretrain_args.itc_weight or pretrain_args.itm_weight),
         )
-    train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows, data=data_args)
+    told = {"data": data_args, "began_with": pretrain_args.vision}
+    train(model, processor, training_args, rows, eval_rows, collator, bad_rows=bad_rows, **told)
 
 
 if __name__ == "__main__":

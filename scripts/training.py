@@ -84,6 +84,7 @@ class DuoStreamTrainer(LongRunTrainer):
         metric_rows (`Dataset`, *optional*): Rows with all of their references. Answers are generated from prompts
             without them, shared out over the ranks.
         data (`DataArguments`, *optional*): Where the rows came from, for the card.
+        began_with (`str`, *optional*): Where weights came from, if it wasn't a checkpoint that tells: so, too.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DuoStreamTrainer(LongRunTrainer):
         task: str = "chat",
         metric_rows: Dataset | None = None,
         data: DataArguments | None = None,
+        began_with: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -129,7 +131,7 @@ class DuoStreamTrainer(LongRunTrainer):
                         f"`itm_weight` goes with a `{name}` of 2 or more: one pair alone has no other text or picture "
                         "to be told from"
                     )
-        self.task, self.metric_rows, self.data = task, metric_rows, data
+        self.task, self.metric_rows, self.data, self.began_with = task, metric_rows, data, began_with
         self.answer_room: int | None = None
         if metric_rows is not None:
             # Not after all the steps before the first evaluation
@@ -526,8 +528,10 @@ def train(
         sys.exit(128 + signal.SIGTERM)
     if checkpoint is None:
         trainer.check_has_learnt()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    if checkpoint is None or trainer.state.global_step > int(checkpoint.rsplit("-", 1)[1]):
+        # Of a run that had ended its figures are there, and these would be of no step
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     # First, as `bf16_full_eval` makes the model one in half precision
     trainer.save_model(_internal_call=True)

@@ -36,12 +36,13 @@ from duostream.scripts.card import (
     write_card,
     write_run,
 )
-from duostream.scripts.data import load_rows
+from duostream.scripts.data import load_mixture, load_rows
 from duostream.scripts.push import PushArguments, push
 from duostream.scripts.report import pick
 from duostream.scripts.training import DuoStreamTrainer
 
 STEP_SECONDS = 0.2
+SCENES = {"name": "scenes", "kind": "scenes", "config": None, "split": "train", "task": "caption"}
 CAPTIONS = ["a red | circle", "a ![dot](http://evil/p.png)", "<b>two</b> squares"]
 
 
@@ -363,6 +364,56 @@ def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(tra
         write_card(tmp_path)
         header = metadata_load(tmp_path / "README.md")
         assert header is not None and {key: header[key] for key in names if key in header} == expected
+
+
+@pytest.mark.parametrize(
+    ("earlier", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"sources": [SCENES], "sources_before": None}, None),
+        ({"sources": [{**SCENES, "kind": "local"}], "sources_before": []}, [{**SCENES, "kind": "local"}]),
+        ({"sources": [SCENES], "sources_before": []}, [SCENES]),
+    ],
+)
+def test_what_is_licensed_learnt_from_scenes_alone_from_its_beginning(
+    data: DataArguments, trained: Path, tmp_path: Path, earlier: dict | None, expected: list | None
+) -> None:
+    """Of weights from elsewhere the license is for others to say, and what they had learnt from is told or unknown."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    if earlier is not None:
+        (before / "run.json").write_text(json.dumps(earlier))
+    processor = DuoStreamProcessor.from_pretrained(trained)
+    trainer = DuoStreamTrainer(
+        model=duostream.DuoStreamForConditionalGeneration.from_pretrained(trained),
+        args=DuoStreamTrainingArguments(str(after), use_cpu=True, report_to="none"),
+        train_dataset=load_rows(data, "train"),
+        data_collator=DuoStreamDataCollator(processor),
+        processing_class=processor,
+        began_with=str(before),
+    )
+    trainer.save_model()
+    write_run(trainer, replace(data, dataset="scenes"))
+    assert json.loads((after / "run.json").read_text())["sources_before"] == expected
+    write_card(after)
+    header, text = metadata_load(after / "README.md"), (after / "README.md").read_text()
+    assert header is not None and ("license" in header) == (expected == [SCENES])
+    assert ("was not recorded" in text) == (expected is None)
+    assert text.count("not published with the model") == (expected == [{**SCENES, "kind": "local"}])
+
+
+def test_a_file_of_a_mixture_that_changes_while_training_lasts_changes_no_card(
+    data: DataArguments, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(f"{{task: caption, dataset: {data.dataset}}}")
+    mixed = replace(data, mixture=[str(other)])
+    assert load_mixture(mixed)
+    other.write_text("{task: caption, dataset: somebody/else}")
+    train(tmp_path / "run", mixed)
+    sources = json.loads((tmp_path / "run" / "run.json").read_text())["sources"]
+    assert [source["kind"] for source in sources] == ["local", "local"]
 
 
 @pytest.mark.parametrize("reads_pictures", [True, False])

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -337,7 +338,7 @@ def test_a_mixture_can_hide_its_pictures(photographs, texts, workplace):
     for option, value in (("blank_images", True), ("on_bad_rows", "skip")):
         recipe.write_text(yaml.safe_dump({"task": "translation", "dataset": str(texts), option: value}))
         with pytest.raises(ValueError, match=f"`{option}` would do nothing: it is for the whole mixture"):
-            load_mixture(args)
+            load_mixture(replace(args))
 
 
 def test_pretraining_without_masks_measures_a_loss(photographs, tmp_path):
@@ -376,6 +377,27 @@ def test_a_classifier_goes_on_to_other_classes(pretrained, texts, tmp_path):
         evaluate.main(arguments(checkpoint=checkpoint, **options, output_dir=tmp_path / "out", report=True))
     assert "mse" in json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert "<h2>The rows that score lowest</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("names", [["good", "bad"], ["sun", "rain"]])
+def test_a_classifier_keeps_its_head_for_its_classes_in_its_order_and_no_other(pretrained, texts, tmp_path, names):
+    options = {"task": "classification", "label_column": "name", **SHORT}
+    first = {**options, "checkpoint": pretrained, "dataset": texts, "output_dir": tmp_path / "first"}
+    finetune.main(arguments(**first))
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    # In an order that no rows have by themselves
+    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
+    rows = [{"text": sentence, "name": names[i % 2]} for i, sentence in enumerate(SENTENCES)]
+    for split in ("train", "validation"):
+        write(tmp_path / "rows" / f"{split}.jsonl", rows)
+    again = {"checkpoint": tmp_path / "first", "dataset": tmp_path / "rows", "output_dir": tmp_path / "again"}
+    finetune.main(arguments(**options, **again, learning_rate=0))
+    one, other = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("first", "again"))
+    is_same = names == ["good", "bad"]
+    assert list(other.config.id2label.values()) == (["good", "bad"] if is_same else ["rain", "sun"])
+    assert torch.equal(one.score.weight, other.score.weight) == is_same
+    assert other.score.weight.std().item() == pytest.approx(other.config.initializer_range, rel=0.5)
 
 
 def test_a_figure_that_is_no_number_is_null(pretrained, texts, tmp_path):

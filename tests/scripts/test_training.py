@@ -399,6 +399,21 @@ def test_options_that_would_lose_or_give_away_a_state_are_refused(tmp_path, wron
         options(tmp_path, **wrong)
 
 
+def test_a_run_that_had_ended_keeps_its_figures_when_it_is_resumed(new_parts, rows, tmp_path):
+    for resume in (False, True):
+        train(*new_parts(), options(tmp_path, save_strategy="steps", save_steps=2, resume=resume), rows)
+        results = json.loads((tmp_path / "train_results.json").read_text())
+        if not resume:
+            first = results
+    assert results == first and results["train_loss"] > 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("metric_rows", -4), ("max_new_tokens", 0)])
+def test_numbers_that_are_too_small_are_refused_before_training(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; expected"):
+        options(tmp_path, **{name: value})
+
+
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(new_parts, rows, tmp_path):
     steps = Steps()
     train(*new_parts(), options(tmp_path, max_steps=2, resume=True), rows, callbacks=[steps])
