@@ -31,13 +31,14 @@ from transformers.utils import cached_file
 
 from ..processing import DuoStreamProcessor, DuoStreamRetrievalCollator
 from ..processing.data_collator_duostream import load_picture
-from .arguments import parse
+from .arguments import check_at_least_one, parse
 from .card import RUN
 from .checkpoints import load_model
 from .data import columns_in
 from .evaluate import evaluation_loss, to_device
+from .generate import TextRoom, prompt_inputs
 from .places import check_place
-from .report import prompt_inputs, show_attention
+from .report import show_attention
 from .tasks import TASKS
 
 MAX_MEGABYTES, MAX_MEGAPIXELS = 20, 64
@@ -77,6 +78,11 @@ class DemoArguments:
             f"`{RUN}` says, and in front of them where there is none."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_new_tokens")
+        if self.port is not None and not 0 <= self.port < 2**16:
+            raise ValueError(f"`port` is {self.port}; expected one from 0 to {2**16 - 1}")
 
 
 def read_picture(path: str | Path) -> PIL.Image.Image:
@@ -156,16 +162,23 @@ def write(
     Raises:
         ValueError: The conversation is longer than the model reads.
     """
-    inputs = prompt_inputs(processor, conversation).to(model.device)
+    inputs = prompt_inputs(processor, [conversation]).to(model.device)
+    room, names = TextRoom(model), ["The conversation"]
+    room.check(inputs, names, is_prompt=True)
+    max_new_tokens = room.fit(inputs, names, max_new_tokens)
     length = inputs["input_ids"].shape[1]
-    stacks = (model.config.text_config, model.config.fusion_stack_config)
-    room = min(getattr(stack, "max_position_embeddings", None) or sys.maxsize for stack in stacks) - length
-    if room < 1:
-        raise ValueError(f"The conversation has {length} tokens, more than the model reads: clear it and begin anew")
+    known = getattr(model.config.fusion_stack_config, "max_position_embeddings", None)
+    if room.positions is None and known is not None:
+        # Rotary positions don't end, but beyond those of its training a model knows none
+        if length >= known:
+            raise ValueError(
+                f"The conversation has {length} tokens, more than the model reads: clear it and begin anew"
+            )
+        max_new_tokens = min(max_new_tokens, known - length)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped, text = Event(), ""
     stop = StoppingCriteriaList([lambda ids, scores, **kwargs: ids.new_full(ids.shape[:1], stopped.is_set()).bool()])
-    options = {"do_sample": False, "max_new_tokens": min(max_new_tokens, room), "stopping_criteria": stop}
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "stopping_criteria": stop}
     with ThreadPoolExecutor(1) as thread:
         generated = thread.submit(model.generate, **inputs, **options, streamer=streamer)
         # An error, too, ends what is read here; `result` raises it

@@ -24,7 +24,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 
 from .. import DuoStreamProcessor, __version__
-from .arguments import DataArguments, DuoStreamTrainingArguments, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, parse
 from .data import blank, number_rows, pack_rows
 from .evaluate import exact_match, generate_answers, text_of
 from .generate import answer
@@ -47,6 +47,9 @@ class QuickstartArguments:
     question_steps: int = field(default=1000, metadata={"help": "Steps of up to five questions about 28 pictures."})
     finetune_steps: int = field(default=950, metadata={"help": "Steps of these; each third of 28 captions instead."})
     seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "train_scenes", "eval_scenes", "pretrain_steps", "question_steps", "finetune_steps")
 
 
 def training_arguments(output_dir: Path, **kwargs: Any) -> DuoStreamTrainingArguments:

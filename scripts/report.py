@@ -13,10 +13,11 @@ import torch
 from datasets import Dataset
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_picture
+from .generate import prompt_inputs
 
 PICTURE_SIDE = 144  # pixels on the page
 NUM_SHOWN = 12
@@ -37,16 +38,9 @@ def attended_tokens(checkpoint: Path, picture: PIL.Image.Image, result: dict[str
     # Only the eager implementation returns attentions
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager").eval()
     content = [{"type": "image", "image": picture}, {"type": "text", "text": result["prompt"]}]
-    inputs = prompt_inputs(AutoProcessor.from_pretrained(checkpoint), [{"role": "user", "content": content}])
+    inputs = prompt_inputs(AutoProcessor.from_pretrained(checkpoint), [[{"role": "user", "content": content}]])
     # Whatever is answered is not read
     return attention_to_pictures(model, inputs, new_tokens=inputs["input_ids"][:, :1])[0, 0]
-
-
-def prompt_inputs(processor: DuoStreamProcessor, conversation: list[dict]) -> BatchFeature:
-    """A model's inputs for the next answer in a conversation, whose picture parts carry their picture."""
-    return processor.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
 
 
 @torch.no_grad()

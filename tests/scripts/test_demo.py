@@ -21,7 +21,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_models import answered_row, save_learnt
+from tiny_models import GPT2, SIGLIP, answered_row, save_learnt, small_model
 
 from duostream import (
     DuoStreamForImageTextRetrieval,
@@ -31,8 +31,8 @@ from duostream import (
 )
 from duostream.scripts import demo
 from duostream.scripts.evaluate import evaluation_loss
-from duostream.scripts.generate import answer
-from duostream.scripts.report import attention_to_pictures, prompt_inputs, render
+from duostream.scripts.generate import answer, prompt_inputs
+from duostream.scripts.report import attention_to_pictures, render
 
 COLORS = {"red": "It is a red picture", "blue": "This one looks blue"}
 ASKED = "Which color is it?"
@@ -93,7 +93,7 @@ def test_attention_in_one_pass_is_what_generating_attended_to(loaded, monkeypatc
     model, processor = loaded
     monkeypatch.setattr(processor, "bidirectional_prefix", bidirectional_prefix)
     images = [Image.effect_noise((20, 20), 90).convert("RGB") for _ in range(2)]
-    inputs = prompt_inputs(processor, conversation("Which is it?", *images))
+    inputs = prompt_inputs(processor, [conversation("Which is it?", *images)])
     generated = model.generate(
         **inputs, max_new_tokens=6, do_sample=False, output_attentions=True, return_dict_in_generate=True
     )
@@ -197,6 +197,24 @@ def test_pictures_stand_where_they_stood_in_training(checkpoint, pictures, tmp_p
     (chat,) = (each.fn for each in page.fns.values() if each.api_name == "chat")
     turns, *_ = next(chat({"text": ASKED, "files": [pictures["red"]]}, []))
     assert [part["type"] for part in turns[0]["content"]] == (["text", "file"] if images_last else ["file", "text"])
+
+
+def test_pictures_take_no_positions_of_the_text(loaded):
+    _, processor = loaded
+    stack = {**GPT2, "vocab_size": len(processor.tokenizer), "n_positions": 40}
+    parts = {"text_config": stack, "vision_config": SIGLIP, "fusion_stack_config": stack}
+    model = small_model("gpt2", image_token_id=processor.image_token_id, attn_implementation="eager", **parts)
+    turns = conversation("Hi", *[Image.new("RGB", (16, 16), "red")] * 12)  # 48 image tokens
+    assert list(demo.write(model, processor, turns, 1))
+    with pytest.raises(ValueError, match="the text model has positions for 40"):
+        list(demo.write(model, processor, conversation("Hello " * 50), 1))
+
+
+@pytest.mark.parametrize("options", [{"port": 99999}, {"port": -1}, {"max_new_tokens": 0}], ids=str)
+def test_numbers_that_can_not_be_are_refused_by_name(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; expected"):
+        demo.DemoArguments("anywhere", **options)
 
 
 def test_what_fails_while_an_answer_is_written_reaches_the_page(loaded):
