@@ -207,7 +207,7 @@ def test_pictures_take_no_positions_of_the_text(loaded):
     turns = conversation("Hi", *[Image.new("RGB", (16, 16), "red")] * 12)  # 48 image tokens
     assert list(demo.write(model, processor, turns, 1))
     with pytest.raises(ValueError, match="the text model has positions for 40"):
-        list(demo.write(model, processor, conversation("Hello " * 50), 1))
+        list(demo.write(model, processor, demo.conversation_of([demo.user_turn("Hello " * 50, [])]), 1))
 
 
 @pytest.mark.parametrize("options", [{"port": 99999}, {"port": -1}, {"max_new_tokens": 0}], ids=str)
