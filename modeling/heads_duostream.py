@@ -602,7 +602,8 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         """Zeros, for which this rank gathers with those that have pairs, which would else wait for it."""
         losses, nothing = [], self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
         if self.model._are_weights_shared_out:
-            no_ids = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
+            # Any token but a picture's
+            no_ids = torch.full((1, 1), int(self.config.image_token_id == 0), device=nothing.device)
             losses.append(0 * self.model.read_text(no_ids).last_hidden_state.sum())
         if num_ranks() > 1:
             # For both objectives, as pairs are embedded

@@ -264,11 +264,17 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
         for name in streams:
             if name not in STREAMS:
                 raise ValueError(f"There is no stream {name!r} to freeze; there are {', '.join(map(repr, STREAMS))}")
-            getattr(self.base_model, STREAMS[name]).requires_grad_(False)
-        head = self.get_output_embeddings()
-        if "fusion" in streams and head is not None and head.weight is not self.get_input_embeddings().weight:
-            head.requires_grad_(False)
+            for weight in self.stream_parameters(name):
+                weight.requires_grad_(False)
         self.train(self.training)
+
+    def stream_parameters(self, stream: str) -> list[nn.Parameter]:
+        """The weights of a part, and of a language-model head that goes with it: see [`freeze`]."""
+        weights = list(getattr(self.base_model, STREAMS[stream]).parameters())
+        head = self.get_output_embeddings()
+        if stream == "fusion" and head is not None and head.weight is not self.get_input_embeddings().weight:
+            weights += head.parameters()
+        return weights
 
     @classmethod
     def from_backbones(

@@ -23,7 +23,6 @@ from ..modeling import (
     DuoStreamForSequenceClassification,
 )
 from ..modeling.liger_duostream import register_liger_kernel
-from ..modeling.modeling_duostream import STREAMS
 from ..processing import (
     DuoStreamClassificationCollator,
     DuoStreamDataCollator,
@@ -181,8 +180,8 @@ class DuoStreamTrainer(LongRunTrainer):
 
     def weight_rates(self) -> dict[torch.nn.Parameter, float]:
         """Learning rates of weights that have one of their own."""
-        rates, model = json.loads(self.args.learning_rates), self.model.base_model
-        return {weight: rate for name, rate in rates.items() for weight in getattr(model, STREAMS[name]).parameters()}
+        rates = json.loads(self.args.learning_rates)
+        return {weight: rate for name, rate in rates.items() for weight in self.model.stream_parameters(name)}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         # The library has one learning rate for all: each of its groups, with weight decay and without, is parted

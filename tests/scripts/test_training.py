@@ -11,8 +11,10 @@ import sys
 import datasets
 import pytest
 import torch
+from datasets import Dataset
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from tiny_models import small_model
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -737,6 +739,21 @@ def test_a_part_may_have_a_learning_rate_of_its_own(new_parts, rows, tmp_path):
         (rate, decay) for rate in (0, 1e-3, 1e-2) for decay in (0.0, 0.1)
     }
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_head_that_is_not_tied_has_the_learning_rate_of_the_fusion_stack(new_parts, rows, tmp_path):
+    _, processor = new_parts()
+    model = small_model(
+        tie_word_embeddings=False,
+        text_config={**LLAMA, "vocab_size": len(processor.tokenizer)},
+        fusion_stack_config={**LLAMA, "vocab_size": len(processor.tokenizer)},
+        image_token_id=processor.image_token_id,
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    rates = '{"text": 0, "vision": 0, "projector": 0, "fusion": 0}'
+    texts = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "It."}], "row": 0}]
+    train(model, processor, options(tmp_path, max_steps=1, learning_rates=rates), Dataset.from_list(texts))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 @pytest.mark.parametrize("rates", ['{"eyes": 1e-3}', '{"text": "fast"}', '{"text": -1}'])
