@@ -227,8 +227,6 @@ class DuoStreamProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
-        *,
-        chat_template: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -236,10 +234,10 @@ class DuoStreamProcessor(ProcessorMixin):
             images (`ImageInput`, *optional*): Pictures: one, a list in the order of the markers, or a list for each
                 row of `text`.
             text (`str` or `list[str]`, *optional*): Text with `image_token` where a picture stands.
-            chat_template (`str`, *optional*): What wrote the text, or its name, where it isn't the processor's own: by
-                it the end of a bidirectional prefix is found.
             kwargs: Anything the tokenizer and the image processor take. `truncation` shortens text, never a picture.
-                Of a text and its `text_pair` it cuts what the tokenizer cuts, and nothing beside pictures.
+                Of a text and its `text_pair` it cuts what the tokenizer cuts, and nothing beside pictures. And
+                `chat_template`, what wrote the text, or its name, where it isn't the processor's own: by it the end
+                of a bidirectional prefix is found.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `attention_mask` and `mm_token_type_ids` (1 = image token) of shape
@@ -251,6 +249,8 @@ class DuoStreamProcessor(ProcessorMixin):
                 cut exceed `max_length`, there is something that is no text, no picture or no length, or the end of a
                 prefix can't be found.
         """
+        # No argument of its own: the library forbids one that is an attribute, too
+        chat_template = kwargs.pop("chat_template", None)
         rows = [text] if isinstance(text, str) else text
         if text is not None and not (isinstance(rows, list | tuple) and rows):
             raise ValueError(f"`text` is {text!r:.100}; expected a text, or a list of them")
