@@ -137,8 +137,8 @@ class DuoStreamGenerationMixin(GenerationMixin):
             # Generated tokens are causal; so the prefix matters only while it is read
             if token_type_ids is not None and num_typed is not None:
                 # The library repeats the last type, which may be the prefix's; what is written, and candidates of
-                # assisted decoding, belong to the suffix
-                num_untyped = token_type_ids.shape[1] - num_typed
+                # assisted decoding, belong to the suffix. Of a prompt in chunks it hands in those of one chunk
+                num_untyped = max(token_type_ids.shape[1] - num_typed, 0)
                 token_type_ids = nn.functional.pad(token_type_ids[:, :num_typed], (0, num_untyped), value=1)
             model_inputs["token_type_ids"] = token_type_ids
         if past_key_values is not None and past_key_values.is_compileable and not is_first_iteration:

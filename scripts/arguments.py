@@ -254,7 +254,8 @@ class DuoStreamTrainingArguments(TrainingArguments):
         default="{}",
         metadata={
             "help": 'Rates of parts that have one of their own, as JSON: {"text": 1e-5, "vision": 1e-5, "projector": '
-            '1e-3, "fusion": 1e-4}. `learning_rate` is that of all others, and all follow the one schedule.'
+            '1e-3, "fusion": 1e-4}. An untied head goes with `fusion`. `learning_rate` is that of all others, and all '
+            "follow the one schedule."
         },
     )
     metric_rows: int = field(

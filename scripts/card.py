@@ -141,15 +141,15 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     name = str(getattr(trainer, "began_with", None) or config.name_or_path)
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     earlier = read_run(Path(name)) if name and not is_on_hub else {}
-    before = earlier.get("sources_before")
     parts = [data, *data.mixture_parts] if data is not None else []
     record = {
         "base_models": [name]
         if is_on_hub
         else getattr(config, "base_models", None) or earlier.get("base_models") or [],
         "sources": [{**source_of(part, part.train_split), "task": part.task} for part in parts],
-        # What the weights that it began with had learnt from: nothing, or, where they don't tell, `None`
-        "sources_before": [] if not name else None if before is None else [*before, *earlier["sources"]],
+        # What the weights that it began with had learnt from, as far as it is known, and whether that is all
+        "sources_before": [*earlier.get("sources_before", []), *earlier.get("sources", [])],
+        "are_sources_all": data is not None and (not name or earlier.get("are_sources_all", False)),
         "prompt": prompt_of(data) if data is not None else None,
         "images_last": data is not None and data.images_last,
         "reads_pictures": "images" in (getattr(rows, "column_names", None) or ["images"]),
@@ -374,7 +374,7 @@ def _header(
     name: str,
     **metadata: Any,
 ) -> ModelCardData:
-    sources, before = run.get("sources", []), run.get("sources_before")
+    sources = [*run.get("sources_before", []), *run.get("sources", [])]
     base_models = run.get("base_models") or getattr(config, "base_models", None)
     energy = run.get("energy")
     fields: dict[str, Any] = {
@@ -384,8 +384,7 @@ def _header(
         "base_model": base_models or None,
         "datasets": sorted({source["name"] for source in sources if source["kind"] == "hub"}) or None,
     }
-    is_all = bool(sources) and before is not None and not base_models
-    if is_all and {source["kind"] for source in [*sources, *(before or [])]} == {"scenes"}:
+    if run.get("are_sources_all") and not base_models and {source["kind"] for source in sources} == {"scenes"}:
         # All of it is ours: of other data, the license of the weights is for whoever trained them to say
         fields |= {"license": "apache-2.0", "language": ["en"]}
     if energy is not None:

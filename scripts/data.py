@@ -34,6 +34,7 @@ from datasets import (
     Value,
     interleave_datasets,
     load_dataset,
+    load_dataset_builder,
 )
 from datasets.data_files import _get_data_files_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
@@ -427,16 +428,20 @@ def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> R
 
 def _load_as_written(*args: Any, **options: Any) -> Rows:
     """
-    What `load_dataset` loads. Where JSON has texts beside lists, `datasets` keeps both as `Json`, and texts that are
-    JSON, too, as `12` or, in quotes, `"STOP"`, are read as what they say. Conversations lose nothing if they are kept
-    so as a whole.
+    What `load_dataset` loads, with conversations as they stand in JSON. Where some messages are texts and others lists
+    of parts, `datasets` keeps both as `Json`, by which texts that are JSON, too (`12`, or `"STOP"` in quotes) are read
+    as what they say; or, where the lists come late, lists as texts. Whole conversations, kept so, lose nothing.
     """
-    rows = load_dataset(*args, **options)
-    if rows.info.builder_name != "json" or rows.features is None:
-        return rows
-    mixed = [name for name, feature in rows.features.items() if _has_json(feature)]
-    whole = {name: Json() for name in mixed if name in CONVERSATIONS}
-    return load_dataset(*args, **options, features=Features({**rows.features, **whole})) if whole else rows
+    source = {name: value for name, value in options.items() if name not in ("split", "streaming")}
+    if load_dataset_builder(*args, **source).name != "json":
+        return load_dataset(*args, **options)
+    # The first rows tell the columns: of a stream they are not read twice, and of no slice
+    split = options["split"].split("+")[0].split("[")[0]
+    rows = load_dataset(*args, **source, split=split, streaming=True)
+    # Of one array, which is read whole, they are not known beforehand
+    features = rows.features or rows._resolve_features().features or {}
+    whole = {name: Json() for name in CONVERSATIONS if not isinstance(features.get(name, Value("null")), Value)}
+    return load_dataset(*args, **options, **({"features": Features({**features, **whole})} if whole else {}))
 
 
 def _has_json(feature: Any) -> bool:
@@ -516,7 +521,7 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
     if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
         source["parse_agent_traces"] = False  # Rows may look like one by what else they tell
     try:
-        rows = _load_as_written(builder, **source, **options)
+        rows = (_load_as_written if builder == "json" else load_dataset)(builder, **source, **options)
         if builder == "json" and isinstance(rows, Dataset):
             # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
             rows.data.validate(full=True)
@@ -524,7 +529,10 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
         # The library's message names no file, or no row
         for _, _, reason in broken_lines(chain(*_lines_read(path, builder, splits).values())):
             raise reason from error
-        raise ValueError(f"{path}: {error.__cause__ or error}") from error
+        if isinstance(error, OSError):
+            raise
+        told = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        raise ValueError(f"{path}: {told or error}") from error
     return rows
 
 
@@ -725,11 +733,12 @@ def _make_rows(
     for option, column in wanted.items():
         if column is not None and column not in columns:
             raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
-    for name in columns_in(args.prompt or "") if not args.prompt_column else ():
+    in_prompt = columns_in(args.prompt or "") if not args.prompt_column else []
+    for name in in_prompt:
         if name not in columns:
             raise ValueError(f"`prompt` {args.prompt!r} names {name!r}, but the columns are {columns}")
-    texts = [*wanted.values(), *(columns_in(args.prompt or "") if not args.prompt_column else ())]
-    if mixed := sorted({name for name in texts if name is not None and _has_json((rows.features or {}).get(name))}):
+    texts = {name for name in (*wanted.values(), *in_prompt) if name is not None}
+    if mixed := sorted(name for name in texts if _has_json((rows.features or {}).get(name))):
         logger.warning(
             f"The columns {mixed} of {args.dataset!r} have texts beside values of other types: `datasets` reads those "
             'that are JSON as what they say, `12` as a number and `"STOP"` without its quotes. Expected one type'
@@ -748,7 +757,7 @@ def _make_rows(
                 f'pictures{hint}, or "" to read text alone'
             )
     stored = (rows.features or {}).get(args.image_column) if has_images else None
-    if not _may_hold_pictures(stored):
+    if not _may_hold_pictures(stored, may_be_empty=True):
         raise ValueError(
             f"`image_column` {args.image_column!r} is {stored}; expected a picture or its path in each row, or a list "
             "of them in each"
@@ -775,7 +784,7 @@ def _make_rows(
         if set(names) & set(classes or ()):
             # Numbers are those of these rows, and another split, or the checkpoint, may count its classes otherwise
             label_names = names
-        elif names and classes and not _are_numbered(names) and not _are_numbered(classes):
+        elif names and classes and not are_numbered(names) and not are_numbered(classes):
             raise ValueError(
                 f"`label_column` {args.label_column!r} has the classes {names}, but the model knows {list(classes)}, "
                 "none of which is one of these: give the labels the model's names"
@@ -834,20 +843,20 @@ def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
 
     features = rows.features or {}
     # What is empty in the first rows of a stream may hold anything later on
-    is_empty = isinstance(rows, Dataset) and features.get("images") == Value("null")
-    may_be = "images" in columns and not is_empty and _may_hold_pictures(features.get("images"))
+    may_be = "images" in columns and _may_hold_pictures(features.get("images"), isinstance(rows, IterableDataset))
     return [name for name in columns if holds_pictures(features.get(name)) or (name == "images" and may_be)]
 
 
-def _may_hold_pictures(feature: Any) -> bool:
-    """Whether what is stored so may be pictures or, where it is empty, the lack of them."""
+def _may_hold_pictures(feature: Any, may_be_empty: bool) -> bool:
+    """Whether what is stored so may be pictures; or, where that is asked for, there is nothing in it."""
     if isinstance(feature, LISTS):
         # Of lists in lists, as of arrays, `datasets` makes pictures
-        return isinstance(feature.feature, LISTS) or _may_hold_pictures(feature.feature)
+        return isinstance(feature.feature, LISTS) or _may_hold_pictures(feature.feature, may_be_empty)
     if isinstance(feature, dict):  # of a file, or of where it lies
-        return any(map(_may_hold_pictures, feature.values()))
+        return any(_may_hold_pictures(each, may_be_empty) for each in feature.values())
     if isinstance(feature, Value):
-        return feature.dtype in ("null", "string", "large_string", "binary", "large_binary")
+        is_empty = feature.dtype == "null" and may_be_empty
+        return is_empty or feature.dtype in ("string", "large_string", "binary", "large_binary")
     return feature is None or isinstance(feature, Array2D | Array3D | Image)
 
 
@@ -979,7 +988,7 @@ def _class_names(rows: Rows, column: str) -> list[str]:
     return list(feature.names) if isinstance(feature, ClassLabel) else []
 
 
-def _are_numbered(classes: Sequence[str]) -> bool:
+def are_numbered(classes: Sequence[str]) -> bool:
     """Whether classes have no names but numbers, as a new head's `LABEL_0`: others' numbers may stand for them."""
     return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in classes)
 

@@ -19,7 +19,7 @@ from ..configuration import DuoStreamConfig
 from ..modeling import DuoStreamForSequenceClassification
 from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, merged, parse
 from .checkpoints import load_model
-from .data import load_mixture, load_rows, read_classes
+from .data import are_numbered, load_mixture, load_rows, read_classes
 from .places import check_place
 from .tasks import WRITER, task_of
 from .training import bad_rows_of, check_output_dir, collator_of, prepare, train
@@ -136,7 +136,8 @@ def main(args: list[str] | None = None) -> None:
         options["ignore_mismatched_sizes"] = True
     auto_class = task_of(data_args.task).auto_class
     model = load_model(auto_class, finetune_args.checkpoint, may_have_new_head=True, **options)
-    if len(known) == len(classes) and not {*known, *(name.removeprefix("LABEL_") for name in known)} >= set(classes):
+    is_named = not are_numbered(known) and not are_numbered(classes)  # numbers may be those of any names
+    if len(known) == len(classes) and set(known) != set(classes) and is_named:
         logger.warning(
             f"The head of {finetune_args.checkpoint} tells {known!r:.200} apart, not {classes!r:.200}: it is made anew"
         )

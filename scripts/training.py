@@ -528,9 +528,11 @@ def train(
     if checkpoint is None:
         trainer.check_has_learnt()
     if checkpoint is None or trainer.state.global_step > int(checkpoint.rsplit("-", 1)[1]):
-        # Of a run that had ended its figures are there, and these would be of no step
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
+    else:
+        # Of no step there are no figures: those of a run that had ended stay in its files
+        trainer.state.log_history.pop()
     trainer.save_state()
     # First, as `bf16_full_eval` makes the model one in half precision
     trainer.save_model(_internal_call=True)

@@ -769,6 +769,23 @@ def test_a_prefix_must_be_read_at_once(gpt2: Any, parts: tuple) -> None:
         write(gpt2, row.inputs, **types, prefill_chunk_size=len(row) - 2)
 
 
+@pytest.mark.parametrize("len_prefix", [3, 6])
+def test_a_prompt_whose_first_chunk_holds_its_prefix_is_read_as_a_whole_one(gpt2: Any, len_prefix: int) -> None:
+    row = Row(gpt2, 2, PICTURE, 6)
+    types = (torch.arange(len(row)) >= len_prefix).long()[None]
+
+    def logits(**kwargs: Any) -> torch.Tensor:
+        options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return torch.stack(gpt2.generate(**row.inputs, token_type_ids=types, **options, **kwargs).logits)
+
+    expected = logits()
+    # A picture is read at once, too
+    for chunk_size in range(max(len_prefix, 2 + gpt2.config.image_seq_length), len(row) + 1):
+        torch.testing.assert_close(logits(prefill_chunk_size=chunk_size), expected)
+    with pytest.raises(ValueError, match=r"prefix|each whole"):
+        logits(prefill_chunk_size=2)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}])
 def test_text_alone_is_continued_as_by_the_backbone(kwargs: dict) -> None:
     config = small_config("gpt2")

@@ -43,6 +43,7 @@ from duostream.scripts.training import DuoStreamTrainer
 
 STEP_SECONDS = 0.2
 SCENES = {"name": "scenes", "kind": "scenes", "config": None, "split": "train", "task": "caption"}
+OTHER = {**SCENES, "name": "other", "kind": "local"}
 CAPTIONS = ["a red | circle", "a ![dot](http://evil/p.png)", "<b>two</b> squares"]
 
 
@@ -367,23 +368,24 @@ def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(tra
 
 
 @pytest.mark.parametrize(
-    ("earlier", "expected"),
+    ("earlier", "before", "is_all"),
     [
-        (None, None),
-        ({}, None),
-        ({"sources": [SCENES], "sources_before": None}, None),
-        ({"sources": [{**SCENES, "kind": "local"}], "sources_before": []}, [{**SCENES, "kind": "local"}]),
-        ({"sources": [SCENES], "sources_before": []}, [SCENES]),
+        (None, [], False),
+        ({}, [], False),
+        ({"sources": []}, [], False),
+        ({"sources": [SCENES], "sources_before": [], "are_sources_all": False}, [SCENES], False),
+        ({"sources": [OTHER], "sources_before": [SCENES], "are_sources_all": True}, [SCENES, OTHER], True),
+        ({"sources": [SCENES], "sources_before": [], "are_sources_all": True}, [SCENES], True),
     ],
 )
 def test_what_is_licensed_learnt_from_scenes_alone_from_its_beginning(
-    data: DataArguments, trained: Path, tmp_path: Path, earlier: dict | None, expected: list | None
+    data: DataArguments, trained: Path, tmp_path: Path, earlier: dict | None, before: list, is_all: bool
 ) -> None:
-    """Of weights from elsewhere the license is for others to say, and what they had learnt from is told or unknown."""
-    before, after = tmp_path / "before", tmp_path / "after"
-    before.mkdir()
+    """Of weights from elsewhere the license is for others to say. What they had learnt from is told, or unknown."""
+    first, after = tmp_path / "first", tmp_path / "after"
+    first.mkdir()
     if earlier is not None:
-        (before / "run.json").write_text(json.dumps(earlier))
+        (first / "run.json").write_text(json.dumps(earlier))
     processor = DuoStreamProcessor.from_pretrained(trained)
     trainer = DuoStreamTrainer(
         model=duostream.DuoStreamForConditionalGeneration.from_pretrained(trained),
@@ -391,16 +393,20 @@ def test_what_is_licensed_learnt_from_scenes_alone_from_its_beginning(
         train_dataset=load_rows(data, "train"),
         data_collator=DuoStreamDataCollator(processor),
         processing_class=processor,
-        began_with=str(before),
+        began_with=str(first),
     )
     trainer.save_model()
     write_run(trainer, replace(data, dataset="scenes"))
-    assert json.loads((after / "run.json").read_text())["sources_before"] == expected
+    run = json.loads((after / "run.json").read_text())
+    assert run["sources_before"] == before and run["are_sources_all"] == is_all
     write_card(after)
     header, text = metadata_load(after / "README.md"), (after / "README.md").read_text()
-    assert header is not None and ("license" in header) == (expected == [SCENES])
-    assert ("was not recorded" in text) == (expected is None)
-    assert text.count("not published with the model") == (expected == [{**SCENES, "kind": "local"}])
+    assert header is not None and ("license" in header) == (is_all and OTHER not in before)
+    assert ("which was not recorded" in text) != is_all
+    assert ("not published with the model" in text) == (OTHER in before)
+    # Rows that nobody told of may be anything
+    write_run(trainer)
+    assert not json.loads((after / "run.json").read_text())["are_sources_all"]
 
 
 def test_a_file_of_a_mixture_that_changes_while_training_lasts_changes_no_card(

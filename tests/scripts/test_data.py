@@ -406,8 +406,9 @@ def test_what_may_be_pictures_in_a_column_of_the_readme_s_name_is_not_left_out(t
         load(path, task="vqa", streaming=streaming)
 
 
-def test_a_stream_may_hold_pictures_where_its_first_rows_have_none(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", [{"images": None, "question": "?", "answer": "!"}])
+@pytest.mark.parametrize("value", [None, []], ids=str)
+def test_a_stream_may_hold_pictures_where_its_first_rows_have_none(tmp_path, value):
+    path = write_lines(tmp_path / "rows.jsonl", [{"images": value, "question": "?", "answer": "!"}])
     with pytest.raises(ValueError, match="as in `--image_column images`"):
         load(path, task="vqa", streaming=True)
     assert said(load(path, task="vqa")[0]) == (0, "?", "!")
@@ -553,6 +554,20 @@ def test_texts_that_are_json_are_read_as_they_stand_beside_lists_of_parts(tmp_pa
         (tmp_path / "other.yaml").write_text(f"{{task: chat, dataset: {path}}}")
         mixed = load_mixture(DataArguments(dataset=str(path), mixture=[str(tmp_path / "other.yaml")]))
         assert {row["completion"][0]["content"][0]["text"] for row in mixed} == set(answers)
+
+
+@pytest.mark.parametrize("kind", ["lines", "array"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lists_of_parts_that_come_behind_texts_are_lists(tmp_path, streaming, kind):
+    texts = [{"role": "user", "content": "?"}, {"role": "assistant", "content": '"STOP"'}]
+    turns = [texts, conversation("?", "Yes")]
+    (tmp_path / "train").mkdir()
+    if kind == "array":
+        (tmp_path / "train" / "a.json").write_text(json.dumps([{"messages": each} for each in turns]))
+    else:
+        for name, each in zip("ab", turns, strict=True):
+            write_lines(tmp_path / "train" / f"{name}.jsonl", [{"messages": each}])
+    assert [row["messages"] for row in load(tmp_path, task="chat", streaming=streaming)] == turns
 
 
 def test_columns_of_texts_beside_other_values_are_told_of(tmp_path, monkeypatch):

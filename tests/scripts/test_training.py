@@ -408,6 +408,8 @@ def test_a_run_that_had_ended_keeps_its_figures_when_it_is_resumed(new_parts, ro
         if not resume:
             first = results
     assert results == first and results["train_loss"] > 1
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert not any(entry.get("train_loss") == 0 for entry in history)
 
 
 @pytest.mark.parametrize(("name", "value"), [("metric_rows", -4), ("max_new_tokens", 0)])
