@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     # The models are the slow part, not the drawing; and a run must find what the last one found.
     settings.register_profile("duostream", deadline=None, derandomize=True, database=None)
     settings.load_profile("duostream")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Modules with the most slow tests come first: the last one would keep one worker at work, and leave the others idle
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_collection_finish() -> None:
