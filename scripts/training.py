@@ -83,7 +83,7 @@ class DuoStreamTrainer(LongRunTrainer):
         metric_rows (`Dataset`, *optional*): Rows with all of their references. Answers are generated from prompts
             without them, shared out over the ranks.
         data (`DataArguments`, *optional*): Where the rows came from, for the card.
-        began_with (`str`, *optional*): Where weights came from, for the card, too. By default the model's config tells.
+        began_with (`str`, *optional*): Where weights came from, for the card, too. By default the config tells.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Modules with the most slow tests come first: the last one would keep one worker at work, and leave the others idle
+    # Modules with the most slow tests come first: the last one would keep one worker at work, the others idle
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
