@@ -141,6 +141,7 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     name = str(getattr(trainer, "began_with", None) or config.name_or_path)
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     earlier = read_run(Path(name)) if name and not is_on_hub else {}
+    is_known = not name or earlier.get("are_sources_all", False)
     parts = [data, *data.mixture_parts] if data is not None else []
     record = {
         "base_models": [name]
@@ -148,8 +149,9 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
         else getattr(config, "base_models", None) or earlier.get("base_models") or [],
         "sources": [{**source_of(part, part.train_split), "task": part.task} for part in parts],
         # What the weights that it began with had learnt from, as far as it is known, and whether that is all
-        "sources_before": [*earlier.get("sources_before", []), *earlier.get("sources", [])],
-        "are_sources_all": data is not None and (not name or earlier.get("are_sources_all", False)),
+        "sources_before": [*(earlier.get("sources_before") or []), *earlier.get("sources", [])],
+        "are_sources_before_all": is_known,
+        "are_sources_all": is_known and data is not None,
         "prompt": prompt_of(data) if data is not None else None,
         "images_last": data is not None and data.images_last,
         "reads_pictures": "images" in (getattr(rows, "column_names", None) or ["images"]),
@@ -374,7 +376,7 @@ def _header(
     name: str,
     **metadata: Any,
 ) -> ModelCardData:
-    sources = [*run.get("sources_before", []), *run.get("sources", [])]
+    sources = [*(run.get("sources_before") or []), *run.get("sources", [])]
     base_models = run.get("base_models") or getattr(config, "base_models", None)
     energy = run.get("energy")
     fields: dict[str, Any] = {

@@ -420,13 +420,13 @@ def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> R
             check_unused(args, ["dataset_config"], f"{args.dataset!r} is here, and no data set of the Hub")
             rows = _load_files(path, options, bad_rows)
         else:
-            rows = _load_as_written(args.dataset, args.dataset_config, **options)
+            rows = load_as_written(args.dataset, args.dataset_config, **options)
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
     return _patient(rows) if args.streaming else rows
 
 
-def _load_as_written(*args: Any, **options: Any) -> Rows:
+def load_as_written(*args: Any, **options: Any) -> Rows:
     """
     What `load_dataset` loads, with conversations as they stand in JSON. Where some messages are texts and others lists
     of parts, `datasets` keeps both as `Json`, by which texts that are JSON, too (`12`, or `"STOP"` in quotes) are read
@@ -435,11 +435,13 @@ def _load_as_written(*args: Any, **options: Any) -> Rows:
     source = {name: value for name, value in options.items() if name not in ("split", "streaming")}
     if load_dataset_builder(*args, **source).name != "json":
         return load_dataset(*args, **options)
-    # The first rows tell the columns: of a stream they are not read twice, and of no slice
-    split = options["split"].split("+")[0].split("[")[0]
-    rows = load_dataset(*args, **source, split=split, streaming=True)
-    # Of one array, which is read whole, they are not known beforehand
-    features = rows.features or rows._resolve_features().features or {}
+    # The first rows tell the columns of all
+    splits = load_dataset(*args, **source, streaming=True)
+    rows = splits.get(re.split(r"[+\[]", options["split"])[0].strip(), next(iter(splits.values())))
+    features = rows.features
+    if features is None:  # of one array, which is read whole
+        _, table = next(iter(rows._ex_iterable.iter_arrow()))
+        features = Features.from_arrow_schema(table.schema)
     whole = {name: Json() for name in CONVERSATIONS if not isinstance(features.get(name, Value("null")), Value)}
     return load_dataset(*args, **options, **({"features": Features({**features, **whole})} if whole else {}))
 
@@ -521,11 +523,11 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
     if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
         source["parse_agent_traces"] = False  # Rows may look like one by what else they tell
     try:
-        rows = (_load_as_written if builder == "json" else load_dataset)(builder, **source, **options)
+        rows = (load_as_written if builder == "json" else load_dataset)(builder, **source, **options)
         if builder == "json" and isinstance(rows, Dataset):
             # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
             rows.data.validate(full=True)
-    except (ValueError, OSError, DatasetGenerationError) as error:
+    except (ValueError, TypeError, OSError, DatasetGenerationError) as error:
         # The library's message names no file, or no row
         for _, _, reason in broken_lines(chain(*_lines_read(path, builder, splits).values())):
             raise reason from error

@@ -136,8 +136,10 @@ def main(args: list[str] | None = None) -> None:
         options["ignore_mismatched_sizes"] = True
     auto_class = task_of(data_args.task).auto_class
     model = load_model(auto_class, finetune_args.checkpoint, may_have_new_head=True, **options)
-    is_named = not are_numbered(known) and not are_numbered(classes)  # numbers may be those of any names
-    if len(known) == len(classes) and set(known) != set(classes) and is_named:
+    # Numbers may be those of any names
+    are_alike = are_numbered(known) == are_numbered(classes)
+    one, other = ({name.removeprefix("LABEL_") for name in names} for names in (known, classes))
+    if len(known) == len(classes) and are_alike and one != other:
         logger.warning(
             f"The head of {finetune_args.checkpoint} tells {known!r:.200} apart, not {classes!r:.200}: it is made anew"
         )

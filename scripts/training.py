@@ -531,7 +531,7 @@ def train(
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
     else:
-        # Of no step there are no figures: those of a run that had ended stay in its files
+        # Of no step there are no figures: those of a run that had ended stay in `train_results.json`
         trainer.state.log_history.pop()
     trainer.save_state()
     # First, as `bf16_full_eval` makes the model one in half precision

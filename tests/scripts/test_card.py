@@ -372,7 +372,7 @@ def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(tra
     [
         (None, [], False),
         ({}, [], False),
-        ({"sources": []}, [], False),
+        ({"sources": [], "sources_before": None}, [], False),
         ({"sources": [SCENES], "sources_before": [], "are_sources_all": False}, [SCENES], False),
         ({"sources": [OTHER], "sources_before": [SCENES], "are_sources_all": True}, [SCENES, OTHER], True),
         ({"sources": [SCENES], "sources_before": [], "are_sources_all": True}, [SCENES], True),
@@ -406,7 +406,8 @@ def test_what_is_licensed_learnt_from_scenes_alone_from_its_beginning(
     assert ("not published with the model" in text) == (OTHER in before)
     # Rows that nobody told of may be anything
     write_run(trainer)
-    assert not json.loads((after / "run.json").read_text())["are_sources_all"]
+    run = json.loads((after / "run.json").read_text())
+    assert not run["are_sources_all"] and run["are_sources_before_all"] == is_all
 
 
 def test_a_file_of_a_mixture_that_changes_while_training_lasts_changes_no_card(

@@ -18,6 +18,7 @@ from duostream.scripts.data import (
     BLANK_GRAY,
     MAKING_ROWS,
     blank,
+    load_as_written,
     load_mixture,
     load_rows,
     logger,
@@ -563,11 +564,23 @@ def test_lists_of_parts_that_come_behind_texts_are_lists(tmp_path, streaming, ki
     turns = [texts, conversation("?", "Yes")]
     (tmp_path / "train").mkdir()
     if kind == "array":
-        (tmp_path / "train" / "a.json").write_text(json.dumps([{"messages": each} for each in turns]))
+        # A column may be empty for long
+        turns = [texts] * 6 + turns
+        rows = [{"messages": each, "images": [] if each is texts else ["a.png"]} for each in turns]
+        (tmp_path / "train" / "a.json").write_text(json.dumps(rows))
     else:
         for name, each in zip("ab", turns, strict=True):
             write_lines(tmp_path / "train" / f"{name}.jsonl", [{"messages": each}])
     assert [row["messages"] for row in load(tmp_path, task="chat", streaming=streaming)] == turns
+
+
+@pytest.mark.parametrize("split", ["all", "train[:50%]+validation", "validation"])
+def test_splits_of_json_are_named_as_datasets_names_them(tmp_path, split):
+    for name in ("train", "validation"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"messages": conversation(name, str(i))} for i in range(2)])
+    rows = load_as_written(str(tmp_path), None, split=split, streaming=False)
+    assert len(rows) == {"all": 4, "train[:50%]+validation": 3, "validation": 2}[split]
+    assert rows["messages"][-1] == conversation("validation", "1")
 
 
 def test_columns_of_texts_beside_other_values_are_told_of(tmp_path, monkeypatch):
