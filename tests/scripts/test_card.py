@@ -408,6 +408,8 @@ def test_what_is_licensed_learnt_from_scenes_alone_from_its_beginning(
     write_run(trainer)
     run = json.loads((after / "run.json").read_text())
     assert not run["are_sources_all"] and run["are_sources_before_all"] == is_all
+    write_card(after)
+    assert ("rows of this run were was not recorded" in (after / "README.md").read_text()) == bool(before)
 
 
 def test_a_file_of_a_mixture_that_changes_while_training_lasts_changes_no_card(
