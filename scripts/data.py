@@ -1,79 +1,24 @@
-"""Rows for training and evaluation: conversations with pictures, from any of the places data comes from."""
+"""Rows for training and evaluation: conversations with pictures, of one data set or of several."""
 
-import glob
-import json
-import math
-import re
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256
-from itertools import chain, islice
-from pathlib import Path
-from string import Formatter
-from tarfile import TarError
-from typing import Any, TypeAlias
+from itertools import islice
+from typing import Any
 
-import datasets
 import PIL.Image
-import pyarrow
-from datasets import (
-    Array2D,
-    Array3D,
-    ClassLabel,
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    Json,
-    LargeList,
-    List,
-    Value,
-    interleave_datasets,
-    load_dataset,
-    load_dataset_builder,
-)
-from datasets.data_files import _get_data_files_patterns, resolve_pattern
-from datasets.exceptions import DatasetGenerationError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.json.json import JsonConfig
-from transformers.utils import logging
-from transformers.utils.versions import require_version
+from datasets import Dataset, Features, LargeList, List, Value, interleave_datasets
 
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
 from ..processing.processing_duostream import check_messages, parts_of
 from .arguments import DataArguments, check_unused
-from .bad_rows import BAD_ROW_ERRORS, BadRows, broken_lines
-from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, rows_of_batch, training_rows
+from .bad_rows import BadRows
+from .rows import UNDECODED, class_names, make_rows, num_chars
+from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, training_rows
+from .sources import CONVERSATIONS, Rows, load_source
 from .tasks import WRITER, task_of, with_defaults
-
-logger = logging.get_logger(__name__)
-
-# Else a server is told of each data set that is loaded, of local files, too
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-
-Rows: TypeAlias = Dataset | IterableDataset
-
-# Files are opened by the collator, which names the row of one that can't be read
-UNDECODED = Image(decode=False)
-LISTS = (List, LargeList)
-
-# Columns of rows that are ready
-CONVERSATIONS = ("messages", "prompt", "completion")
-
-# By the types of files that each reads, in the order in which they are looked for: JSON may tell of Parquet and Arrow
-BUILDERS = {
-    "parquet": {".parquet"},
-    "arrow": {".arrow"},
-    "json": {".jsonl", ".json"},
-    "webdataset": {".tar"},
-}
-# Versions of `datasets` from which on it reads rows without columns, and rows of an image folder without a picture
-READS_EMPTY_LINES, READS_EMPTY_PICTURES = "4.8", "5.0"
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 BLANK_GRAY = (128, 128, 128)
 
@@ -223,7 +168,7 @@ def _same_columns(rows: Rows, args: DataArguments) -> Rows:
             name: None if row[name] is None else [with_parts(message, index) for message in row[name]]
             for name in ("prompt", "completion")
         }
-        length = row["length"] if "length" in row else _num_chars(row, args.chars_per_picture)
+        length = row["length"] if "length" in row else num_chars(row, args.chars_per_picture)
         origin = {"dataset": args.dataset, "source": row.get("source", index)}
         return {"images": row.get("images") or [], **turns, "length": length, **origin}
 
@@ -284,7 +229,7 @@ def pack_rows(
             conversations = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
             out["conversations"].append(conversations)
             num_images = len(out["images"][-1] or ()) if "images" in out else 0
-            out["length"].append(chars_per_picture * num_images + sum(map(_num_chars, conversations)))
+            out["length"].append(chars_per_picture * num_images + sum(map(num_chars, conversations)))
         return out
 
     return Dataset.from_dict({"members": members}).map(
@@ -307,12 +252,12 @@ def read_classes(args: DataArguments, bad_rows: BadRows | None = None) -> list[s
         ValueError: The column of labels is missing, or a row of it holds something else, or not what the others do.
     """
     args = with_defaults(args)
-    rows = _load(args, args.train_split, bad_rows)
+    rows = load_source(args, args.train_split, bad_rows)
     column = args.label_column
     columns = rows.column_names or list(next(iter(rows.take(1))))
     if column not in columns:
         raise ValueError(f"`label_column` is {column!r}, but the columns are {columns}")
-    if names := _class_names(rows, column):
+    if names := class_names(rows, column):
         return names
     values = [row[column] for row in rows.select_columns([column])]
     first = next((value for value in values if value is not None), None)
@@ -359,7 +304,7 @@ def _rows_of_task(
             raise ValueError(ready)
         check_unused(args, ("streaming", "dataset_config"), "scenes are drawn here, all at once")
         return _rows_of_scenes(args, split, max_rows)
-    rows = _load(args, split, bad_rows)
+    rows = load_source(args, split, bad_rows)
     if max_rows is not None:
         # Not `take`: before datasets 5 it wants as many rows as it is asked for
         rows = rows.take(max_rows) if args.streaming else rows.select(range(min(max_rows, len(rows))))
@@ -390,7 +335,7 @@ def _rows_of_task(
             )
         # Files, or bytes and paths, are pictures whatever type they were stored as
         return rows.cast_column("images", List(UNDECODED)) if "images" in columns else rows
-    return _make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
+    return make_rows(rows, columns, args, is_evaluation, classes, bad_rows)
 
 
 def _are_conversations(rows: Rows, columns: Sequence[str]) -> bool:
@@ -410,627 +355,6 @@ def _rows_of_scenes(args: DataArguments, split: str, max_rows: int | None) -> Da
     if args.task in ("caption", "retrieval"):
         return caption_rows(scenes)
     return training_rows(scenes) if args.task == "chat" and split == "train" else question_rows(scenes)
-
-
-def _load(args: DataArguments, split: str, bad_rows: BadRows | None = None) -> Rows:
-    path = Path(args.dataset)
-    options: dict[str, Any] = {"split": split, "streaming": args.streaming}
-    try:
-        if path.exists():
-            check_unused(args, ["dataset_config"], f"{args.dataset!r} is here, and no data set of the Hub")
-            rows = _load_files(path, options, bad_rows)
-        else:
-            rows = load_as_written(args.dataset, args.dataset_config, **options)
-    except StopIteration as error:  # what `datasets` makes of an empty file
-        raise ValueError(f"`dataset` {args.dataset!r} has no rows in split {split!r}") from error
-    return _patient(rows) if args.streaming else rows
-
-
-def load_as_written(*args: Any, **options: Any) -> Rows:
-    """
-    What `load_dataset` loads, with conversations as they stand in JSON. Where some messages are texts and others lists
-    of parts, `datasets` keeps both as `Json`, by which texts that are JSON, too (`12`, or `"STOP"` in quotes) are read
-    as what they say; or, where the lists come late, lists as texts. Whole conversations, kept so, lose nothing.
-    """
-    source = {name: value for name, value in options.items() if name not in ("split", "streaming")}
-    if load_dataset_builder(*args, **source).name != "json":
-        return load_dataset(*args, **options)
-    # The first rows tell the columns of all
-    splits = load_dataset(*args, **source, streaming=True)
-    rows = splits.get(re.split(r"[+\[]", options["split"])[0].strip(), next(iter(splits.values())))
-    features = rows.features
-    if features is None:  # of one array, which is read whole
-        _, table = next(iter(rows._ex_iterable.iter_arrow()))
-        features = Features.from_arrow_schema(table.schema)
-    whole = {name: Json() for name in CONVERSATIONS if not isinstance(features.get(name, Value("null")), Value)}
-    return load_dataset(*args, **options, **({"features": Features({**features, **whole})} if whole else {}))
-
-
-def _has_json(feature: Any) -> bool:
-    """Whether values of several types are somewhere in a column."""
-    if isinstance(feature, dict):
-        return any(map(_has_json, feature.values()))
-    return _has_json(feature.feature) if isinstance(feature, LISTS) else isinstance(feature, Json)
-
-
-def _patient(rows: IterableDataset) -> IterableDataset:
-    """A stream that reads its shards by `read_patiently`, however it is dealt out over ranks and workers."""
-    source = rows._ex_iterable
-    while hasattr(source, "ex_iterable"):
-        source = source.ex_iterable
-    if isinstance(files := getattr(source, "kwargs", {}).get("metadata_files"), set):
-        # An image folder's, which each process, and one that resumes, would read in an order of its own
-        source.kwargs = {**source.kwargs, "metadata_files": sorted(files, key=str)}
-    if hasattr(source, "generate_tables_fn"):
-        source.generate_tables_fn = partial(read_patiently, partial(_valid_tables, source.generate_tables_fn))
-    if hasattr(source, "generate_examples_fn"):
-        source.generate_examples_fn = partial(read_patiently, source.generate_examples_fn)
-    return rows
-
-
-def _valid_tables(generate: Callable[..., Iterator[tuple[Any, pyarrow.Table]]], **shard: Any) -> Iterator[Any]:
-    """The tables of a shard. Bytes that are no UTF-8 `datasets` passes over, and who reads the row fails."""
-    for key, table in generate(**shard):
-        table.validate(full=True)
-        yield key, table
-
-
-def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iterator[Any]:
-    """
-    What `generate` reads from a shard. If the shard can't be read, it is opened again a moment later and read on from
-    where it was left: so often, and after so long, as `datasets` does where a connection is lost
-    (`datasets.config.STREAMING_READ_MAX_RETRIES` and `STREAMING_READ_RETRY_INTERVAL`).
-
-    Raises:
-        OSError: The shard didn't come back. It is named.
-        ValueError: It is broken.
-    """
-    max_tries, seconds = datasets.config.STREAMING_READ_MAX_RETRIES, datasets.config.STREAMING_READ_RETRY_INTERVAL
-    paths = [each for value in shard.values() if isinstance(value, list) for each in value if isinstance(each, str)]
-    name = ", ".join(dict.fromkeys(paths)) or "A shard"
-    num_read = num_tries = 0
-    was_away = False
-    while True:
-        try:
-            for item in islice(generate(**shard), num_read, None):
-                num_read, num_tries = num_read + 1, 0
-                yield item
-            return
-        except (OSError, ValueError, TarError) as error:
-            if not was_away and not isinstance(error, OSError):
-                # Broken, while one that is just being put back may be half a file
-                raise ValueError(f"{name}: {error}") from error
-            was_away = True
-            # Of a lost connection `datasets` has tried it so often
-            num_tries = max_tries if isinstance(error, ConnectionError) else num_tries + 1
-            if num_tries >= max_tries:
-                raise OSError(
-                    f"{name} can't be read, after {num_tries} tries, {seconds} s apart: {error}. Expected it to stay "
-                    "as long as it is streamed: put it back, and start again"
-                ) from error
-            logger.warning(f"{name} can't be read: {error}. Try {num_tries + 1} of {max_tries} follows in {seconds} s")
-            time.sleep(seconds)
-
-
-def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -> Rows:
-    builder, splits = _files_of(path, options["split"])
-    if bad_rows is not None:
-        path, splits = _readable(path, builder, splits, options, bad_rows)
-    # `datasets` takes names for patterns: of `a[1].jsonl` it would read `a1.jsonl`
-    data_files = {name: [glob.escape(file) for file in files] for name, files in splits.items()}
-    is_image_folder = builder == "imagefolder"
-    source: dict[str, Any] = {"data_dir": glob.escape(str(path))} if is_image_folder else {"data_files": data_files}
-    if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
-        source["parse_agent_traces"] = False  # Rows may look like one by what else they tell
-    try:
-        rows = (load_as_written if builder == "json" else load_dataset)(builder, **source, **options)
-        if builder == "json" and isinstance(rows, Dataset):
-            # It passes over bytes that are no UTF-8, and who reads the row fails. Of a gigabyte it takes a second.
-            rows.data.validate(full=True)
-    except (ValueError, TypeError, OSError, DatasetGenerationError) as error:
-        # The library's message names no file, or no row
-        for _, _, reason in broken_lines(chain(*_lines_read(path, builder, splits).values())):
-            raise reason from error
-        if isinstance(error, OSError):
-            raise
-        told = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        raise ValueError(f"{path}: {told or error}") from error
-    return rows
-
-
-def _lines_read(path: Path, builder: str, splits: dict[str, list[str]]) -> dict[str, list[Path]]:
-    """The files with lines that are read for each split. Of an image folder these are all splits."""
-    if path.is_file():
-        return {name: [path] for name in splits}
-    is_image_folder = builder == "imagefolder"
-    splits = _splits_of(path, {".jsonl", *ImageFolder.EXTENSIONS}) if is_image_folder else splits
-    return {
-        name: [
-            path / file.relative_to(path.resolve())
-            for file in map(Path, files)
-            if builder == "json" or (is_image_folder and file.name == "metadata.jsonl")
-        ]
-        for name, files in splits.items()
-    }
-
-
-def _readable(
-    path: Path, builder: str, splits: dict[str, list[str]], options: dict[str, Any], bad_rows: BadRows
-) -> tuple[Path, dict[str, list[str]]]:
-    """Where the rows are and the files of each split, or, if some of their lines can't be read, those of a copy."""
-    lines = _lines_read(path, builder, splits)
-    broken: dict[Path, dict[int, str]] = defaultdict(dict)
-    for file, row, error in broken_lines(dict.fromkeys(chain(*lines.values()))):
-        broken[file][row] = str(error)
-    if not broken:
-        return path, splits
-    first = next(iter(next(iter(broken.values())).values()))
-    needed = READS_EMPTY_PICTURES if builder == "imagefolder" else READS_EMPTY_LINES
-    require_version(f"datasets>={needed}", f"To leave out what can't be read it is needed: {first}")
-    wanted = {part.split("[")[0] for part in options["split"].split("+")}
-    files = {name: each for name, each in lines.items() if name in wanted}
-    # Of JSON it isn't known how many rows it holds, nor in which order an image folder's metadata files are read
-    is_ordered = all(file.suffix == ".jsonl" for file in chain(*files.values()))
-    if not wanted <= set(files):
-        return path, splits  # the library says which there are
-    if is_ordered and (builder == "json" or options["streaming"] or all(len(each) == 1 for each in files.values())):
-        bad_rows.number_broken(broken, files, options["split"])
-    else:
-        bad_rows.tell_broken(chain(*(broken[file].values() for file in chain(*files.values()) if file in broken)))
-    copy = bad_rows.without_broken_lines(path, broken)
-    if path.is_file():
-        return copy, {name: [str(copy)] for name in splits}
-    place = path.resolve()
-    return copy, {name: [str(copy / Path(file).relative_to(place)) for file in each] for name, each in splits.items()}
-
-
-def _files_of(path: Path, split: str) -> tuple[str, dict[str, list[str]]]:
-    """Which builder of `datasets` reads a file or folder, and the files of each split; none of an image folder."""
-    names = {part.split("[")[0] for part in split.split("+")}
-    files = [path] if path.is_file() else list(_data_files(file for file in path.rglob("*") if file.is_file()))
-    suffixes = {file.suffix.lower() for file in files}
-    # Pictures lie beside the tables that name them. JSON may be such a table, but often tells of other things
-    has_table = any(suffixes & known - {".json"} for known in BUILDERS.values())
-    has_metadata = any(file.name in ImageFolder.METADATA_FILENAMES for file in files)
-    if path.is_dir() and suffixes & set(ImageFolder.EXTENSIONS) and (has_metadata or not has_table):
-        return "imagefolder", {}
-    if path.is_file() and len(names) > 1:
-        raise ValueError(f"`dataset` {str(path)!r} is a file, which is one split, not {split!r}")
-    found = {
-        # A file is one split, whatever its name
-        builder: {name: [str(path)] for name in names} if path.is_file() else _splits_of(path, known)
-        for builder, known in BUILDERS.items()
-        if suffixes & known
-    }
-    if not any(found.values()):
-        raise ValueError(
-            f"`dataset` {str(path)!r} has files of types {sorted(suffixes)}; expected pictures with a "
-            "metadata file, JSONL, Parquet, Arrow, or WebDataset's tar files"
-        )
-    # Those with all the splits that are wanted come first
-    builder, splits = max(found.items(), key=lambda each: (names <= set(each[1]), bool(each[1])))
-    if path.is_dir() and names <= set(splits):
-        _warn_of_splits(path, files, found, splits, names)
-    if names <= set(splits):
-        # Of the wanted ones alone: others may have other columns and classes, or lines that are broken
-        splits = {name: splits[name] for name in names}
-        left_out = sorted(
-            str(Path(file).relative_to(path.resolve()))
-            for other, others in found.items()
-            for name in names & set(others)
-            for file in others[name]
-            # JSON often tells of other files
-            if other != builder and Path(file).suffix.lower() != ".json"
-        )
-        if left_out:
-            logger.warning(
-                f"`dataset` {str(path)!r} has files of several types, of which {builder} is read; not read: {left_out}"
-            )
-    return builder, splits
-
-
-def _warn_of_splits(
-    path: Path,
-    files: Sequence[Path],
-    found: dict[str, dict[str, list[str]]],
-    splits: dict[str, list[str]],
-    names: set[str],
-) -> None:
-    """Warns of files that are in no split by their names, which nobody reads, or, of the wanted ones, in several."""
-    known = {str(Path(file).relative_to(path.resolve())) for each in found.values() for file in chain(*each.values())}
-    tables = set().union(*BUILDERS.values()) - {".json"}  # JSON often tells of other files
-    types = {file: (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix.lower() for file in files}
-    relative = [file.relative_to(path) for file in files if types[file] in tables]
-    # What is hidden is meant to be passed over
-    shown = [str(file) for file in relative if not any(part.startswith((".", "__")) for part in file.parts)]
-    if unread := sorted(set(shown) - known):
-        logger.warning(
-            f"`dataset` {str(path)!r}: not read, by the names that files and folders of splits have, or for their "
-            f"type: {unread}"
-        )
-    for file in sorted({file for name in names for file in splits[name]}):
-        if len(several := [str(name) for name in splits if file in splits[name]]) > 1:
-            logger.warning(
-                f"`dataset` {str(path)!r}: by its name {str(Path(file).relative_to(path.resolve()))!r} is in the "
-                f"splits {several}, so its rows are read in each; rename it if it is of one"
-            )
-
-
-def _data_files(files: Iterable[Path]) -> Iterator[Path]:
-    """The files without those that `map`, `filter` and `shuffle` cached beside what `save_to_disk` wrote."""
-    listed: dict[Path, set[str] | None] = {}
-    for file in files:
-        if file.suffix.lower() == ".arrow":
-            if file.parent not in listed:
-                listed[file.parent] = _saved_files(file.parent)
-            names = listed[file.parent]
-            if names is not None and file.name not in names:
-                continue
-        yield file
-
-
-def _saved_files(folder: Path) -> set[str] | None:
-    """
-    The names of the files with the rows that `save_to_disk` wrote into a folder; `None` if it wrote nothing there.
-
-    Raises:
-        ValueError: What it wrote is broken, or not all there.
-    """
-    path = folder / datasets.config.DATASET_STATE_JSON_FILENAME
-    if not path.is_file():
-        return None
-    try:
-        names = {each["filename"] for each in json.loads(path.read_text(encoding="utf-8"))["_data_files"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} doesn't tell which files beside it hold the rows, as `save_to_disk` has it"
-        ) from error
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise ValueError(f"{path} names {missing}, which are not beside it: save the data set again")
-    return names
-
-
-def _splits_of(folder: Path, suffixes: set[str]) -> dict[str, list[str]]:
-    """The files of these types in each split, by the names that `datasets` knows splits by."""
-
-    def find(pattern: str) -> list[str]:
-        try:
-            paths = resolve_pattern(pattern, glob.escape(str(folder.resolve())))
-        except FileNotFoundError:
-            return []
-        return [str(path) for path in _data_files(map(Path, paths)) if path.suffix.lower() in suffixes]
-
-    # Not the public `get_data_patterns`, for which a folder of pictures may be a split
-    try:
-        patterns = _get_data_files_patterns(find)
-    except FileNotFoundError:
-        # It passes over files that tell of others, such as `dataset_info.json`
-        return {}
-    # A name may fit several patterns of one split, as `validation_dev.jsonl` does
-    return {name: list(dict.fromkeys(path for each in patterns[name] for path in find(each))) for name in patterns}
-
-
-def _make_rows(
-    rows: Rows,
-    columns: list[str],
-    args: DataArguments,
-    is_evaluation: bool,
-    classes: Sequence[str] | None,
-    bad_rows: BadRows | None,
-) -> Rows:
-    """Rows of a task from rows with plain columns."""
-    kind = args.task if args.task in ("classification", "masked") else "generated"
-    if args.images_last and kind != "generated":
-        raise ValueError(f"`images_last` is for prompts, of which `task` {args.task!r} has none")
-    wanted = {"prompt_column": args.prompt_column}
-    if kind == "classification":
-        wanted["label_column"] = args.label_column
-    else:
-        wanted["answer_column"] = args.answer_column
-        if args.answer_column is None:
-            raise ValueError(
-                "The rows have no `messages`, and no `prompt` and `completion` with lists of them, but "
-                f"{columns}: name the column to learn with `--answer_column`"
-            )
-    for option, column in wanted.items():
-        if column is not None and column not in columns:
-            raise ValueError(f"`{option}` is {column!r}, but the columns are {columns}")
-    in_prompt = columns_in(args.prompt or "") if not args.prompt_column else []
-    for name in in_prompt:
-        if name not in columns:
-            raise ValueError(f"`prompt` {args.prompt!r} names {name!r}, but the columns are {columns}")
-    texts = {name for name in (*wanted.values(), *in_prompt) if name is not None}
-    if mixed := sorted(name for name in texts if _has_json((rows.features or {}).get(name))):
-        logger.warning(
-            f"The columns {mixed} of {args.dataset!r} have texts beside values of other types: `datasets` reads those "
-            'that are JSON as what they say, `12` as a number and `"STOP"` without its quotes. Expected one type'
-        )
-    has_images = args.image_column in columns
-    if not has_images and args.image_column not in (DataArguments.image_column, ""):
-        raise ValueError(f"`image_column` is {args.image_column!r}, but the columns are {columns}")
-    if not has_images and args.image_dir is not None:
-        raise ValueError(f"`image_dir` is for the paths in `image_column`, but the columns are {columns}")
-    if not has_images and args.image_column:
-        found = _picture_columns(rows, columns)
-        if found or args.task == "caption":
-            hint = f", as in `--image_column {found[0]}`" if found else ""
-            raise ValueError(
-                f"`image_column` is {args.image_column!r}, but the columns are {columns}: name the one with "
-                f'pictures{hint}, or "" to read text alone'
-            )
-    stored = (rows.features or {}).get(args.image_column) if has_images else None
-    if not _may_hold_pictures(stored, may_be_empty=True):
-        raise ValueError(
-            f"`image_column` {args.image_column!r} is {stored}; expected a picture or its path in each row, or a list "
-            "of them in each"
-        )
-    if has_images and args.image_dir is not None:
-        options = {"column": args.image_column, "image_dir": args.image_dir}
-        rows = rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
-    features: dict[str, Any] = {"source": Value("int64"), "length": Value("int64")}
-    label_names: list[str] | None = None
-    if has_images:
-        if rows.features is not None:  # of a stream they may be unknown
-            is_list = isinstance(rows.features[args.image_column], LISTS)
-            rows = rows.cast_column(args.image_column, List(UNDECODED) if is_list else UNDECODED)
-        features["images"] = List(UNDECODED)
-    if kind == "generated":
-        features |= {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
-        features |= {"references": List(Value("string"))} if is_evaluation else {}
-    else:
-        features["text"] = Value("string")
-    if kind == "classification":
-        stored = None if rows.features is None else rows.features[args.label_column]
-        is_soft = isinstance(stored, LISTS)
-        names = _class_names(rows, args.label_column)
-        if set(names) & set(classes or ()):
-            # Numbers are those of these rows, and another split, or the checkpoint, may count its classes otherwise
-            label_names = names
-        elif names and classes and not are_numbered(names) and not are_numbered(classes):
-            raise ValueError(
-                f"`label_column` {args.label_column!r} has the classes {names}, but the model knows {list(classes)}, "
-                "none of which is one of these: give the labels the model's names"
-            )
-        features["label"] = List(Value("float32")) if is_soft else Value("int64" if classes else "float32")
-        features |= {"references": List(Value("string"))} if is_soft and is_evaluation else {}
-
-    def make(row: dict[str, Any], num_images: int, index: int) -> list[dict[str, Any]]:
-        if kind == "classification":
-            return [_labelled(row, args, index, classes)]
-        if kind == "masked":
-            return [{"text": text} for text in _answers_of(row, args, index)]
-        return _turns(row, args, num_images, index, is_evaluation)
-
-    def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        out: dict[str, list] = {name: [] for name in features}
-        for row, index in zip(rows_of_batch(batch), indices, strict=True):
-            if label_names is not None:
-                row[args.label_column] = _named(row[args.label_column], label_names)
-            images = row[args.image_column] if has_images else []
-            images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
-            try:
-                all_made = make(row, len(images), index)
-            except BAD_ROW_ERRORS as error:
-                if bad_rows is None:
-                    raise
-                bad_rows.add(index, error, row if args.streaming else None)
-                continue
-            for made in all_made:
-                made = {**made, "images": images, "source": index}
-                for name, value in {**made, "length": _num_chars(made, args.chars_per_picture)}.items():
-                    if name in features:
-                        out[name].append(value)
-        return out
-
-    # A cached result would leave bad rows out, but write nothing down
-    caching = {} if args.streaming or bad_rows is None else {"load_from_cache_file": False}
-    return rows.map(
-        expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features), **caching
-    )
-
-
-def _picture_columns(rows: Rows, columns: Sequence[str]) -> list[str]:
-    """
-    The columns that hold pictures, or lists of them: as such, as bytes, or as files with `bytes` and `path`; and
-    `images`, by its name, unless it holds what can't be pictures, such as numbers. Of a stream the others may be
-    unknown.
-    """
-
-    def holds_pictures(feature: Any) -> bool:
-        if isinstance(feature, LISTS):
-            return holds_pictures(feature.feature)
-        is_file = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
-        is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-        return isinstance(feature, Image) or is_file or is_bytes
-
-    features = rows.features or {}
-    # What is empty in the first rows of a stream may hold anything later on
-    may_be = "images" in columns and _may_hold_pictures(features.get("images"), isinstance(rows, IterableDataset))
-    return [name for name in columns if holds_pictures(features.get(name)) or (name == "images" and may_be)]
-
-
-def _may_hold_pictures(feature: Any, may_be_empty: bool) -> bool:
-    """Whether what is stored so may be pictures; or, where that is asked for, there is nothing in it."""
-    if isinstance(feature, LISTS):
-        # Of lists in lists, as of arrays, `datasets` makes pictures
-        return isinstance(feature.feature, LISTS) or _may_hold_pictures(feature.feature, may_be_empty)
-    if isinstance(feature, dict):  # of a file, or of where it lies
-        return any(_may_hold_pictures(each, may_be_empty) for each in feature.values())
-    if isinstance(feature, Value):
-        is_empty = feature.dtype == "null" and may_be_empty
-        return is_empty or feature.dtype in ("string", "large_string", "binary", "large_binary")
-    return feature is None or isinstance(feature, Array2D | Array3D | Image)
-
-
-def _num_chars(row: dict[str, Any], chars_per_picture: int = DataArguments.chars_per_picture) -> int:
-    """
-    Length of a row in characters, by which `--train_sampling_strategy group_by_length` saves padding: of its texts,
-    and so much for each picture.
-    """
-    texts = [row.get("text") or "", *(part.get("text") or "" for part in _parts_of(row))]
-    return sum(map(len, texts)) + chars_per_picture * len(row.get("images") or ())
-
-
-def _parts_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of all messages of a row; none of what are no messages, which the collator names."""
-    parts = []
-    for messages in filter(None, map(row.get, CONVERSATIONS)):
-        with suppress(ValueError):
-            check_messages(messages)
-            parts += [part for message in messages for part in parts_of(message)]
-    return parts
-
-
-def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
-    """
-    Rows with a column `length` (see [`_num_chars`]), where they have none. Pictures are not read for it: they are
-    counted by the parts of messages.
-    """
-    texts = [name for name in ("text", *CONVERSATIONS) if name in rows.column_names]
-    if "length" in rows.column_names or not texts:
-        return rows
-    lengths = []
-    for row in rows.with_format(None).select_columns(texts):
-        images = [part for part in _parts_of(row) if part["type"] == "image"]
-        lengths.append(_num_chars({**row, "images": images}, chars_per_picture))
-    return rows.add_column("length", lengths)
-
-
-def _join_paths(batch: dict[str, list], column: str, image_dir: str) -> dict[str, list]:
-    # Not a closure that calls itself, which `datasets` can't hash: it would map the rows anew in each run
-    return {column: [_join_path(name, image_dir) for name in batch[column]]}
-
-
-def _join_path(name: Any, image_dir: str) -> Any:
-    if isinstance(name, list):
-        return [_join_path(each, image_dir) for each in name]
-    return str(Path(image_dir) / name) if isinstance(name, str) else name
-
-
-class ColumnFormatter(Formatter):
-    """Fills in columns by their names, which may hold dots and brackets, and reads nothing of what they hold."""
-
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
-        return kwargs[field_name], field_name
-
-
-def columns_in(prompt: str) -> list[str]:
-    """
-    The columns that a prompt names as `{name}`.
-
-    Raises:
-        ValueError: Its braces don't match.
-    """
-    try:
-        parsed = [(name, form or "") for _, name, form, _ in Formatter().parse(prompt) if name is not None]
-        # How a column is written may name another, as in `{name:{width}}`
-        return [each for name, form in parsed for each in (name, *columns_in(form))]
-    except ValueError as error:
-        raise ValueError(f"`prompt` is {prompt!r}: {error}. A brace that is text is written twice") from error
-
-
-def _prompt_of(row: dict, args: DataArguments, index: int) -> str:
-    """The row's prompt: a column, or the template with the row's columns in it."""
-    if args.prompt_column:
-        prompt = row[args.prompt_column]
-        if not isinstance(prompt, str):
-            raise ValueError(f"Row {index}: expected text in `prompt_column` {args.prompt_column!r}, not {prompt!r}")
-        return prompt
-    template = args.prompt or ""
-    for name in columns_in(template):
-        if not isinstance(row[name], str | int | float):
-            raise ValueError(f"Row {index}: expected text in column {name!r} of `prompt`, not {row[name]!r}")
-    filled = {name: row[name] for name in columns_in(template)}
-    if args.max_column_chars is not None:
-        filled = {name: _cut(text, args.max_column_chars, name, index) for name, text in filled.items()}
-    try:
-        return ColumnFormatter().vformat(template, (), filled)
-    except ValueError as error:  # of what stands behind a colon
-        raise ValueError(f"Row {index}: `prompt` {template!r} can't be filled: {error}") from error
-
-
-def _cut(text: Any, length: int, name: str, index: int) -> Any:
-    if not isinstance(text, str) or len(text) <= length:
-        return text
-    logger.warning(f"Row {index}: column {name!r} was cut from {len(text)} to {length} characters")
-    return text[:length]
-
-
-def _answers_of(row: dict, args: DataArguments, index: int) -> list[str]:
-    answers = row[args.answer_column]
-    answers = answers if isinstance(answers, list) else [answers]
-    if not answers:
-        raise ValueError(f"Row {index}: `answer_column` {args.answer_column!r} holds no answer")
-    for answer in answers:
-        if not isinstance(answer, str):
-            raise ValueError(f"Row {index}: expected text in `answer_column` {args.answer_column!r}, not {answer!r}")
-    return answers
-
-
-def _turns(row: dict, args: DataArguments, num_images: int, index: int, is_evaluation: bool) -> list[dict[str, Any]]:
-    """Prompt and completion: once for each answer of a row, or once with all of them as references."""
-    question, answers = _prompt_of(row, args, index), _answers_of(row, args, index)
-    images, words = [{"type": "image", "text": None}] * num_images, [{"type": "text", "text": question}]
-    parts = words + images if args.images_last else images + words
-    prompt = [{"role": "user", "content": parts}]
-    return [
-        {
-            "prompt": prompt,
-            "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
-            "references": answers,
-        }
-        for answer in (answers[:1] if is_evaluation else answers)
-    ]
-
-
-def _class_names(rows: Rows, column: str) -> list[str]:
-    """The names of the classes that a column's numbers, or lists of them, stand for; none, if it tells none."""
-    feature = None if rows.features is None else rows.features[column]
-    feature = feature.feature if isinstance(feature, LISTS) else feature
-    return list(feature.names) if isinstance(feature, ClassLabel) else []
-
-
-def are_numbered(classes: Sequence[str]) -> bool:
-    """Whether classes have no names but numbers, as a new head's `LABEL_0`: others' numbers may stand for them."""
-    return all(re.fullmatch(r"(LABEL_)?\d+", name) for name in classes)
-
-
-def _named(label: Any, names: Sequence[str]) -> Any:
-    """A class's name for its number, or for each of a list; anything else as it is."""
-    if isinstance(label, list):
-        return [_named(each, names) for each in label]
-    return names[label] if label in range(len(names)) else label
-
-
-def _name_of_number(number: int | float, classes: Sequence[str]) -> str | None:
-    """The class that has this number for its name: written just so, or with or without a `.0`."""
-    short = str(number).removesuffix(".0")
-    return next((name for name in (str(number), short, f"{short}.0") if name in classes), None)
-
-
-def _labelled(row: dict, args: DataArguments, index: int, classes: Sequence[str] | None) -> dict[str, Any]:
-    """The text to classify, with its class's number, a score for every class, or a number."""
-    label, known = row[args.label_column], list(classes or [])
-    references = list(dict.fromkeys(label)) if isinstance(label, list) else None
-    if isinstance(label, list):
-        # An answer that is no class can't be chosen, and counts as wrong
-        label = [float(name in label) for name in known]
-    elif isinstance(label, str):
-        if label not in known:
-            raise ValueError(f"Row {index}: `{args.label_column}` {label!r} is none of the classes {known}")
-        label = known.index(label)
-    elif isinstance(label, int | float) and (name := _name_of_number(label, known)) is not None:
-        # The classes may have numbers for names, not all, or not in their order
-        label = known.index(name)
-    elif known and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in known):
-        raise ValueError(f"Row {index}: `{args.label_column}` is {label!r}; expected one of the classes {known}")
-    elif not known and not (isinstance(label, int | float) and math.isfinite(label)):
-        raise ValueError(f"Row {index}: `{args.label_column}` is {label!r}; expected a number to come near to")
-    elif known and label not in range(len(known)):
-        raise ValueError(
-            f"Row {index}: `{args.label_column}` is {label!r}; expected a class from 0 to {len(known) - 1}"
-        )
-    return {"text": _prompt_of(row, args, index), "label": label, "references": references}
 
 
 def number_rows(rows: Rows) -> Rows:

@@ -34,11 +34,11 @@ from ..processing.data_collator_duostream import load_picture
 from .arguments import check_at_least_one, parse
 from .card import RUN
 from .checkpoints import load_model
-from .data import columns_in
 from .evaluate import evaluation_loss, to_device
 from .generate import TextRoom, prompt_inputs
 from .places import check_place
 from .report import show_attention
+from .rows import columns_in
 from .tasks import TASKS
 
 MAX_MEGABYTES, MAX_MEGAPIXELS = 20, 64

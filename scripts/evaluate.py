@@ -40,11 +40,12 @@ from . import metrics
 from .arguments import DataArguments, check_at_least_one, check_unused, parse
 from .card import save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
-from .data import Rows, load_rows, picture_key
+from .data import load_rows, picture_key
 from .generate import TextRoom, answer, prompt_inputs
 from .places import check_place
 from .report import write_evaluation
 from .scenes import rows_of_batch
+from .sources import Rows
 from .tasks import WRITER, task_of
 
 

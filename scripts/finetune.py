@@ -19,8 +19,9 @@ from ..configuration import DuoStreamConfig
 from ..modeling import DuoStreamForSequenceClassification
 from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, merged, parse
 from .checkpoints import load_model
-from .data import are_numbered, load_mixture, load_rows, read_classes
+from .data import load_mixture, load_rows, read_classes
 from .places import check_place
+from .rows import are_numbered
 from .tasks import WRITER, task_of
 from .training import bad_rows_of, check_output_dir, collator_of, prepare, train
 from .vision_cache import check_cacheable

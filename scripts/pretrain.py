@@ -33,7 +33,8 @@ from .arguments import (
     parse,
 )
 from .compose import check_answers_end, load_vision, take_vision
-from .data import Rows, load_mixture, load_rows, texts_of
+from .data import load_mixture, load_rows, texts_of
+from .sources import Rows
 from .training import bad_rows_of, check_output_dir, prepare, train
 from .vision_cache import check_cacheable
 

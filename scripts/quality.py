@@ -67,11 +67,12 @@ from ..configuration.image_tokens_duostream import image_token_shape, image_toke
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
 from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, parse
 from .compose import check_answers_end, load_vision, take_vision
-from .data import Rows, load_mixture, load_rows, read_classes, texts_of
+from .data import load_mixture, load_rows, read_classes, texts_of
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .finetune import class_options
 from .report import new_figure
 from .scenes import rows_of_batch
+from .sources import Rows
 from .training import DuoStreamTrainer, collator_of
 from .vision_cache import check_cacheable, with_states
 

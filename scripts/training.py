@@ -35,10 +35,11 @@ from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
 from .card import write_card, write_run
 from .checkpoints import check_files, check_meanings
-from .data import Rows, with_lengths
 from .evaluate import check_questions, check_rows, evaluate, generate_answers, score_answers
 from .generate import num_positions
 from .long_runs import LongRunTrainer, SaveWhenTerminated
+from .rows import with_lengths
+from .sources import Rows
 from .tasks import WRITER, task_of
 from .vision_cache import with_states
 

@@ -22,7 +22,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_pictures
 from .arguments import DataArguments, DuoStreamTrainingArguments
-from .data import UNDECODED, Rows
+from .rows import UNDECODED
+from .sources import Rows
 
 # All that reads pictures and makes their states
 PARTS = ("configuration", "modeling", "processing")

@@ -15,14 +15,8 @@ from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.scripts import pretrain
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.bad_rows import BadRows
-from duostream.scripts.data import (
-    READS_EMPTY_LINES,
-    READS_EMPTY_PICTURES,
-    load_mixture,
-    load_rows,
-    number_rows,
-    read_classes,
-)
+from duostream.scripts.data import load_mixture, load_rows, number_rows, read_classes
+from duostream.scripts.sources import READS_EMPTY_LINES, READS_EMPTY_PICTURES
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no"]
 NUM_ROWS = 12

@@ -34,8 +34,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 from duostream.scripts import cli, compose, evaluate, finetune, generate, pretrain, quickstart
 from duostream.scripts.arguments import DataArguments
-from duostream.scripts.data import UNDECODED, load_rows, pack_rows
+from duostream.scripts.data import load_rows, pack_rows
 from duostream.scripts.report import attended_tokens
+from duostream.scripts.rows import UNDECODED
 from duostream.scripts.scenes import build_scenes, caption_rows, question_rows
 
 pytestmark = pytest.mark.usefixtures("workplace")

@@ -12,22 +12,23 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
 from duostream.processing.data_collator_duostream import load_pictures
+from duostream.scripts import rows as making_rows
+from duostream.scripts import sources
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import (
     BLANK_GRAY,
     MAKING_ROWS,
     blank,
-    load_as_written,
     load_mixture,
     load_rows,
-    logger,
     number_rows,
     read_classes,
     texts_of,
-    with_lengths,
 )
 from duostream.scripts.evaluate import generate_answers
+from duostream.scripts.rows import with_lengths
+from duostream.scripts.sources import load_as_written
 
 CAPTIONS = [["A black dog .", "A dog runs ."], ["Zwei Hunde spielen ."], ["一只狗。", "Snow .", "A dog ."]]
 FLAT = [(i, caption) for i, captions in enumerate(CAPTIONS) for caption in captions]
@@ -521,7 +522,7 @@ def test_saved_rows_that_are_not_all_there_are_refused_by_name(tmp_path):
 
 def test_files_that_are_left_out_for_their_type_are_named(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr(logger, "warning", warned.append)
+    monkeypatch.setattr(sources.logger, "warning", warned.append)
     rows = [{"source": "one", "target": "eins"}]
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "dataset_infos.json").write_text("{}")
@@ -585,7 +586,7 @@ def test_splits_of_json_are_named_as_datasets_names_them(tmp_path, split):
 
 def test_columns_of_texts_beside_other_values_are_told_of(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr(logger, "warning", warned.append)
+    monkeypatch.setattr(making_rows.logger, "warning", warned.append)
     path = write_lines(tmp_path / "rows.jsonl", [{"question": "?", "answer": answer} for answer in (["12"], "Yes")])
     assert [said(row)[2] for row in load(path, task="vqa")] == ["12", "Yes"]
     assert "The columns ['answer'] of" in warned[0]
@@ -632,7 +633,7 @@ def test_a_line_that_is_no_utf_8_is_named(tmp_path):
 
 def test_files_that_are_left_out_for_their_names_are_named(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr(logger, "warning", warned.append)
+    monkeypatch.setattr(sources.logger, "warning", warned.append)
     row = {"source": "one", "target": "eins"}
     write_lines(tmp_path / "train.jsonl", [row])
     write_lines(tmp_path / "validation.jsonl", [row])
@@ -649,7 +650,7 @@ def test_files_that_are_left_out_for_their_names_are_named(tmp_path, monkeypatch
 
 def test_a_file_that_is_in_two_splits_by_its_name_is_named(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr(logger, "warning", warned.append)
+    monkeypatch.setattr(sources.logger, "warning", warned.append)
     for name in ("train", "train_val", "test"):
         write_lines(tmp_path / f"{name}.jsonl", [{"source": name, "target": "."}])
     assert len(load(tmp_path, "test", task="translation")) == 1 and not warned

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.bad_rows import BadRows
-from duostream.scripts.data import load_rows, read_patiently
+from duostream.scripts.data import load_rows
+from duostream.scripts.sources import read_patiently
 
 # To stream more of them: docs/large_data.md has the command
 NUM_ROWS = int(os.environ.get("DUOSTREAM_TEST_ROWS", 100_000))

@@ -21,7 +21,8 @@ from transformers import (
 
 from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
 from duostream.processing.data_collator_duostream import load_pictures
-from duostream.scripts import data, evaluate, finetune, pretrain
+from duostream.scripts import evaluate, finetune, pretrain
+from duostream.scripts import rows as making_rows
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.card import read_evaluation
@@ -147,7 +148,7 @@ def test_a_row_may_have_several_paths_of_pictures(photographs, workplace):
 
 def test_what_fills_a_prompt_can_be_cut_and_that_is_said(texts, monkeypatch):
     said = []
-    monkeypatch.setattr(data.logger, "warning", said.append)
+    monkeypatch.setattr(making_rows.logger, "warning", said.append)
     rows = load(texts, task="summarization", max_column_chars=6)
     assert text_of(rows[0]["prompt"]) == "Summarize: a good"
     assert f"Row 0: column 'document' was cut from {len(SENTENCES[0]) + 13} to 6 characters" in said
