@@ -115,6 +115,7 @@ def test_image_tokens_are_cached_in_the_fusion_layers_alone(measure):
         assert row["ratio"] == pytest.approx(40 / 28)
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_with_what_is_frozen(measure):
     rows = measure("training", *TINY, "--batch_sizes", "1", "--frozen", "nothing", "language")
     cases = [("nothing", "off"), ("nothing", "on"), ("language", "off"), ("language", "on")]
@@ -158,6 +159,7 @@ def test_input_is_measured_from_files_parquet_and_streams(measure):
     assert all(0 <= row["ratio"] <= 1 for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_padding_is_measured_in_batches_of_random_of_grouped_and_of_packed_rows(measure):
     rows = measure("padding", "--rows", "48", "--batch_size", "8", "--repeats", "2", "--vocab_size", "300")
     assert [row["batches"] for row in rows] == ["group_by_length", "packing"]
