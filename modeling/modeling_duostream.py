@@ -578,7 +578,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 past_key_values=fusion_cache,
             ),
         }
-        return {"attention_mask": masks, "text_position_ids": count_text(position_ids, is_image)}
+        return {"attention_mask": masks, "text_position_ids": count_text(position_ids, is_image, attention_mask)}
 
     def _deal_out(
         self,
@@ -611,7 +611,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         else:
             layout = StreamLayout(
                 text_attention_mask=text_padding_mask(is_image, attention_mask, self._text_window),
-                text_position_ids=count_text(position_ids, is_image),
+                text_position_ids=count_text(position_ids, is_image, attention_mask),
             )
         past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
         if layout.text_attention_mask is not None and not isinstance(past_text_len, torch.Tensor):

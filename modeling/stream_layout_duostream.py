@@ -134,7 +134,8 @@ def lay_out(
         if batch_size > 1 or attention_mask is not None:
             text_attention_mask = _mask_slots(is_image, is_text, kept, order, sliding_window)
     if cached or position_ids is not None:
-        text_position_ids = count_text(position_ids, is_image, segment_ids).gather(1, text_index)  # (batch, text_len)
+        text_position_ids = count_text(position_ids, is_image, attention_mask, segment_ids)  # (batch, seq_len)
+        text_position_ids = text_position_ids.gather(1, text_index)  # (batch, text_len)
 
     row = torch.arange(batch_size, device=is_image.device)[:, None]
     nth_image_token = image.flatten().cumsum(dim=0).view_as(image) - 1  # (batch, seq_len)
@@ -185,12 +186,17 @@ def _mask_slots(
 
 
 def count_text(
-    position_ids: torch.Tensor, is_image: torch.Tensor, segment_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor,
+    is_image: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Positions of text that count text alone, of shape `(batch, seq_len)`, from those that count all tokens. `is_image`
-    may tell of cached tokens, too. With `segment_ids` only the pictures count that a token sees.
+    Positions of text that count text alone, of shape `(batch, seq_len)`, from those that count all tokens but padding.
+    `is_image` and `attention_mask` may tell of cached tokens, too. With `segment_ids` only the pictures count that a
+    token sees.
     """
+    is_image = without_padding(is_image, attention_mask)  # a picture that is hidden was not counted
     if segment_ids is not None:
         images_so_far = segment_positions(segment_ids, is_image)
     else:

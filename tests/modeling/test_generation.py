@@ -74,6 +74,16 @@ def argmax_by_hand(model: Any, row: Row, num_tokens: int = NEW) -> list[int]:
     return ids[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_behind_a_picture_that_is_hidden_a_row_is_written_as_without_it(gpt2: Any, kwargs: dict) -> None:
+    row, num_hidden = Row(gpt2, PICTURE, 6), gpt2.config.image_seq_length
+    mask = torch.ones(1, len(row), dtype=torch.long)
+    mask[0, :num_hidden] = 0
+    expected = write(gpt2, {"input_ids": row.ids[num_hidden:][None]})
+    got = write(gpt2, {**row.inputs, "attention_mask": mask}, disable_compile=True, **kwargs)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("are_alike", [True, False], ids=["alike", "of different lengths"])
 def test_rows_that_are_alike_are_written_on_without_masks(gpt2: Any, are_alike: bool) -> None:
     rows = [Row(gpt2, 2, PICTURE, num_words) for num_words in ((4, 4, 4) if are_alike else (4, 5, 4))]

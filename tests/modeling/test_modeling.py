@@ -289,6 +289,27 @@ def test_a_picture_may_be_read_forwards_only(model: Any, use_cache: bool) -> Non
         assert difference(got[i, place], alone(model, rows[i])) < CLOSE
 
 
+@pytest.mark.parametrize("how", ["cached", "uncached", "with positions", "with segments"])
+@pytest.mark.parametrize("parts", [(PICTURE, 6), (3, PICTURE, 5), (PICTURE, 2, PICTURE, 5)], ids=str)
+def test_a_picture_that_is_hidden_changes_nothing(model: Any, parts: tuple, how: str) -> None:
+    row = Row(model, *parts)
+    start = parts.index(PICTURE) and parts[0]
+    hidden = slice(start, start + model.config.image_seq_length)
+    mask = torch.ones(1, len(row), dtype=torch.long)
+    mask[0, hidden] = 0
+    is_seen = mask[0].bool()
+    without = {"input_ids": row.ids[is_seen][None]} | (
+        {"pixel_values": row.pictures[1:]} if parts.count(PICTURE) > 1 else {}
+    )
+    kwargs: dict[str, Any] = {"use_cache": how == "cached"}
+    if how == "with positions":
+        kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    elif how == "with segments":
+        kwargs["segment_ids"] = torch.ones_like(mask)
+    got = logits(model, row.inputs, attention_mask=mask, **kwargs)[0, is_seen]
+    assert difference(got, logits(model, without, use_cache=False)[0]) < CLOSE
+
+
 def test_a_picture_changes_what_is_said_about_it(model: Any) -> None:
     row = Row(model, 3, PICTURE, 5)
     before = alone(model, row)

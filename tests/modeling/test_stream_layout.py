@@ -132,7 +132,7 @@ def test_the_padding_mask_of_a_cache_holds_where_a_slot_holds_text(batch: Batch)
 @given(batches())
 @FEW
 def test_text_is_counted_without_the_pictures_before_it(batch: Batch) -> None:
-    counted = count_text(batch.position_ids, batch.is_image)
+    counted = count_text(batch.position_ids, batch.is_image, batch.attention_mask)
     assert torch.equal(counted[batch.is_text], (batch.is_text.cumsum(dim=1) - 1)[batch.is_text])
     assert (counted >= 0).all()
 
@@ -143,7 +143,7 @@ def test_positions_go_with_the_text(batch: Batch, cached: bool) -> None:
     # Not those of a mask: rows that are packed start anew somewhere in their midst
     position_ids = batch.position_ids + 7
     layout = batch.lay_out(cached, position_ids=position_ids)
-    expected = count_text(position_ids, batch.is_image).gather(1, layout.text_index)
+    expected = count_text(position_ids, batch.is_image, batch.attention_mask).gather(1, layout.text_index)
     assert torch.equal(layout.text_position_ids, expected)
 
 
