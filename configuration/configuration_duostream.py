@@ -29,6 +29,9 @@ SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
 # Limits of what makes a Python object each: a config that names more would hang whoever reads it
 MAX_LAYERS, MAX_LABELS = 1000, 1_000_000
 
+# Of `train_tokenizer`. Llama's own end would be `image_token_id`, which is never written, and no answer would end
+SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1}
+
 # Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
 SMALL_STACK: dict[str, Any] = {
     "vocab_size": 2048,
@@ -37,6 +40,7 @@ SMALL_STACK: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
     "initializer_range": 0.09,
+    **SPECIAL_TOKENS,
 }
 SMALL_TEXT_STACK = {**SMALL_STACK, "num_hidden_layers": 1, "tie_word_embeddings": True}
 SMALL_FUSION_STACK = {**SMALL_STACK, "num_hidden_layers": 3}
@@ -55,6 +59,7 @@ BASE_STACK: dict[str, Any] = {
     "intermediate_size": 2048,
     "num_attention_heads": 12,
     "max_position_embeddings": 4096,
+    **SPECIAL_TOKENS,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -59,8 +59,15 @@ def check_segments(
     All of shape `(batch, seq_len)`.
 
     Raises:
-        ValueError: A picture, or a prefix that is read both ways, stands partly in what all sequences of a row share.
+        ValueError: They don't count up from 0; or a picture, or a prefix that is read both ways, stands partly in what
+            all sequences of a row share.
     """
+    so_far = torch.where(without_padding(segment_ids > 0, attention_mask), segment_ids, 0).cummax(dim=1).values
+    check(
+        ~without_padding(segment_ids < so_far, attention_mask).any(),  # padding may have any number
+        "`segment_ids` are 0 in the beginning that all sequences of a row share, then 1, 2, ... one after the other: "
+        "expected none below 0, or below one before it",
+    )
     if is_image is not None:
         picture = number_pictures(is_image, image_seq_length)
         is_inner = is_image[:, 1:] & (picture[:, 1:] == picture[:, :-1])

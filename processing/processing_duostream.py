@@ -523,13 +523,19 @@ class DuoStreamProcessor(ProcessorMixin):
             raise ValueError(f"`images` has what the image processor can't take: {error}") from error
 
     def _read(self, images: Any) -> Any:
-        """Paths, addresses, pictures and grayscale arrays read by [`read_picture`]; other arrays as they are."""
+        """
+        Paths, addresses, pictures, and arrays of bytes that are grayscale or RGBA, which not all image processors turn
+        into RGB, read by [`read_picture`]; other arrays as they are.
+        """
         if isinstance(images, list | tuple):
             return [self._read(each) for each in images]
         if is_array(images) and images.ndim != 2:
             if 0 in images.shape:
                 raise ValueError(f"`images` has an array without numbers, of shape {tuple(images.shape)}")
-            return images
+            ends = {*images.shape[:1], *images.shape[-1:]}
+            has_other_channels = images.ndim == 3 and 3 not in ends and bool(ends & {1, 4})
+            if not has_other_channels or not str(images.dtype).endswith("uint8"):
+                return images
         try:
             return read_picture(images)
         except Exception as error:

@@ -18,19 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from .. import (
-    DuoStreamProcessor,
-    train_tokenizer,
-)
+from .. import DuoStreamProcessor, train_tokenizer
 from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, parse
 from .compose import load_vision
 from .data import load_mixture, load_rows, read_classes, texts_of

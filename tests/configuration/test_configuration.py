@@ -13,6 +13,7 @@ from transformers import (
     ConvNextV2Config,
     Dinov2Config,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -22,7 +23,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration
+from duostream import DuoStreamConfig, DuoStreamForConditionalGeneration, train_tokenizer
+from duostream.configuration.configuration_duostream import PRESETS
 from duostream.configuration.image_tokens_duostream import image_tokens
 
 RESNET = {
@@ -103,6 +105,16 @@ def test_two_configs_of_a_preset_share_nothing(preset: str) -> None:
 def test_a_preset_is_as_large_as_it_says(preset: str, millions: tuple[float, float]) -> None:
     least, most = millions
     assert least < num_parameters(DuoStreamConfig.from_preset(preset)) / 1e6 < most
+
+
+@pytest.mark.parametrize("config", [*map(DuoStreamConfig.from_preset, PRESETS), DuoStreamConfig()])
+def test_an_answer_ends_with_the_end_of_a_trained_tokenizer_and_not_with_the_placeholder(
+    config: DuoStreamConfig,
+) -> None:
+    tokenizer = train_tokenizer([], 300)
+    generation_config = GenerationConfig.from_model_config(config)
+    assert generation_config.eos_token_id == tokenizer.eos_token_id != config.image_token_id
+    assert generation_config.bos_token_id == tokenizer.bos_token_id
 
 
 def test_a_preset_takes_a_vocabulary_and_single_fields() -> None:

@@ -942,6 +942,16 @@ def test_placeholders_and_pictures_that_do_not_match_are_refused(model: Any, use
         model(input_ids=row.ids[None, :-4], pixel_values=row.pictures, use_cache=use_cache)
 
 
+@pytest.mark.parametrize("segments", [[1, 1, 2, 2, 1, 1], [1, 1, 2, 2, 0, 0], [-1, -1, 1, 1, 1, 1]], ids=str)
+def test_sequences_that_are_numbered_out_of_order_are_refused(llama: Any, segments: list[int]) -> None:
+    inputs = {"input_ids": Row(llama, 6).ids[None], "segment_ids": torch.tensor([segments])}
+    with pytest.raises(ValueError, match=r"`segment_ids` are 0 in the beginning .* expected none below 0"):
+        logits(llama, inputs)
+    # Of padding any number may be told
+    is_ordered = torch.tensor([segments]) >= torch.tensor([segments]).clamp(min=0).cummax(dim=1).values
+    assert logits(llama, inputs, attention_mask=is_ordered.long()).isfinite().all()
+
+
 def test_a_picture_split_over_two_rows_is_refused(model: Any) -> None:
     row = Row(model, PICTURE, PICTURE)
     ids = torch.cat([row.ids[:1], torch.tensor([5, 5]), row.ids[1:]]).view(2, -1)

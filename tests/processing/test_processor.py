@@ -11,6 +11,7 @@ from tiny_models import small_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 from duostream import DuoStreamDataCollator, DuoStreamProcessor, train_tokenizer
@@ -677,6 +678,24 @@ def test_fractions_are_not_divided_by_255_again(processor, as_given):
     as_configured(images=[fractions])
     with pytest.raises(ValueError, match="picture 0 is of fractions"):
         as_configured(images=[fractions], do_rescale=True)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("is_first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("num_channels", [1, 4])
+def test_gray_and_transparent_arrays_are_read_as_in_training(num_channels, is_first, kind):
+    """By an image processor that turns nothing into RGB by itself, too."""
+    own = DuoStreamProcessor(
+        ViTImageProcessorPil(size={"height": 16, "width": 16}),
+        train_tokenizer(TEXTS, 300),
+        image_seq_length=NUM_TOKENS,
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, num_channels), dtype=np.uint8)
+    array = kind(np.ascontiguousarray(pixels.transpose(2, 0, 1)) if is_first else pixels)
+    got = own(images=[array], text=own.image_token, return_tensors="pt")["pixel_values"]
+    messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "red"}]
+    learnt = DuoStreamDataCollator(own)([{"images": [array], "messages": messages}])["pixel_values"]
+    assert torch.equal(got, learnt) and got.shape == (1, 3, 16, 16)
 
 
 def test_a_picture_may_be_a_path_or_an_array_of_grays(processor, tmp_path):
