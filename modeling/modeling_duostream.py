@@ -73,6 +73,7 @@ from .stream_layout_duostream import (
     StreamLayout,
     check,
     check_one_sequence,
+    check_shape,
     count_text,
     default_segment_positions,
     lay_out,
@@ -453,6 +454,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         """Raises `ValueError` where a vision model might take pixels for those of another picture, or cut some off."""
         vision = self.config.vision_config
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(f"`pixel_values` is a {type(pixel_values).__name__}; expected a tensor of all pictures")
         given = f"`pixel_values` of shape {tuple(pixel_values.shape)}"
         if pixel_values.ndim != 4:
             raise ValueError(f"{given} can't be read; expected (num_images, channels, height, width)")
@@ -685,25 +688,21 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given")
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 2:
-            raise ValueError(
-                f"`attention_mask` is of shape {tuple(attention_mask.shape)}; expected (batch, past_len + seq_len): "
-                "the two streams need different masks, and make them"
-            )
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given.ndim != (2 if input_ids is not None else 3):
+            name, width = ("input_ids", "") if input_ids is not None else ("inputs_embeds", ", hidden")
+            raise ValueError(f"`{name}` is of shape {tuple(given.shape)}; expected (batch, seq_len{width})")
+        batch_size, seq_len = given.shape[:2]
         past_key_values = self._open_cache(past_key_values, use_cache, images_per_row, segment_ids)
         fusion_cache, text_cache = (None, None) if past_key_values is None else self.split_cache(past_key_values)
         past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
         past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
-        given = input_ids if input_ids is not None else inputs_embeds
-        batch_size, seq_len = given.shape[:2]
         if segment_ids is not None and inputs_embeds is not None:
             # PEFT puts virtual tokens in front, which all of a row's sequences share
-            if (num_virtual := seq_len - segment_ids.shape[1]) < 0:
-                raise ValueError(
-                    f"`segment_ids` are of shape {tuple(segment_ids.shape)}; expected (batch, seq_len), and `seq_len` "
-                    f"is {seq_len}"
-                )
-            segment_ids = nn.functional.pad(segment_ids, (num_virtual, 0))
+            segment_ids = nn.functional.pad(segment_ids, (max(seq_len - segment_ids.shape[-1], 0), 0))
+        self._check_shapes(
+            batch_size, seq_len, past_len, attention_mask, position_ids, token_type_ids, mm_token_type_ids, segment_ids
+        )
 
         images = self.read_images(pixel_values, mm_encoder_outputs)
         image_states = None if images is None else images.pooler_output
@@ -721,9 +720,13 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
             fusion_attention_mask = attention_mask["fusion"]
         else:
-            if not has_new_images and seq_len > 1 and input_ids is not None:
-                has_placeholder = (input_ids == self.config.image_token_id).any()
-                check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
+            if not has_new_images and seq_len > 1:
+                if input_ids is not None:
+                    has_placeholder = (input_ids == self.config.image_token_id).any()
+                    check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
+                if mm_token_type_ids is not None:
+                    is_told = (mm_token_type_ids[:, -seq_len:] == 1).any()
+                    check(~is_told, "`mm_token_type_ids` tell of pictures, but no pictures were given")
             is_image = locate_images(
                 given,
                 partial(self.image_placeholders, input_ids, inputs_embeds),
@@ -839,6 +842,29 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_states,
         )
+
+    def _check_shapes(
+        self,
+        batch_size: int,
+        seq_len: int,
+        past_len: int | torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, Any] | None,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+    ) -> None:
+        """Raises `ValueError` where arguments tell of other tokens than there are, which masks would take for some."""
+        new, whole = "(batch, seq_len)", "(batch, past_len + seq_len)"
+        rows, total_len = (batch_size,), past_len + seq_len
+        if isinstance(attention_mask, torch.Tensor):
+            check_shape("attention_mask", attention_mask, f"{whole}, as each stream makes its own", rows, total_len)
+        check_shape("position_ids", position_ids, new, (1, batch_size), seq_len)
+        check_shape("token_type_ids", token_type_ids, f"{whole} or {new}", rows, total_len, seq_len)
+        check_shape("segment_ids", segment_ids, new, rows, seq_len)
+        if mm_token_type_ids is not None:
+            # Whether they are as long as they must be is for `locate_images` to know
+            check_shape("mm_token_type_ids", mm_token_type_ids, whole, rows, mm_token_type_ids.shape[-1])
 
     def _open_cache(
         self,

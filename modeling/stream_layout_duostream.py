@@ -39,6 +39,29 @@ def check(condition: torch.Tensor, message: str) -> None:
         torch._assert_async(condition, message)
 
 
+def check_shape(
+    name: str, given: torch.Tensor | None, expected: str, batch_sizes: tuple[int, ...], *lengths: int | torch.Tensor
+) -> None:
+    """
+    Raises `ValueError` where an argument that tells of each token is not of one of these batch sizes and lengths. The
+    length of a static cache is a tensor, of which the device is not waited for.
+    """
+    if given is None:
+        return
+    known = [length for length in lengths if not isinstance(length, torch.Tensor)]
+    has_batch = given.ndim == 2 and any(given.shape[0] == batch_size for batch_size in batch_sizes)
+    if has_batch and any(given.shape[1] == length for length in known):
+        return
+    # Numbers are written down where they are wrong alone: else a compiled forward would be one for these numbers
+    if has_batch and len(known) < len(lengths):
+        total_len = next(length for length in lengths if isinstance(length, torch.Tensor))
+        return check(total_len == given.shape[1], f"`{name}` is of another length: expected {expected}")
+    shapes = " or ".join(f"{batch_sizes[-1]} x {length}" for length in known)
+    raise ValueError(
+        f"`{name}` is of shape {tuple(given.shape)}; expected {expected}" + (shapes and f", here {shapes}")
+    )
+
+
 def first_where(mask: torch.Tensor) -> torch.Tensor:
     """
     The order of positions, of the shape of `mask`, in which those where it holds come first, each group as it stands:

@@ -983,6 +983,63 @@ def test_arguments_that_contradict_each_other_are_refused(llama: Any) -> None:
         llama(**inputs, mm_token_type_ids=types.roll(1, dims=1))
 
 
+@pytest.mark.parametrize("has_cache", [None, DynamicCache, StaticCache], ids=["no cache", "cache", "static cache"])
+@pytest.mark.parametrize("parts", [(6,), (PICTURE, 6)], ids=str)
+@torch.no_grad()
+def test_what_tells_of_other_tokens_than_there_are_is_refused(llama: Any, parts: tuple, has_cache: Any) -> None:
+    row, num_past = Row(llama, *parts), 0
+    inputs = {**row.inputs, "use_cache": has_cache is not None}
+    if has_cache is not None:
+        num_past = len(row)
+        size = {"max_cache_len": 64} if has_cache is StaticCache else {}
+        cache = has_cache(config=llama.config, **size)
+        llama(**row.inputs, past_key_values=cache)
+        ids = torch.cat([row.ids[None], torch.full((1, 3), 5)], dim=1)
+        inputs = {"input_ids": ids[:, -3:], "mm_token_type_ids": (ids == llama.config.image_token_id).long()}
+    seq_len = inputs["input_ids"].shape[1]
+    total_len = num_past + seq_len
+    right = {"attention_mask": {total_len}, "position_ids": {seq_len}, "token_type_ids": {seq_len, total_len}}
+    if has_cache is None:
+        right["segment_ids"] = {seq_len}
+    for name, lengths in right.items():
+        for length in {*lengths, 1, seq_len - 1, seq_len + 1, total_len - 1, total_len + 1, 64}:
+            told = {name: torch.arange(length)[None] if name == "position_ids" else torch.ones(1, length).long()}
+            given_cache = {"past_key_values": copy.deepcopy(cache)} if num_past else {}
+            if length in lengths:
+                llama(**inputs, **told, **given_cache)
+                continue
+            with pytest.raises(ValueError, match=rf"`{name}` is of (shape|another length).*expected \(batch, "):
+                llama(**inputs, **told, **given_cache)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"])
+def test_so_is_what_tells_of_other_rows(llama: Any, name: str) -> None:
+    ids = torch.full((2, 6), 5)
+    told = torch.arange(6) if name == "position_ids" else torch.zeros(6).long()
+    for wrong in (told, told.expand(3, -1), told.expand(2, 1, -1)):
+        with pytest.raises(ValueError, match=rf"`{name}` is of shape .*expected \(batch, .*here 2 x 6"):
+            llama(input_ids=ids, **{name: wrong})
+
+
+def test_ids_embeddings_and_pixels_of_another_kind_are_refused(llama: Any) -> None:
+    with pytest.raises(ValueError, match=r"`input_ids` is of shape \(6,\); expected \(batch, seq_len\)"):
+        llama(input_ids=torch.full((6,), 5))
+    with pytest.raises(
+        ValueError, match=r"`inputs_embeds` is of shape \(6, 32\); expected \(batch, seq_len, hidden\)"
+    ):
+        llama(inputs_embeds=torch.zeros(6, 32))
+    row = Row(llama, PICTURE, 3)
+    with pytest.raises(ValueError, match="`pixel_values` is a list; expected a tensor"):
+        llama(input_ids=row.ids[None], pixel_values=list(row.pictures))
+
+
+def test_token_types_of_pictures_that_are_not_given_are_refused(llama: Any) -> None:
+    ids = torch.full((1, 6), 5)
+    for tokens in ({"input_ids": ids}, {"inputs_embeds": llama.get_input_embeddings()(ids)}):
+        with pytest.raises(ValueError, match="`mm_token_type_ids` tell of pictures, but no pictures were given"):
+            llama(**tokens, mm_token_type_ids=torch.ones_like(ids))
+
+
 def test_sequences_that_positions_alone_tell_apart_are_refused_with_pictures(llama: Any) -> None:
     rows = [Row(llama, PICTURE, 3), Row(llama, 4)]
     inputs = {"input_ids": torch.cat([row.ids for row in rows])[None], "pixel_values": rows[0].pictures}
