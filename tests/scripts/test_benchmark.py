@@ -1,10 +1,12 @@
 """A benchmark measures all sides and writes its figures down. No time is asserted: machines differ, and have moods."""
 
+import copy
 import json
 
 import pytest
 import torch
 from tiny_models import needs_compiler
+from torch import nn
 
 from duostream.scripts import benchmark, padding
 from duostream.scripts.comparison import compare, in_turn, peak_bytes
@@ -17,7 +19,7 @@ from duostream.scripts.peers import (
     make_sides,
     with_features,
 )
-from duostream.scripts.speed import OverheadArguments, PrefillArguments, compiled_read, read
+from duostream.scripts.speed import OverheadArguments, PrefillArguments, compiled_read, lay_out_by_columns, read
 
 TEXT_LEN = 6
 TINY = ["--preset", "tiny", "--fusion_layers", "1", "--image_tokens", "4", "--text_len", str(TEXT_LEN)]
@@ -73,6 +75,18 @@ def test_image_states_may_be_read_alone(measure):
         measure("overhead", *TINY, *only, "1")
     with pytest.raises(ValueError, match="`num_image_update_layers` holds 2 numbers; expected one for each"):
         measure("prefill", *TINY, *only, "1", "0")
+
+
+def test_matrices_that_lie_by_columns_read_the_same_on_all_sides(measure, sides):
+    for name, model in sides.items():
+        inputs, columns = make_inputs(model, image_tokens=9, batch_size=2, text_len=TEXT_LEN), copy.deepcopy(model)
+        lay_out_by_columns(columns)
+        weights = [module.weight for module in columns.modules() if type(module) is nn.Linear]
+        assert sum(not weight.is_contiguous() for weight in weights) == len(weights) - 1, name
+        for layer, plain in zip(read(columns, inputs).layers, read(model, inputs).layers, strict=True):
+            torch.testing.assert_close(layer.keys, plain.keys, atol=1e-5, rtol=0)
+    rows = measure("prefill", *TINY, "--batch_sizes", "1", "--weight_layout", "columns")
+    assert [row["weight_layout"] for row in rows] == ["columns"] * len(PEERS)
 
 
 @pytest.mark.slow
@@ -233,6 +247,7 @@ def test_the_peak_is_what_a_run_holds_at_once():
         (["--repeats", "1"], "repeats"),
         (["--caches", "static", "quantized"], r"`caches` has \['quantized'\]; there are 'dynamic', 'static'"),
         (["--vision", "counted in"], r"`vision` has \['counted in'\]"),
+        (["--weight_layout", "diagonal"], r"`weight_layout` has \['diagonal'\]; there are 'rows', 'columns'"),
         (["--max_image_tokens", "3"], "no case"),
     ],
 )
