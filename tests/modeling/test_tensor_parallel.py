@@ -1,12 +1,11 @@
 """Layers that two processes share say what they say in one: the file runs itself by torchrun."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import TORCHRUN, launch_forks
 from tiny_models import GPT2, LLAMA, VIT, batch, difference, ragged_rows, small_model
 from transformers import AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
@@ -21,25 +20,17 @@ MODELS = {
 }
 
 
-def torchrun(checkpoint: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(
-        [*command, __file__, str(checkpoint)], capture_output=True, text=True, env=environment, timeout=240
-    )
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_read_and_write_what_one_does(name: str, tmp_path: Path) -> None:
     small_model(**MODELS[name]).save_pretrained(tmp_path)
-    finished = torchrun(tmp_path)
+    finished = launch_forks([*TORCHRUN, "2"], __file__, tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count("the same") == 2
 
 
 def test_a_model_whose_backbones_have_no_plan_is_refused_by_the_library(tmp_path: Path) -> None:
     small_model("gpt2").save_pretrained(tmp_path)
-    finished = torchrun(tmp_path)
+    finished = launch_forks([*TORCHRUN, "2"], __file__, tmp_path)
     assert finished.returncode != 0 and "has no `tp_plan`" in finished.stderr
 
 

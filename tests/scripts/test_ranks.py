@@ -8,16 +8,15 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import psutil
 import pytest
+import ranks
 import torch
-from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
 from PIL import Image
-from transformers import AutoConfig, Trainer
+from ranks import RECIPES, TORCHRUN, accelerate, launch, launch_forks
+from transformers import AutoConfig
 
 import duostream
 from duostream.scripts import finetune, pretrain
@@ -25,8 +24,7 @@ from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArgument
 from duostream.scripts.data import load_rows
 from duostream.scripts.training import DuoStreamTrainer
 
-RECIPES = Path(pretrain.__file__).parent / "recipes/accelerate"
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+COMMANDS = ranks.__file__
 TOLERANCE = 1e-5
 
 
@@ -44,18 +42,6 @@ def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def accelerate(recipe, num_ranks, port=0):
-    """Of the recipe all is kept but for the number of GPUs, half precision, and the port, which others may have."""
-    line = ["accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes"]
-    return [*line, str(num_ranks), "--mixed_precision", "no", "--main_process_port", str(port)]
-
-
-def launch(launcher, *command):
-    line = [sys.executable, "-m", *launcher, *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +117,7 @@ def assert_same_weights(alone, together, undetermined=()):
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2"])
 def test_two_ranks_of_a_recipe_learn_and_measure_as_one(alone, finetuning, tmp_path, recipe):
     args = [*finetuning, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
-    finished = launch(accelerate(recipe, 2), __file__, *args)
+    finished = launch(accelerate(recipe, 2), COMMANDS, *args)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count(f"shared by {'FSDP2' if recipe == 'fsdp2' else 'none'}") == 2
     assert_same(alone, tmp_path)
@@ -152,7 +138,7 @@ def assert_same_losses(alone, together):
 @pytest.mark.slow
 def test_four_ranks_learn_as_one(alone, training, tmp_path):
     args = [*training, "--per_device_train_batch_size", "1", "--output_dir", tmp_path]
-    finished = launch(accelerate("ddp", 4), __file__, *args)
+    finished = launch_forks(accelerate("ddp", 4), COMMANDS, *args)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count("shared by none") == 4
     assert_same_losses(alone, tmp_path)
@@ -164,7 +150,7 @@ def test_two_ranks_that_share_the_weights_of_layers_that_are_named_learn_as_one(
     # The projector is none of them, by which a rank without pictures must still know that weights are shared
     launcher = [*accelerate("fsdp2", 2), "--fsdp_transformer_layer_cls_to_wrap", "PhiDecoderLayer"]
     args = [*training, "--per_device_train_batch_size", "2", "--output_dir", tmp_path]
-    finished = launch(launcher, __file__, *args)
+    finished = launch_forks(launcher, COMMANDS, *args)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count("shared by FSDP2") == 2
     assert_same_losses(alone, tmp_path)
@@ -176,7 +162,7 @@ def test_four_ranks_go_on_from_the_shards_of_two_and_learn_as_one(alone, trainin
     args = [*training, "--save_strategy", "steps", "--save_steps", "2", "--resume", "true", "--output_dir", tmp_path]
     for num_ranks, first in ((2, 0), (4, 2)):
         launcher = [*accelerate("fsdp2", num_ranks), "--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
-        finished = launch(launcher, __file__, *args, "--per_device_train_batch_size", 4 // num_ranks)
+        finished = launch_forks(launcher, COMMANDS, *args, "--per_device_train_batch_size", 4 // num_ranks)
         assert finished.returncode == 0, finished.stderr[-3000:]
         assert finished.stdout.count("shared by FSDP2") == num_ranks
         assert finished.stdout.count("'loss'") == 4 - first
@@ -190,7 +176,7 @@ def test_four_ranks_go_on_from_the_shards_of_two_and_learn_as_one(alone, trainin
 @pytest.mark.slow
 def test_stored_states_of_pictures_are_refused_where_ranks_share_weights(training, tmp_path):
     args = [*training, "--cache_vision", "true", "--output_dir", tmp_path]
-    finished = launch(accelerate("fsdp2", 2), __file__, *args)
+    finished = launch_forks(accelerate("fsdp2", 2), COMMANDS, *args)
     assert finished.returncode != 0 and "`cache_vision` goes without FSDP" in finished.stderr
 
 
@@ -210,16 +196,8 @@ def test_two_ranks_have_the_losses_of_one_though_one_of_them_may_have_no_picture
     args = [*options(rows), "--vocab_size", "300", "--itc_weight", "1", "--contrastive_loss", "softmax"]
     args += ["--gradient_checkpointing", "true"]
     pretrain.main([*args, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
-    two = launch(
-        TORCHRUN,
-        "-m",
-        "duostream.scripts.pretrain",
-        *args,
-        "--per_device_train_batch_size",
-        "2",
-        "--output_dir",
-        tmp_path / "two",
-    )
+    output = ["--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
+    two = launch_forks([*TORCHRUN, "2"], COMMANDS, *args, *output)
     assert two.returncode == 0, two.stderr[-3000:]
     alone = losses(tmp_path / "one")
     assert len(alone) == 4 and any(entry["itc_loss"] for entry in alone)
@@ -243,7 +221,7 @@ def test_ranks_that_share_weights_pretrain_as_those_that_do_not_though_one_may_h
         args += [f"--{weight}_weight", "1"]
     for recipe, sharing in (("ddp", "none"), ("fsdp2", "FSDP2")):
         output = ["--per_device_train_batch_size", "2", "--output_dir", tmp_path / recipe]
-        finished = launch(accelerate(recipe, 2), __file__, *args, *output)
+        finished = launch_forks(accelerate(recipe, 2), COMMANDS, *args, *output)
         assert finished.returncode == 0, finished.stderr[-3000:]
         assert finished.stdout.count(f"shared by {sharing}") == 2
     whole, shared = (losses(tmp_path / recipe) for recipe in ("ddp", "fsdp2"))
@@ -256,7 +234,7 @@ def test_ranks_that_share_weights_pretrain_as_those_that_do_not_though_one_may_h
 def test_what_two_ranks_measure_is_what_they_save_though_each_has_statistics_of_its_own(rows, checkpoint, tmp_path):
     args = [*options(rows, freeze=""), "--checkpoint", str(checkpoint), "--eval_split", "train"]
     args += ["--per_device_eval_batch_size", "1", "--output_dir", str(tmp_path)]
-    two = launch(TORCHRUN, "-m", "duostream.scripts.finetune", *args, "--per_device_train_batch_size", "2")
+    two = launch_forks([*TORCHRUN, "2"], COMMANDS, *args, "--per_device_train_batch_size", "2")
     assert two.returncode == 0, two.stderr[-3000:]
     told = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
     processor = duostream.DuoStreamProcessor.from_pretrained(tmp_path)
@@ -307,7 +285,7 @@ def test_two_ranks_have_the_loss_of_one_though_some_rows_are_read_twice(tmp_path
     script.write_text(EVALUATE)
     losses = []
     for num_ranks in (1, 2):
-        run = launch([*TORCHRUN[:-1], str(num_ranks)], script, tmp_path / "out")
+        run = launch_forks([*TORCHRUN, str(num_ranks)], str(script), tmp_path / "out")
         assert run.returncode == 0, run.stderr[-3000:]
         losses.append([float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("loss ")])
     assert len(losses[0]) == 3
@@ -317,7 +295,7 @@ def test_two_ranks_have_the_loss_of_one_though_some_rows_are_read_twice(tmp_path
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_within_a_minute(rows, checkpoint, tmp_path):
     args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "", "--max_steps", "100000"]
-    line = [sys.executable, "-m", *TORCHRUN, "-m", "duostream.scripts.finetune", *args, "--output_dir", str(tmp_path)]
+    line = [sys.executable, "-m", *TORCHRUN, "2", "-m", finetune.__name__, *args, "--output_dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         ranks = []
@@ -339,19 +317,3 @@ def test_accelerate_knows_every_key_of_a_recipe(name):
     # Of an unknown key it says which
     config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
     assert config.num_processes == 8 and config.mixed_precision == "bf16"
-
-
-if __name__ == "__main__":
-    create_accelerator = Trainer.create_accelerator_and_postprocess
-
-    def as_on_gpus(trainer):
-        # Of processes on CPUs accelerate shares out no weights, whatever its configuration says, and is silent
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        create_accelerator(trainer)
-        # In one piece, as other ranks write, too
-        sys.stdout.write(f"weights are shared by {'FSDP2' if trainer.accelerator.is_fsdp2 else 'none'}\n")
-        sys.stdout.flush()
-
-    Trainer.create_accelerator_and_postprocess = as_on_gpus
-    (finetune if "--checkpoint" in sys.argv else pretrain).main()

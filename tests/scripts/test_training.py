@@ -5,14 +5,14 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 
 import datasets
 import pytest
+import ranks
 import torch
 from datasets import Dataset
 from packaging.version import Version
+from ranks import TORCHRUN, launch_forks
 from safetensors.torch import load_file, save_file
 from tiny_models import small_model
 from transformers import (
@@ -35,7 +35,7 @@ from duostream import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from duostream.scripts import evaluate, pretrain
+from duostream.scripts import evaluate
 from duostream.scripts.arguments import DuoStreamTrainingArguments
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import number_rows, texts_of
@@ -682,9 +682,8 @@ def test_two_ranks_evaluate_a_stream_whose_content_is_text_here_and_parts_there_
     args += ["--train_sampling_strategy", "group_by_length"]
     found = []
     for num_ranks in (1, 2):
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m", pretrain.__name__]
-        command = [sys.executable, "-m", *launch, *args, "--output_dir", str(tmp_path / str(num_ranks))]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        output = ["--output_dir", tmp_path / str(num_ranks)]
+        run = launch_forks([*TORCHRUN, str(num_ranks)], ranks.__file__, *args, *output)
         assert run.returncode == 0, run.stderr[-3000:]
         found.append(json.loads((tmp_path / str(num_ranks) / "eval_results.json").read_text())["eval_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
