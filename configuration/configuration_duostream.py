@@ -266,6 +266,12 @@ class DuoStreamConfig(PreTrainedConfig):
                 f'is {self.fusion_stack_config.hidden_size}: with `projector_type="none"` they must be equal'
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        # `Trainer` sets `use_cache` to `False` in the config of what it trains. Models that write have a generation
+        # config, too, which says otherwise; of others with the same weights the next model that writes would make its
+        # own by this one, and write without a cache from then on. Whether a stream has one, its own config says
+        return {name: value for name, value in super().to_dict().items() if name != "use_cache"}
+
     def check_fields(self) -> None:
         """
         Checks types and ranges of the fields. Models do so, too, as `from_pretrained` may be given other fields than

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,26 +28,79 @@ def lines_of(file: Path) -> Iterator[bytes]:
         yield from filter(bytes.strip, lines)
 
 
+def is_array(file: Path) -> bool:
+    """Whether a file holds one JSON array of all rows, which `datasets` reads whole, and no row a line."""
+    lines = lines_of(file)
+    first = next(lines, b"").removeprefix(BOM_UTF8).lstrip()
+    if not first.startswith(b"["):
+        return False
+    with suppress(ValueError):
+        json.loads(first)
+        return next(lines, None) is None
+    return True
+
+
 def broken_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int, ValueError]]:
     """
-    The lines of JSONL files that are no JSON, hold half a character (a lone surrogate), or name a picture that isn't
-    there: any of them keeps `datasets` from reading all others. Files of other types are passed over.
+    The lines of JSONL files that are no JSON, hold half a character (a lone surrogate) or a name twice, or tell of a
+    picture that isn't there: any of them keeps `datasets` from reading all others. Files of other types, and arrays,
+    are passed over.
 
     Returns:
         The file, the row of it from 0, and what is wrong with it.
+
+    Raises:
+        ValueError: A file isn't one row a line, though `datasets` may read it.
     """
     for file in files:
-        for row, line in enumerate(lines_of(file) if file.suffix == ".jsonl" else ()):
+        if file.suffix != ".jsonl" or is_array(file):
+            continue
+        num_good = num_broken = 0
+        for row, line in enumerate(lines_of(file)):
             try:
-                fields = json.loads(line)
-                json.dumps(fields, ensure_ascii=False).encode()
-                if not isinstance(fields, dict):
-                    raise ValueError("expected an object with columns")
+                fields = _row_of(line)
+                num_good += 1
                 name = fields.get("file_name")
                 if file.stem == "metadata" and isinstance(name, str) and not (file.parent / name).is_file():
                     raise ValueError(f"there is no picture {name!r}")
             except ValueError as error:
+                num_broken += 1
+                if _num_rows(line) > 1 or (not num_good and num_broken == 2 and _num_rows(file.read_bytes())):
+                    raise ValueError(
+                        f"{file}: expected one row, a JSON object, on each line; this file has several on one, or "
+                        "some that go over several"
+                    ) from error
                 yield file, row, ValueError(f"Row {row} of {file}: {error}")
+
+
+def _row_of(line: bytes) -> dict[str, Any]:
+    fields = json.loads(line, object_pairs_hook=_named_once)
+    json.dumps(fields, ensure_ascii=False).encode()
+    if not isinstance(fields, dict):
+        raise ValueError("expected an object with columns")
+    return fields
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"one of {[name for name, _ in pairs]} is there twice")
+    return fields
+
+
+def _num_rows(text: bytes) -> int:
+    """How many JSON objects there are, one behind the other; 0 if there is anything else."""
+    decoder, blanks, end, count = json.JSONDecoder(), re.compile(r"\s*"), 0, 0
+    decoded = text.decode(errors="replace").strip()
+    while end < len(decoded):
+        try:
+            fields, end = decoder.raw_decode(decoded, blanks.match(decoded, end).end())
+        except ValueError:
+            return 0
+        if not isinstance(fields, dict):
+            return 0
+        count += 1
+    return count
 
 
 class BadRows:

@@ -17,7 +17,7 @@ from .arguments import DataArguments, check_unused
 from .bad_rows import BadRows
 from .rows import UNDECODED, class_names, make_rows, num_chars
 from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, training_rows
-from .sources import CONVERSATIONS, Rows, load_source
+from .sources import CONVERSATIONS, MADE_BY, Rows, load_source
 from .tasks import WRITER, task_of, with_defaults
 
 BLANK_GRAY = (128, 128, 128)
@@ -163,7 +163,7 @@ def _same_columns(rows: Rows, args: DataArguments) -> Rows:
             parts = [{"type": part["type"], "text": part.get("text")} for part in parts_of(message)] or parts
         return {"role": message.get("role"), "content": parts}
 
-    def make_alike(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def make_alike(row: dict[str, Any], index: int, made_by: str) -> dict[str, Any]:
         turns = {
             name: None if row[name] is None else [with_parts(message, index) for message in row[name]]
             for name in ("prompt", "completion")
@@ -175,7 +175,9 @@ def _same_columns(rows: Rows, args: DataArguments) -> Rows:
     turns = {"prompt": MESSAGES_FEATURE, "completion": MESSAGES_FEATURE}
     numbers = {"length": Value("int64"), "source": Value("int64")}
     features = Features({"images": List(UNDECODED), **turns, "dataset": Value("string"), **numbers})
-    return rows.map(make_alike, with_indices=True, remove_columns=rows.column_names, features=features)
+    return rows.map(
+        make_alike, with_indices=True, remove_columns=rows.column_names, features=features, fn_kwargs=MADE_BY
+    )
 
 
 def pack_rows(
@@ -212,7 +214,7 @@ def pack_rows(
     conversation = {name: rows.features[name] for name in ("prompt", "completion")}
     features = Features({**kept, **sources, "conversations": List(conversation), "length": Value("int64")})
 
-    def join(batch: dict[str, list]) -> dict[str, list]:
+    def join(batch: dict[str, list], made_by: str) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
         # All at once: each row by itself takes many times as long
         chosen = rows[[index for indices in batch["members"] for index in indices]]
@@ -233,7 +235,12 @@ def pack_rows(
         return out
 
     return Dataset.from_dict({"members": members}).map(
-        join, batched=True, remove_columns=["members"], features=features, desc="putting rows together"
+        join,
+        batched=True,
+        remove_columns=["members"],
+        features=features,
+        fn_kwargs=MADE_BY,
+        desc="putting rows together",
     )
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, PreTrainedModel, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from ..processing import (
     DuoStreamClassificationCollator,
@@ -38,7 +39,7 @@ from ..processing.data_collator_duostream import IGNORE_INDEX, is_plain_text, lo
 from ..processing.processing_duostream import check_messages, parts_of
 from . import metrics
 from .arguments import DataArguments, check_at_least_one, check_unused, parse
-from .card import save_samples, source_of, weights_fingerprints
+from .card import read_run, save_samples, source_of, weights_fingerprints
 from .checkpoints import load_model
 from .data import load_rows, picture_key
 from .generate import TextRoom, answer, prompt_inputs
@@ -47,6 +48,8 @@ from .report import write_evaluation
 from .scenes import rows_of_batch
 from .sources import Rows
 from .tasks import WRITER, task_of
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -410,6 +413,26 @@ def evaluate(
     return measure(model, processor, rows, batch_size, **kwargs)
 
 
+def warn_of_learnt_rows(checkpoint: str, data_args: DataArguments, split: str) -> None:
+    """
+    Warns where rows are measured that the checkpoint has learnt from, as far as `run.json` tells. A file is one split,
+    whatever it is called: its rows are held out where training, and evaluation, take slices of it.
+    """
+    run, asked = read_run(Path(checkpoint)), source_of(data_args, split)
+    is_file = Path(data_args.dataset).is_file()
+    for source in [*run.get("sources", []), *(run.get("sources_before") or [])]:
+        is_same = all(source[name] == asked[name] for name in ("name", "kind", "config"))
+        names, learnt = ({part.split("[")[0] for part in each.split("+")} for each in (split, source["split"]))
+        if is_same and (is_file or names & learnt) and not ("[" in split and "[" in source["split"]):
+            logger.warning(
+                f"{checkpoint} has learnt from {source['name']!r}, split {source['split']!r}, and is measured on "
+                f"{split!r}{' of this file, which are all its rows' if is_file and '[' not in split else ''}: for "
+                "figures of rows that it hasn't seen hold some out, as in `--train_split 'train[:90%]'` and "
+                "`--eval_split 'train[90%:]'`"
+            )
+            return
+
+
 OPTIONS = (EvaluateArguments, DataArguments)
 
 
@@ -435,6 +458,7 @@ def main(args: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(evaluate_args.checkpoint)
     classes = list(model.config.id2label.values()) if model.config.num_labels > 1 else []
     split, max_rows = data_args.eval_split, data_args.max_eval_rows
+    warn_of_learnt_rows(evaluate_args.checkpoint, data_args, split)
     rows = load_rows(data_args, split, max_rows, is_evaluation=True, classes=classes)
     check_rows(rows, data_args.task)
     options: dict[str, Any] = {"max_length": data_args.max_length}

@@ -27,7 +27,7 @@ from ..processing.processing_duostream import check_messages, parts_of
 from .arguments import DataArguments
 from .bad_rows import BAD_ROW_ERRORS, BadRows
 from .scenes import MESSAGES_FEATURE, rows_of_batch
-from .sources import CONVERSATIONS, Rows
+from .sources import CONVERSATIONS, MADE_BY, Rows
 
 logger = logging.get_logger(__name__)
 
@@ -127,14 +127,16 @@ def make_rows(
             return [{"text": text} for text in _answers_of(row, args, index)]
         return _turns(row, args, num_images, index, is_evaluation)
 
-    def expand(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def expand(batch: dict[str, list], indices: list[int], made_by: str) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in features}
         for row, index in zip(rows_of_batch(batch), indices, strict=True):
             if label_names is not None:
                 row[args.label_column] = _named(row[args.label_column], label_names)
-            images = row[args.image_column] if has_images else []
-            images = [image for image in (images if isinstance(images, list) else [images]) if image is not None]
+            images = row[args.image_column] if has_images else None
+            images = images if isinstance(images, list) else [] if images is None else [images]
             try:
+                if None in images:
+                    raise ValueError(f"Row {index}: picture {images.index(None)} of `{args.image_column}` is null")
                 all_made = make(row, len(images), index)
             except BAD_ROW_ERRORS as error:
                 if bad_rows is None:
@@ -151,7 +153,13 @@ def make_rows(
     # A cached result would leave bad rows out, but write nothing down
     caching = {} if args.streaming or bad_rows is None else {"load_from_cache_file": False}
     return rows.map(
-        expand, batched=True, with_indices=True, remove_columns=columns, features=Features(features), **caching
+        expand,
+        batched=True,
+        with_indices=True,
+        remove_columns=columns,
+        features=Features(features),
+        fn_kwargs=MADE_BY,
+        **caching,
     )
 
 

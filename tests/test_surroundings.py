@@ -293,6 +293,24 @@ def test_the_library_s_trainer_evaluates_rows_that_have_nothing_but_labels(tmp_p
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_who_writes_with_weights_of_a_head_that_does_not_has_a_cache(tmp_path: Path) -> None:
+    # `Trainer` says otherwise in the config, which is all that this head saves
+    rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(0)} for row in plain_rows()]
+    model = small_model(cls=DuoStreamForSequenceClassification)
+    trainer = Trainer(model=model, args=plain_arguments(tmp_path), train_dataset=rows)
+    trainer.train()
+    assert model.config.use_cache is False
+    trainer.save_model(str(tmp_path))
+    writer = DuoStreamForConditionalGeneration.from_pretrained(tmp_path)
+    trainer = Trainer(model=writer, args=plain_arguments(tmp_path), train_dataset=plain_rows())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "writer"))
+    saved = DuoStreamForConditionalGeneration.from_pretrained(tmp_path / "writer")
+    assert saved.generation_config.use_cache is not False
+    prompt, options = plain_rows()[0]["input_ids"][None], {"return_dict_in_generate": True, "eos_token_id": None}
+    assert saved.generate(prompt, max_new_tokens=2, **options).past_key_values.get_seq_length() == 13
+
+
 def test_smoothed_labels_are_those_of_the_next_token(tmp_path: Path) -> None:
     rows = plain_rows()
     model = small_model().eval()

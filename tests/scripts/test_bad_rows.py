@@ -226,6 +226,39 @@ def cache(tmp_path, monkeypatch):
 
 
 @LINES
+def test_an_array_of_rows_that_can_all_be_read_is_read_whole(tmp_path, cache):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(asked(0, 3), indent=1))
+    rows, bad = left_out(tmp_path / "rows.jsonl", tmp_path / "out")
+    assert len(rows) == 3 and not bad
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+@pytest.mark.parametrize("how", ["over several lines", "two on a line", "lines that end elsewhere"])
+def test_a_file_that_is_not_one_row_a_line_loses_none_but_is_refused(tmp_path, cache, how, streaming):
+    first, second, third = map(json.dumps, asked(0, 3))
+    (tmp_path / "rows.jsonl").write_text(
+        {
+            "over several lines": "\n".join(json.dumps(row, indent=1) for row in asked(0, 3)),
+            "two on a line": f"{first}\n{second} {third}\n",
+            "lines that end elsewhere": "\r".join((first, second, third)),
+        }[how]
+    )
+    assert len(load_rows(DataArguments(task="vqa", dataset=str(tmp_path / "rows.jsonl")), "train")) == 3
+    with pytest.raises(ValueError, match=r"rows\.jsonl: expected one row, a JSON object, on each line"):
+        left_out(tmp_path / "rows.jsonl", tmp_path / "out", ("streaming", streaming))
+
+
+@LINES
+@pytest.mark.parametrize("line", ['{"question": "a", "answer": "b", "answer": "c"}', '["a", "b"]'])
+def test_a_line_that_names_a_column_twice_or_none_is_left_out(tmp_path, cache, line):
+    write_lines(tmp_path / "rows.jsonl", line, *asked(0, 3))
+    rows, bad = left_out(tmp_path / "rows.jsonl", tmp_path / "out")
+    assert [row["source"] for row in rows] == [1, 2, 3]
+    ((number, reason),) = bad
+    assert number == 0 and re.search(r"Row 0 of .*(is there twice|expected an object)", reason)
+
+
+@LINES
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
 def test_a_broken_line_of_another_split_is_no_bad_row_to_train_on(tmp_path, cache, streaming):
     write_lines(tmp_path / "rows" / "train.jsonl", *asked(0, 4), BROKEN)

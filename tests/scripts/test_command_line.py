@@ -34,6 +34,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
 from duostream.scripts import cli, compose, evaluate, finetune, generate, pretrain, quickstart
 from duostream.scripts.arguments import DataArguments
+from duostream.scripts.card import source_of
 from duostream.scripts.data import load_rows, pack_rows
 from duostream.scripts.report import attended_tokens
 from duostream.scripts.rows import UNDECODED
@@ -526,6 +527,28 @@ def test_evaluation_takes_messages_of_plain_text(pretrained, tmp_path):
     evaluate.main(arguments(**options, output_dir=tmp_path / "out"))
     (result,) = read_lines(tmp_path / "out" / "predictions.jsonl")
     assert (result["prompt"], result["reference"]) == ("Why?", "So.")
+
+
+@pytest.mark.parametrize(
+    ("name", "learnt", "measured", "told"),
+    [
+        ("rows.jsonl", "train", "validation", "which are all its rows"),
+        ("rows.jsonl", "train[:75%]", "validation", "which are all its rows"),
+        ("rows.jsonl", "train[:75%]", "train[75%:]", None),
+        ("other.jsonl", "train", "validation", None),
+        ("rows", "train", "validation", None),
+        ("rows", "train+more", "more", "measured on 'more':"),
+    ],
+)
+def test_evaluation_tells_of_rows_that_were_learnt(tmp_path, name, learnt, measured, told, caplog):
+    (tmp_path / "rows").mkdir()
+    for each in ("rows.jsonl", "other.jsonl"):
+        (tmp_path / each).write_text("")
+    dataset = tmp_path / name.replace("other", "rows")
+    source = {**source_of(DataArguments(dataset=str(tmp_path / name)), learnt), "task": "vqa"}
+    (tmp_path / "run.json").write_text(json.dumps({"sources": [], "sources_before": [source]}))
+    evaluate.warn_of_learnt_rows(str(tmp_path), DataArguments(dataset=str(dataset)), measured)
+    assert told in caplog.text if told else not caplog.text
 
 
 def test_conversations_from_a_file_are_trained_on_and_measured(photographs, tmp_path):

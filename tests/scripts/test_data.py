@@ -1,3 +1,4 @@
+import functools
 import gzip
 import json
 import tarfile
@@ -703,6 +704,54 @@ def test_other_files_beside_a_table_do_no_harm(tmp_path):
     Dataset.from_list([{"source": "two", "target": "zwei"}]).to_parquet(tmp_path / "mixed" / "validation.parquet")
     for split, answer in (("train", "eins"), ("validation", "zwei")):
         assert said(load(tmp_path / "mixed", split, task="translation")[0])[2] == answer
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("in_one", [False, True], ids=["two archives", "one archive"])
+def test_pictures_of_another_type_in_an_archive_are_not_passed_over(tmp_path, in_one, streaming):
+    (tmp_path / "a.txt").write_text("A dog .")
+    for name in ("train-0", "train-1"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i in range(12):
+                is_other = i > 5 if in_one else name == "train-1"
+                picture(0).save(tmp_path / ("a.png" if is_other else "a.JPG"))
+                tar.add(tmp_path / ("a.png" if is_other else "a.JPG"), f"{name}/{i}.{'png' if is_other else 'JPG'}")
+                tar.add(tmp_path / "a.txt", f"{name}/{i}.txt")
+    options = {"task": "caption", "answer_column": "txt", "image_column": "JPG", "streaming": streaming}
+    with pytest.raises(ValueError, match=r"train-.\.tar: .*png' is a picture of type 'png'.* has none, but JPG"):
+        load(tmp_path, **options)
+    if not in_one:
+        (tmp_path / "train-1.tar").unlink()
+        assert [said(row)[0] for row in load(tmp_path, **options)] == [1] * 12
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_picture_that_is_null_among_others_is_a_bad_row(tmp_path, streaming):
+    picture(0).save(tmp_path / "a.png")
+    rows = [{"image": images, "captions": "A dog ."} for images in (["a.png"], [], ["a.png", None])]
+    path = write_lines(tmp_path / "train.jsonl", rows)
+    options = {"task": "caption", "image_dir": str(tmp_path), "streaming": streaming}
+    with pytest.raises((ValueError, datasets.exceptions.DatasetsError), match="Row 2: picture 1 of `image` is null"):
+        list(load(path, **options))
+    bad_rows = BadRows(tmp_path / "bad_rows.jsonl")
+    kept = load_rows(DataArguments(dataset=str(path), **options), "train", bad_rows=bad_rows)
+    assert [said(row)[0] for row in kept] == [1, 0]
+
+
+def test_rows_that_other_code_has_made_are_made_anew(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "train.jsonl", [{"question": "What?", "answer": "That."}])
+    make = making_rows._turns
+
+    @functools.wraps(make)  # by its name the same
+    def earlier(row, *args):
+        return make({**row, "answer": "This."}, *args)
+
+    with monkeypatch.context() as before:
+        before.setattr(making_rows, "_turns", earlier)
+        assert said(load(path, task="vqa")[0]) == (0, "What?", "This.")
+    assert said(load(path, task="vqa")[0]) == (0, "What?", "This.")  # as it was kept
+    monkeypatch.setitem(sources.MADE_BY, "made_by", "other code")
+    assert said(load(path, task="vqa")[0]) == (0, "What?", "That.")
 
 
 def test_a_split_is_read_by_itself_whatever_the_others_hold(tmp_path):
