@@ -8,6 +8,7 @@ Example:
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import wraps
 from inspect import getsource
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import typer
 from jinja2 import TemplateError
+from transformers import GenerationConfig
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
@@ -55,6 +57,16 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_completion_tokens": (int, 1, 2**31 - 1),
     "seed": (int, -(2**63), 2**63 - 1),
 }
+# What of a `generation_config`, as `transformers chat` sends it, says how an answer of text is written
+GENERATION: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("do_sample", "early_stopping", "use_cache"), (bool,)),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), (int,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "num_beams", "top_k"), (int,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "length_penalty", "min_p"), (int, float)),
+    **dict.fromkeys(("repetition_penalty", "temperature", "top_p", "typical_p"), (int, float)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
+    "stop_strings": (str, list),
+}
 # OpenAI's: a template writes others as they come, or fails at them
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Below, scores that are divided by it overflow, and the answer is the greedy one
@@ -80,9 +92,34 @@ def refusal(body: Any, model: str) -> str | None:
         if value is not None and not (is_number and low <= value <= high):
             expected = "an integer" if kind is int else "a number"
             return f"`{name}` is {value!r:.100}; expected {expected} from {low} to {high}"
-    tools = body.get("tools") or []
+    tools = [] if body.get("tools") is None else body["tools"]
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return f"`tools` is {tools!r:.100}; expected a list of objects"
+    return None if body.get("generation_config") is None else generation_refusal(body["generation_config"])
+
+
+def generation_refusal(generation_config: Any) -> str | None:
+    """Why a `generation_config`, a JSON text, isn't taken: it can't be read, or asks for another thing than a text."""
+    told = "`generation_config` can't be read"
+    try:
+        config = json.loads(generation_config)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"{told}: {error}"
+    if not isinstance(config, dict):
+        return f"{told}: expected an object"
+    usual = GenerationConfig().to_dict()
+    for name, value in config.items():
+        if value is None or name == "transformers_version" or (name in usual and value == usual[name]):
+            continue
+        if name not in GENERATION:
+            return f"{told}: {name!r} is not taken; there are {', '.join(GENERATION)}"
+        kind = str if name == "stop_strings" else int
+        is_right = isinstance(value, GENERATION[name]) and (bool in GENERATION[name] or not isinstance(value, bool))
+        if not is_right or (isinstance(value, list) and not all(isinstance(each, kind) for each in value)):
+            return f"{told}: {name!r} is {value!r:.100}"
+        _, low, high = NUMBERS.get(name, (None, -math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
+            return f"{told}: {name!r} is {value}; expected a number from {low} to {high}"
     return None
 
 
@@ -163,7 +200,9 @@ def answering(base: Any) -> Any:
                 config = super()._build_generation_config(rest, *args, **kwargs)
                 if temperature is not None:
                     # The library sets it and goes on writing greedily
-                    config.do_sample = temperature >= LOWEST_TEMPERATURE
+                    config.do_sample = True
+                if config.temperature is not None and config.temperature < LOWEST_TEMPERATURE:
+                    config.do_sample = False
                 config.validate()
             except (TypeError, ValueError) as error:
                 raise HTTPException(400, f"`generation_config` can't be read: {error}") from error
@@ -176,12 +215,15 @@ def answering(base: Any) -> Any:
             return config
 
         def _streaming(self, request_id: str, model: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+            if (args[2].num_beams or 1) > 1:
+                raise HTTPException(400, "`num_beams` doesn't go with `stream`: the best answer is known at the end")
             fit_answer(model, processor, *args[1:3])
-            return super()._streaming(request_id, model, processor, *args, **kwargs)
+            # Not the processor, which the library would have `generate` take for a tokenizer (`stop_strings`)
+            return super()._streaming(request_id, model, processor.tokenizer, *args, **kwargs)
 
         async def _non_streaming(self, request_id: str, model: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
             fit_answer(model, processor, *args[1:3])
-            return await super()._non_streaming(request_id, model, processor, *args, **kwargs)
+            return await super()._non_streaming(request_id, model, processor.tokenizer, *args, **kwargs)
 
     return Handler
 

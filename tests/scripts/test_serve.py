@@ -217,6 +217,24 @@ def test_what_clients_send_though_they_ask_for_nothing_by_it_is_taken(server: st
     assert words(server, messages=silent) == words(server, messages=empty)
 
 
+def test_an_answer_is_written_as_its_generation_config_says(server: str) -> None:
+    def answer(stream: bool = False, **config: Any) -> httpx.Response:
+        body = {**saying("Hello"), "stream": stream, "generation_config": json.dumps(config)}
+        return httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+
+    def content(response: httpx.Response) -> str:
+        return response.json()["choices"][0]["message"]["content"]
+
+    assert content(answer(max_new_tokens=99)) == "nice to meet you"
+    assert content(answer(max_new_tokens=99, stop_strings=["meet"])).strip() == "nice to meet"
+    assert content(answer(max_new_tokens=99, num_beams=2, num_return_sequences=None)) == "nice to meet you"
+    assert content(answer(max_new_tokens=99, do_sample=True, temperature=0)) == "nice to meet you"
+    streamed = answer(stream=True, max_new_tokens=99, stop_strings=["meet"])
+    assert "error" not in streamed.text and "you" not in streamed.text
+    refused = answer(stream=True, num_beams=2)
+    assert refused.status_code == 400 and "`num_beams` doesn't go with `stream`" in refused.json()["detail"]
+
+
 def test_pages_of_other_sites_may_ask_and_read_what_is_refused(server: str) -> None:
     origin = {"Origin": "http://a.example"}
     chat, models = f"{server}/v1/chat/completions", f"{server}/v1/models"
@@ -273,13 +291,27 @@ def showing(picture: bytes, kind: str = "png", role: str = "user") -> dict[str, 
                 "seed": ("a", 0.5, 2**64),
                 "frequency_penalty": (-1,),
                 "messages": ("Hello", None, []),
-                "tools": ("f", ["f"]),
+                "tools": ("f", ["f"], 0, False),
             }.items()
             for value in values
         ),
         ({"top_p": 0.9}, "`top_p` is not taken without a `temperature`"),
         ({"generation_config": "{"}, "`generation_config` can't be read: "),
         ({"generation_config": '{"max_new_tokens": 0}'}, "`generation_config` can't be read: "),
+        *(
+            ({"generation_config": given}, f"`generation_config` can't be read: {wrong}")
+            for given, wrong in (
+                ("[]", "expected an object"),
+                ({}, "the JSON object must be"),
+                ('{"num_return_sequences": 2, "do_sample": true}', "'num_return_sequences' is not taken; there are "),
+                ('{"return_dict_in_generate": true}', "'return_dict_in_generate' is not taken; there are "),
+                ('{"prompt_lookup_num_tokens": 2}', "'prompt_lookup_num_tokens' is not taken; there are "),
+                ('{"num_beams": "3"}', "'num_beams' is '3'"),
+                ('{"top_k": true}', "'top_k' is True"),
+                ('{"eos_token_id": ["a"]}', "'eos_token_id' is ['a']"),
+                ('{"temperature": -1}', "'temperature' is -1; expected a number from 0 to 2"),
+            )
+        ),
         ({"messages": ["Hello"]}, "Message 0: expected a message with its `role`"),
         ({"messages": [{"content": "Hello"}]}, "Message 0: expected a message with its `role`"),
         (saying(5), "Message 0: expected text from the user, not 5"),
