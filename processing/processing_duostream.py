@@ -16,6 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from huggingface_hub.utils import httpx
+from PIL.TiffImagePlugin import TiffImageFile
 from transformers import BatchFeature
 from transformers.image_transforms import convert_to_rgb, to_pil_image
 from transformers.image_utils import (
@@ -72,6 +73,11 @@ def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch
     is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
     if picture.mode in ("I", "F") and not is_16_bit:
         raise ValueError(f"pixels of mode {picture.mode!r}; expected 8 or 16 bits a channel")
+    if isinstance(picture, TiffImageFile):
+        # A file with a name Pillow (12.3) maps, and reads rows from it that are as long as those of the turned picture
+        name, picture.filename = picture.filename, ""
+        picture.load()
+        picture.filename = name
     picture.load()
     if picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         picture = PIL.ImageOps.exif_transpose(picture)

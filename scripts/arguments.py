@@ -281,7 +281,7 @@ class DuoStreamTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
             self.greater_is_better: bool | None = False
         super().__post_init__()
-        check_at_least_one(self, "max_new_tokens")
+        check_at_least_one(self, "max_new_tokens", "gradient_accumulation_steps")
         if self.metric_rows < 0:
             raise ValueError(f"`metric_rows` is {self.metric_rows}; expected 0 or more")
         self.freeze = [name for name in self.freeze if name]
@@ -289,6 +289,10 @@ class DuoStreamTrainingArguments(TrainingArguments):
             if name not in STREAMS or not isinstance(rate, int | float) or rate < 0:
                 raise ValueError(
                     f"`learning_rates` has {name!r}: {rate!r}; expected rates of {', '.join(map(repr, STREAMS))}"
+                )
+            if name in self.freeze:
+                raise ValueError(
+                    f"`learning_rates` has {name!r}, which `freeze` keeps as it is: leave one of them out"
                 )
         if self.cache_vision and "vision" not in self.freeze:
             raise ValueError("`cache_vision` keeps what a frozen vision stream gives: it goes with `--freeze vision`")

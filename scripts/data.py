@@ -11,6 +11,7 @@ from typing import Any
 import PIL.Image
 from datasets import Dataset, Features, LargeList, List, Value, interleave_datasets
 
+from ..configuration.configuration_duostream import MAX_LABELS
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
 from ..processing.processing_duostream import check_messages, parts_of
 from .arguments import DataArguments, check_unused
@@ -292,6 +293,11 @@ def read_classes(args: DataArguments, bad_rows: BadRows | None = None) -> list[s
         return [answer for answer, _ in counts.most_common(args.max_answers)]
     if isinstance(first, str):
         return sorted(set(values))
+    if isinstance(first, int) and (highest := max(values)) >= MAX_LABELS:
+        raise ValueError(
+            f"`{column}` has the number {highest}; expected those of classes, from 0 to {MAX_LABELS - 1}. Names, as "
+            "texts, are numbered by themselves, and numbers to come near to have a point"
+        )
     return [] if isinstance(values[0], float) else [str(number) for number in range(max(values) + 1)]
 
 

@@ -68,13 +68,16 @@ def save_readable(folder: Path) -> dict[str, np.ndarray]:
     half = picture.crop((0, 0, SIDE, SIDE // 2))
     shown["lying.png"] = np.rot90(np.asarray(half), k=-1)
     assert (shown["lying.png"] == np.asarray(ImageOps.exif_transpose(save("lying.png", half, exif=exif)))).all()
+    # Of a gray one that isn't compressed Pillow maps the file
+    save("lying.tif", half.convert("L"), exif=exif)
+    shown["lying.tif"] = np.rot90(np.asarray(half.convert("L").convert("RGB")), k=-1)
     shown["one.png"] = np.asarray(save("one.png", Image.new("RGB", (1, 1), (1, 2, 3))))
     return shown
 
 
 READABLE = [
     *("cmyk.jpg", "sixteen.png", "sixteen.tif", "palette.png", "hole.png", "transparent.png", "animated.gif"),
-    *("lying.png", "one.png"),
+    *("lying.png", "lying.tif", "one.png"),
 ]
 
 

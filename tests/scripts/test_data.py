@@ -1163,9 +1163,13 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, options, message):
     [
         ("", "has no rows in split 'train'"),
         ('{"text": "a", "label": null}\n' * 2, "No row of `dataset` .* has a `label`"),
+        (
+            '{"text": "a", "label": 30000000}\n',
+            "`label` has the number 30000000; expected those of classes, from 0 to",
+        ),
     ],
 )
-def test_classes_of_nothing_are_told(tmp_path, lines, message):
+def test_classes_of_nothing_or_too_many_are_told(tmp_path, lines, message):
     (tmp_path / "train.jsonl").write_text(lines)
     args = DataArguments(task="classification", dataset=str(tmp_path), image_column="")
     with pytest.raises(ValueError, match=message):

@@ -763,6 +763,11 @@ def test_learning_rates_of_unknown_parts_are_refused(tmp_path, rates):
         options(tmp_path, learning_rates=rates)
 
 
+def test_a_learning_rate_of_a_part_that_is_frozen_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`learning_rates` has 'vision', which `freeze` keeps as it is"):
+        options(tmp_path, learning_rates='{"vision": 1e-3}', freeze=["vision"])
+
+
 @pytest.mark.parametrize("rates", ["[1]", "1e-3", "text: 1", ""])
 def test_learning_rates_that_are_no_mapping_are_refused(tmp_path, rates):
     with pytest.raises(ValueError, match=rf"`learning_rates` is '{re.escape(rates)}'; expected a mapping in JSON"):
