@@ -76,8 +76,10 @@ def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch
     if isinstance(picture, TiffImageFile):
         # A file with a name Pillow (12.3) maps, and reads rows from it that are as long as those of the turned picture
         name, picture.filename = picture.filename, ""
-        picture.load()
-        picture.filename = name
+        try:
+            picture.load()
+        finally:
+            picture.filename = name
     picture.load()
     if picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         picture = PIL.ImageOps.exif_transpose(picture)

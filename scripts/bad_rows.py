@@ -6,7 +6,6 @@ import re
 import shutil
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 # What a bad row may raise; anything else is an error of ours
 BAD_ROW_ERRORS = (ValueError, TypeError, OSError)
+MAX_LINES = 1000  # over which a row is looked for that isn't on one
 
 
 def lines_of(file: Path) -> Iterator[bytes]:
@@ -30,19 +30,17 @@ def lines_of(file: Path) -> Iterator[bytes]:
 
 def is_array(file: Path) -> bool:
     """Whether a file holds one JSON array of all rows, which `datasets` reads whole, and no row a line."""
-    lines = lines_of(file)
-    first = next(lines, b"").removeprefix(BOM_UTF8).lstrip()
-    if not first.startswith(b"["):
-        return False
-    with suppress(ValueError):
-        json.loads(first)
-        return next(lines, None) is None
-    return True
+    lines = (line.removeprefix(BOM_UTF8).strip() for line in lines_of(file))
+    first, second = next(lines, b""), next(lines, b"")
+    if not first.startswith(b"[") or not second:
+        return first.startswith(b"[")
+    # Else the first line is a bad row
+    return first == b"[" or not (_num_rows(second) or first.endswith(b"]"))
 
 
 def broken_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int, ValueError]]:
     """
-    The lines of JSONL files that are no JSON, hold half a character (a lone surrogate) or a name twice, or tell of a
+    The lines of JSONL files that are no JSON, hold half a character (a lone surrogate) or a column twice, or tell of a
     picture that isn't there: any of them keeps `datasets` from reading all others. Files of other types, and arrays,
     are passed over.
 
@@ -53,19 +51,18 @@ def broken_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int, ValueError]
         ValueError: A file isn't one row a line, though `datasets` may read it.
     """
     for file in files:
-        if file.suffix != ".jsonl" or is_array(file):
-            continue
-        num_good = num_broken = 0
-        for row, line in enumerate(lines_of(file)):
+        running: list[bytes] = []  # lines that are broken, one after the other
+        for row, line in enumerate(lines_of(file) if file.suffix == ".jsonl" and not is_array(file) else ()):
             try:
                 fields = _row_of(line)
-                num_good += 1
+                running = []
                 name = fields.get("file_name")
                 if file.stem == "metadata" and isinstance(name, str) and not (file.parent / name).is_file():
                     raise ValueError(f"there is no picture {name!r}")
             except ValueError as error:
-                num_broken += 1
-                if _num_rows(line) > 1 or (not num_good and num_broken == 2 and _num_rows(file.read_bytes())):
+                running = [*running[-MAX_LINES:], line]
+                may_end = len(running) == 1 or line.rstrip().endswith(b"}")
+                if may_end and _num_rows(b"".join(running)) > (len(running) == 1):
                     raise ValueError(
                         f"{file}: expected one row, a JSON object, on each line; this file has several on one, or "
                         "some that go over several"
@@ -74,24 +71,25 @@ def broken_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int, ValueError]
 
 
 def _row_of(line: bytes) -> dict[str, Any]:
-    fields = json.loads(line, object_pairs_hook=_named_once)
+    columns: list[str] = []
+
+    def keep_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        columns[:] = [name for name, _ in pairs]  # at last those of the row itself
+        return dict(pairs)
+
+    fields = json.loads(line, object_pairs_hook=keep_names)
     json.dumps(fields, ensure_ascii=False).encode()
     if not isinstance(fields, dict):
         raise ValueError("expected an object with columns")
-    return fields
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"one of {[name for name, _ in pairs]} is there twice")
+    if len(fields) < len(columns):
+        raise ValueError(f"a column is there twice: {', '.join(columns)}")
     return fields
 
 
 def _num_rows(text: bytes) -> int:
     """How many JSON objects there are, one behind the other; 0 if there is anything else."""
     decoder, blanks, end, count = json.JSONDecoder(), re.compile(r"\s*"), 0, 0
-    decoded = text.decode(errors="replace").strip()
+    decoded = text.decode("utf-8-sig", errors="replace").strip()
     while end < len(decoded):
         try:
             fields, end = decoder.raw_decode(decoded, blanks.match(decoded, end).end())

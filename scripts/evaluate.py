@@ -20,7 +20,7 @@ from typing import Any
 
 import PIL.Image
 import torch
-from datasets import Dataset
+from datasets import Dataset, ReadInstruction
 from sacrebleu import sentence_chrf
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -50,6 +50,8 @@ from .sources import Rows
 from .tasks import WRITER, task_of
 
 logger = logging.get_logger(__name__)
+
+MANY_ROWS = 10**9  # of which slices are told by percentages exactly
 
 
 @dataclass
@@ -413,21 +415,33 @@ def evaluate(
     return measure(model, processor, rows, batch_size, **kwargs)
 
 
+def overlap(split: str, other: str, is_file: bool) -> bool:
+    """Whether two splits, or slices, have rows in common, as far as that doesn't hang on how many there are."""
+
+    def parts_of(spec: str) -> list[tuple[str, int, int]]:
+        names = {part.split("[")[0].strip() for part in spec.split("+")}
+        parts = ReadInstruction.from_spec(spec).to_absolute(dict.fromkeys(names, MANY_ROWS))
+        # A file is one split, whatever it is called
+        return [("" if is_file else part.splitname, part.from_ or 0, part.to or MANY_ROWS) for part in parts]
+
+    return any(
+        name == other_name and max(start, other_start) < min(end, other_end)
+        for name, start, end in parts_of(split)
+        for other_name, other_start, other_end in parts_of(other)
+    )
+
+
 def warn_of_learnt_rows(checkpoint: str, data_args: DataArguments, split: str) -> None:
-    """
-    Warns where rows are measured that the checkpoint has learnt from, as far as `run.json` tells. A file is one split,
-    whatever it is called: its rows are held out where training, and evaluation, take slices of it.
-    """
+    """Warns where rows are measured that the checkpoint has learnt from, as far as `run.json` tells."""
     run, asked = read_run(Path(checkpoint)), source_of(data_args, split)
     is_file = Path(data_args.dataset).is_file()
     for source in [*run.get("sources", []), *(run.get("sources_before") or [])]:
         is_same = all(source[name] == asked[name] for name in ("name", "kind", "config"))
-        names, learnt = ({part.split("[")[0] for part in each.split("+")} for each in (split, source["split"]))
-        if is_same and (is_file or names & learnt) and not ("[" in split and "[" in source["split"]):
+        if is_same and overlap(split, source["split"], is_file):
             logger.warning(
-                f"{checkpoint} has learnt from {source['name']!r}, split {source['split']!r}, and is measured on "
-                f"{split!r}{' of this file, which are all its rows' if is_file and '[' not in split else ''}: for "
-                "figures of rows that it hasn't seen hold some out, as in `--train_split 'train[:90%]'` and "
+                f"{checkpoint} has learnt from split {source['split']!r} of {source['name']!r}, or of another of this "
+                f"name, and is measured on {split!r}{', which is all of this file' * (is_file and '[' not in split)}: "
+                "for figures of rows that it hasn't seen hold some out, as in `--train_split 'train[:90%]'` and "
                 "`--eval_split 'train[90%:]'`"
             )
             return

@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 # Files are opened by the collator, which names the row of one that can't be read
 UNDECODED = Image(decode=False)
 LISTS = (List, LargeList)
+# The column by which WebDataset's archives name their samples
+SAMPLE = "__key__"
 
 
 def make_rows(
@@ -91,7 +93,7 @@ def make_rows(
             "of them in each"
         )
     if has_images and args.image_dir is not None:
-        options = {"column": args.image_column, "image_dir": args.image_dir}
+        options = {"column": args.image_column, "image_dir": args.image_dir, **MADE_BY}
         rows = rows.map(_join_paths, batched=True, features=rows.features, fn_kwargs=options)
     features: dict[str, Any] = {"source": Value("int64"), "length": Value("int64")}
     label_names: list[str] | None = None
@@ -135,6 +137,12 @@ def make_rows(
             images = row[args.image_column] if has_images else None
             images = images if isinstance(images, list) else [] if images is None else [images]
             try:
+                if not images and has_images and SAMPLE in row:
+                    # `datasets` reads those types of files that the first samples have
+                    raise ValueError(
+                        f"Row {index}: sample {row[SAMPLE]!r} has no {args.image_column!r}, and pictures of other "
+                        "types are not read; expected one type in all archives"
+                    )
                 if None in images:
                     raise ValueError(f"Row {index}: picture {images.index(None)} of `{args.image_column}` is null")
                 all_made = make(row, len(images), index)
@@ -237,7 +245,7 @@ def with_lengths(rows: Dataset, chars_per_picture: int) -> Dataset:
     return rows.add_column("length", lengths)
 
 
-def _join_paths(batch: dict[str, list], column: str, image_dir: str) -> dict[str, list]:
+def _join_paths(batch: dict[str, list], column: str, image_dir: str, made_by: str) -> dict[str, list]:
     # Not a closure that calls itself, which `datasets` can't hash: it would map the rows anew in each run
     return {column: [_join_path(name, image_dir) for name in batch[column]]}
 

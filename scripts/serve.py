@@ -8,7 +8,6 @@ Example:
 """
 
 import json
-import math
 from collections.abc import Callable
 from functools import wraps
 from inspect import getsource
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import typer
 from jinja2 import TemplateError
-from transformers import GenerationConfig
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
@@ -49,7 +47,7 @@ NOT_TAKEN: dict[str, tuple[Any, ...]] = {
     "audio": (),
 }
 # The library adds `frequency_penalty` to 1 and divides scores by the sum
-NUMBERS: dict[str, tuple[type, float, float]] = {
+NUMBERS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "temperature": (float, 0, 2),
     "top_p": (float, 0, 1),
     "frequency_penalty": (float, -0.9, 2),
@@ -57,16 +55,20 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_completion_tokens": (int, 1, 2**31 - 1),
     "seed": (int, -(2**63), 2**63 - 1),
 }
-# What of a `generation_config`, as `transformers chat` sends it, says how an answer of text is written
-GENERATION: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("do_sample", "early_stopping", "use_cache"), (bool,)),
-    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), (int,)),
-    **dict.fromkeys(("no_repeat_ngram_size", "num_beams", "top_k"), (int,)),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "length_penalty", "min_p"), (int, float)),
-    **dict.fromkeys(("repetition_penalty", "temperature", "top_p", "typical_p"), (int, float)),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
-    "stop_strings": (str, list),
+# What of a `generation_config`, as `transformers chat` sends it, says how a text is written
+GENERATION: dict[str, tuple[type[int] | type[float], float, float]] = {
+    **dict.fromkeys(("max_length", "max_new_tokens"), (int, 1, 2**31 - 1)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k"), (int, 0, 2**31 - 1)),
+    "num_beams": (int, 1, 64),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p", "top_p", "typical_p"), (float, 0, 1)),
+    "temperature": (float, 0, 2),
+    "repetition_penalty": (float, 0.01, 100),
+    "length_penalty": (float, -100, 100),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, 0, 2**31 - 1)),
 }
+SWITCHES = ("do_sample", "early_stopping", "use_cache")
+# Fields of other kinds, with what asks for nothing, or tells where the config is from
+IDLE: dict[str, Any] = {"num_return_sequences": 1, "early_stopping": "never", "_from_model_config": True}
 # OpenAI's: a template writes others as they come, or fails at them
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Below, scores that are divided by it overflow, and the answer is the greedy one
@@ -86,40 +88,49 @@ def refusal(body: Any, model: str) -> str | None:
             return f"`{name}` is not taken, unless it is {' or '.join(map(json.dumps, (*idle, None)))}"
     if body.get("tool_choice") == "none" and body.get("tools"):
         return '`tool_choice` is not taken beside `tools`, unless it is "auto"'
-    for name, (kind, low, high) in NUMBERS.items():
-        value = body.get(name)
-        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if value is not None and not (is_number and low <= value <= high):
-            expected = "an integer" if kind is int else "a number"
-            return f"`{name}` is {value!r:.100}; expected {expected} from {low} to {high}"
+    for name, expected in NUMBERS.items():
+        if body.get(name) is not None and (problem := number_refusal(body[name], *expected)):
+            return f"`{name}` {problem}"
     tools = [] if body.get("tools") is None else body["tools"]
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return f"`tools` is {tools!r:.100}; expected a list of objects"
     return None if body.get("generation_config") is None else generation_refusal(body["generation_config"])
 
 
+def number_refusal(value: Any, kind: type[int] | type[float], low: float, high: float) -> str | None:
+    """Why a value isn't taken where a number is expected."""
+    if isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high:
+        return None
+    return f"is {value!r:.100}; expected {'an integer' if kind is int else 'a number'} from {low} to {high}"
+
+
 def generation_refusal(generation_config: Any) -> str | None:
     """Why a `generation_config`, a JSON text, isn't taken: it can't be read, or asks for another thing than a text."""
-    told = "`generation_config` can't be read"
     try:
         config = json.loads(generation_config)
     except (TypeError, ValueError, RecursionError) as error:
-        return f"{told}: {error}"
+        return f"`generation_config` can't be read: {error}"
     if not isinstance(config, dict):
-        return f"{told}: expected an object"
-    usual = GenerationConfig().to_dict()
+        return f"`generation_config` is {generation_config!r:.100}; expected an object"
     for name, value in config.items():
-        if value is None or name == "transformers_version" or (name in usual and value == usual[name]):
+        told = f"`{name}` of `generation_config`"
+        is_idle = value is None or value is False or value == [] or (name in IDLE and value == IDLE[name])
+        if is_idle or name == "transformers_version":
             continue
-        if name not in GENERATION:
-            return f"{told}: {name!r} is not taken; there are {', '.join(GENERATION)}"
-        kind = str if name == "stop_strings" else int
-        is_right = isinstance(value, GENERATION[name]) and (bool in GENERATION[name] or not isinstance(value, bool))
-        if not is_right or (isinstance(value, list) and not all(isinstance(each, kind) for each in value)):
-            return f"{told}: {name!r} is {value!r:.100}"
-        _, low, high = NUMBERS.get(name, (None, -math.inf, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:
-            return f"{told}: {name!r} is {value}; expected a number from {low} to {high}"
+        if name in SWITCHES:
+            problem = None if value is True else f"is {value!r:.100}; expected true or false"
+        elif name in GENERATION:
+            is_several = name == "eos_token_id" and isinstance(value, list)
+            problems = [number_refusal(each, *GENERATION[name]) for each in (value if is_several else [value])]
+            problem = next(filter(None, problems), None)
+        elif name == "stop_strings":
+            texts = value if isinstance(value, list) else [value]
+            is_right = all(isinstance(text, str) and text for text in texts)
+            problem = None if is_right else f"is {value!r:.100}; expected a text, or a list of texts"
+        else:
+            return f"{told} is not taken; there are {', '.join((*SWITCHES, *GENERATION, 'stop_strings'))}"
+        if problem is not None:
+            return f"{told} {problem}"
     return None
 
 
@@ -195,6 +206,11 @@ def answering(base: Any) -> Any:
         def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             # The library seeds at once, which would disturb the answer that is being written
             rest = {name: value for name, value in body.items() if name not in ("seed", *NOT_TAKEN)}
+            if body.get("generation_config") is not None:
+                given = json.loads(body["generation_config"])
+                # Where they hold nothing, `generate` fails
+                given = {name: value for name, value in given.items() if value != []}
+                rest["generation_config"] = json.dumps(given)
             temperature = body.get("temperature")
             try:
                 config = super()._build_generation_config(rest, *args, **kwargs)

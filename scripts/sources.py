@@ -3,15 +3,14 @@
 import glob
 import json
 import re
-import tarfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, TypeAlias
 
 import datasets
@@ -21,7 +20,6 @@ from datasets.data_files import _get_data_files_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.json.json import JsonConfig
-from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
@@ -131,7 +129,7 @@ def read_patiently(generate: Callable[..., Iterator[Any]], **shard: Any) -> Iter
                 num_read, num_tries = num_read + 1, 0
                 yield item
             return
-        except (OSError, ValueError, tarfile.TarError) as error:
+        except (OSError, ValueError, TarError) as error:
             if not was_away and not isinstance(error, OSError):
                 # Broken, while one that is just being put back may be half a file
                 raise ValueError(f"{name}: {error}") from error
@@ -155,8 +153,6 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
     data_files = {name: [glob.escape(file) for file in files] for name, files in splits.items()}
     is_image_folder = builder == "imagefolder"
     source: dict[str, Any] = {"data_dir": glob.escape(str(path))} if is_image_folder else {"data_files": data_files}
-    if builder == "webdataset":
-        _check_pictures(chain(*splits.values()))
     if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
         source["parse_agent_traces"] = False  # Rows may look like one by what else they tell
     try:
@@ -173,33 +169,6 @@ def _load_files(path: Path, options: dict[str, Any], bad_rows: BadRows | None) -
         told = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         raise ValueError(f"{path}: {told or error}") from error
     return rows
-
-
-def _check_pictures(tars: Iterable[str]) -> None:
-    """
-    Raises `ValueError` where a sample of WebDataset has a picture of another type than the first: of such files, which
-    would be columns of their own, `datasets` reads none.
-    """
-    known: dict[str, str] = {}  # and the sample that has it
-    for tar in tars:
-        with suppress(tarfile.TarError), tarfile.open(tar) as archive:  # the library tells of what can't be read
-            for member in archive:
-                sample, column = base_plus_ext(member.name)
-                is_hidden = Path(member.name).name.startswith((".", "__"))
-                if not member.isfile() or is_hidden or sample is None or not _is_picture(column):
-                    continue
-                first = next(iter(known.values()), sample)
-                if column not in known and sample != first:
-                    raise ValueError(
-                        f"{tar}: {member.name!r} is a picture of type {column!r}, of which the first sample, "
-                        f"{first!r}, has none, but {', '.join(known)}: `datasets` would leave it out. Expected one "
-                        "type of pictures in all samples"
-                    )
-                known.setdefault(column, sample)
-
-
-def _is_picture(column: str) -> bool:
-    return column.rsplit(".", 1)[-1].lower() in WebDataset.IMAGE_EXTENSIONS
 
 
 def _lines_read(path: Path, builder: str, splits: dict[str, list[str]]) -> dict[str, list[Path]]:

@@ -233,14 +233,19 @@ def test_an_array_of_rows_that_can_all_be_read_is_read_whole(tmp_path, cache):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
-@pytest.mark.parametrize("how", ["over several lines", "two on a line", "lines that end elsewhere"])
+@pytest.mark.parametrize(
+    "how",
+    ["over several lines", "with a mark in front", "at last over several", "two on a line", "lines end elsewhere"],
+)
 def test_a_file_that_is_not_one_row_a_line_loses_none_but_is_refused(tmp_path, cache, how, streaming):
     first, second, third = map(json.dumps, asked(0, 3))
     (tmp_path / "rows.jsonl").write_text(
         {
             "over several lines": "\n".join(json.dumps(row, indent=1) for row in asked(0, 3)),
+            "with a mark in front": "\ufeff" + json.dumps(asked(0, 3)[0], indent=1) + f"\n{second}\n{third}",
+            "at last over several": f"{first}\n{second}\n" + json.dumps(asked(0, 3)[2], indent=1),
             "two on a line": f"{first}\n{second} {third}\n",
-            "lines that end elsewhere": "\r".join((first, second, third)),
+            "lines end elsewhere": "\r".join((first, second, third)),
         }[how]
     )
     assert len(load_rows(DataArguments(task="vqa", dataset=str(tmp_path / "rows.jsonl")), "train")) == 3
@@ -249,13 +254,16 @@ def test_a_file_that_is_not_one_row_a_line_loses_none_but_is_refused(tmp_path, c
 
 
 @LINES
-@pytest.mark.parametrize("line", ['{"question": "a", "answer": "b", "answer": "c"}', '["a", "b"]'])
-def test_a_line_that_names_a_column_twice_or_none_is_left_out(tmp_path, cache, line):
+@pytest.mark.parametrize(
+    "line",
+    ['{"question": "a", "answer": "b", "answer": "c"}', '["a", "b"]', '[{"question": "a"', '{"question": "a"}}'],
+)
+def test_a_line_that_is_no_row_or_names_a_column_twice_is_left_out(tmp_path, cache, line):
     write_lines(tmp_path / "rows.jsonl", line, *asked(0, 3))
     rows, bad = left_out(tmp_path / "rows.jsonl", tmp_path / "out")
     assert [row["source"] for row in rows] == [1, 2, 3]
     ((number, reason),) = bad
-    assert number == 0 and re.search(r"Row 0 of .*(is there twice|expected an object)", reason)
+    assert number == 0 and re.search(r"Row 0 of .*(is there twice|expected an object|delimiter|Extra data)", reason)
 
 
 @LINES

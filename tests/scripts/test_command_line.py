@@ -532,12 +532,17 @@ def test_evaluation_takes_messages_of_plain_text(pretrained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "learnt", "measured", "told"),
     [
-        ("rows.jsonl", "train", "validation", "which are all its rows"),
-        ("rows.jsonl", "train[:75%]", "validation", "which are all its rows"),
+        ("rows.jsonl", "train", "validation", "which is all of this file"),
+        ("rows.jsonl", "train[:75%]", "validation", "which is all of this file"),
         ("rows.jsonl", "train[:75%]", "train[75%:]", None),
+        ("rows.jsonl", "train[:75%]", "train[:75%]", "measured on 'train[:75%]':"),
+        ("rows.jsonl", "train[:75%]", "test[50%:]", "measured on 'test[50%:]':"),
+        ("rows.jsonl", "train[20:]", "train[:20]", None),
         ("other.jsonl", "train", "validation", None),
         ("rows", "train", "validation", None),
         ("rows", "train+more", "more", "measured on 'more':"),
+        ("rows", "train[:50%]+more[:50%]", "train[50%:] + more[50%:]", None),
+        ("rows", "train[:50%]+more[:50%]", "train[50%:]+more[40%:]", "measured on"),
     ],
 )
 def test_evaluation_tells_of_rows_that_were_learnt(tmp_path, name, learnt, measured, told, caplog):

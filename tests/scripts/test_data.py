@@ -718,8 +718,9 @@ def test_pictures_of_another_type_in_an_archive_are_not_passed_over(tmp_path, in
                 tar.add(tmp_path / ("a.png" if is_other else "a.JPG"), f"{name}/{i}.{'png' if is_other else 'JPG'}")
                 tar.add(tmp_path / "a.txt", f"{name}/{i}.txt")
     options = {"task": "caption", "answer_column": "txt", "image_column": "JPG", "streaming": streaming}
-    with pytest.raises(ValueError, match=r"train-.\.tar: .*png' is a picture of type 'png'.* has none, but JPG"):
-        load(tmp_path, **options)
+    errors = (ValueError, datasets.exceptions.DatasetsError)
+    with pytest.raises(errors, match=r"Row \d+: sample '.*train-./\d+' has no 'JPG', and pictures of other types"):
+        list(load(tmp_path, **options))
     if not in_one:
         (tmp_path / "train-1.tar").unlink()
         assert [said(row)[0] for row in load(tmp_path, **options)] == [1] * 12
@@ -739,19 +740,28 @@ def test_a_picture_that_is_null_among_others_is_a_bad_row(tmp_path, streaming):
 
 
 def test_rows_that_other_code_has_made_are_made_anew(tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "train.jsonl", [{"question": "What?", "answer": "That."}])
-    make = making_rows._turns
+    path = write_lines(tmp_path / "train.jsonl", [{"question": "What?", "answer": "That.", "image": "a.png"}])
+    make, join = making_rows._turns, making_rows._join_path
 
     @functools.wraps(make)  # by its name the same
     def earlier(row, *args):
         return make({**row, "answer": "This."}, *args)
 
+    @functools.wraps(join)
+    def earlier_join(name, image_dir):
+        return join("b.png", image_dir)
+
+    def made():
+        row = load(path, task="vqa", image_dir=str(tmp_path))[0]
+        return said({**row, "images": []})[2], row["images"][0]["path"]
+
     with monkeypatch.context() as before:
         before.setattr(making_rows, "_turns", earlier)
-        assert said(load(path, task="vqa")[0]) == (0, "What?", "This.")
-    assert said(load(path, task="vqa")[0]) == (0, "What?", "This.")  # as it was kept
+        before.setattr(making_rows, "_join_path", earlier_join)
+        assert made() == ("This.", str(tmp_path / "b.png"))
+    assert made() == ("This.", str(tmp_path / "b.png"))  # as they were kept
     monkeypatch.setitem(sources.MADE_BY, "made_by", "other code")
-    assert said(load(path, task="vqa")[0]) == (0, "What?", "That.")
+    assert made() == ("That.", str(tmp_path / "a.png"))
 
 
 def test_a_split_is_read_by_itself_whatever_the_others_hold(tmp_path):

@@ -20,6 +20,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 from PIL import Image
 from tiny_models import answered_row, save_learnt
+from transformers import GenerationConfig
 
 from duostream.scripts.serve import NOT_TAKEN
 
@@ -217,7 +218,7 @@ def test_what_clients_send_though_they_ask_for_nothing_by_it_is_taken(server: st
     assert words(server, messages=silent) == words(server, messages=empty)
 
 
-def test_an_answer_is_written_as_its_generation_config_says(server: str) -> None:
+def test_an_answer_is_written_as_its_generation_config_says(server: str, checkpoint: Path) -> None:
     def answer(stream: bool = False, **config: Any) -> httpx.Response:
         body = {**saying("Hello"), "stream": stream, "generation_config": json.dumps(config)}
         return httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
@@ -227,7 +228,11 @@ def test_an_answer_is_written_as_its_generation_config_says(server: str) -> None
 
     assert content(answer(max_new_tokens=99)) == "nice to meet you"
     assert content(answer(max_new_tokens=99, stop_strings=["meet"])).strip() == "nice to meet"
-    assert content(answer(max_new_tokens=99, num_beams=2, num_return_sequences=None)) == "nice to meet you"
+    assert content(answer(max_new_tokens=99, num_beams=2, num_return_sequences=1)) == "nice to meet you"
+    # As `transformers chat --generation-config` sends it
+    saved = GenerationConfig.from_pretrained(checkpoint)
+    saved.update(do_sample=False, max_new_tokens=256, stop_strings=[])
+    assert content(answer(**json.loads(saved.to_json_string()))) == "nice to meet you"
     assert content(answer(max_new_tokens=99, do_sample=True, temperature=0)) == "nice to meet you"
     streamed = answer(stream=True, max_new_tokens=99, stop_strings=["meet"])
     assert "error" not in streamed.text and "you" not in streamed.text
@@ -297,19 +302,24 @@ def showing(picture: bytes, kind: str = "png", role: str = "user") -> dict[str, 
         ),
         ({"top_p": 0.9}, "`top_p` is not taken without a `temperature`"),
         ({"generation_config": "{"}, "`generation_config` can't be read: "),
-        ({"generation_config": '{"max_new_tokens": 0}'}, "`generation_config` can't be read: "),
+        ({"generation_config": {}}, "`generation_config` can't be read: the JSON object must be"),
+        ({"generation_config": "[]"}, "`generation_config` is '[]'; expected an object"),
         *(
-            ({"generation_config": given}, f"`generation_config` can't be read: {wrong}")
-            for given, wrong in (
-                ("[]", "expected an object"),
-                ({}, "the JSON object must be"),
-                ('{"num_return_sequences": 2, "do_sample": true}', "'num_return_sequences' is not taken; there are "),
-                ('{"return_dict_in_generate": true}', "'return_dict_in_generate' is not taken; there are "),
-                ('{"prompt_lookup_num_tokens": 2}', "'prompt_lookup_num_tokens' is not taken; there are "),
-                ('{"num_beams": "3"}', "'num_beams' is '3'"),
-                ('{"top_k": true}', "'top_k' is True"),
-                ('{"eos_token_id": ["a"]}', "'eos_token_id' is ['a']"),
-                ('{"temperature": -1}', "'temperature' is -1; expected a number from 0 to 2"),
+            ({"generation_config": json.dumps({name: value})}, f"`{name}` of `generation_config` {wrong}")
+            for name, value, wrong in (
+                ("max_new_tokens", 0, "is 0; expected an integer from 1 to "),
+                ("num_return_sequences", 2, "is not taken; there are do_sample, "),
+                ("return_dict_in_generate", True, "is not taken; there are "),
+                ("prompt_lookup_num_tokens", 2, "is not taken; there are "),
+                ("num_beams", "3", "is '3'; expected an integer from 1 to "),
+                ("top_k", True, "is True; expected an integer from 0 to "),
+                ("min_p", 5, "is 5; expected a number from 0 to 1"),
+                ("eos_token_id", [3, "a"], "is 'a'; expected an integer from 0 to "),
+                ("pad_token_id", [1], "is [1]; expected an integer from 0 to "),
+                ("temperature", -1, "is -1; expected a number from 0 to 2"),
+                ("repetition_penalty", 0.0, "is 0.0; expected a number from 0.01 to "),
+                ("use_cache", "no", "is 'no'; expected true or false"),
+                ("stop_strings", [""], "is ['']; expected a text, or a list of texts"),
             )
         ),
         ({"messages": ["Hello"]}, "Message 0: expected a message with its `role`"),
