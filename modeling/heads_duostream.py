@@ -291,8 +291,9 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
                 labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items, **kwargs
             )
             if self.config.problem_type != "single_label_classification" and num_items is not None:
-                # The library sums over accumulated batches, but divides by the items of all only for class numbers
-                loss = loss * labels.numel() / num_items
+                # The library sums over accumulated batches, but divides by the items of all only for class numbers.
+                # It counts no -100, which is a number here: so each batch has the share of what it counts
+                loss = loss * (labels != -100).sum() / num_items
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -481,7 +482,9 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             masked_input_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 `input_ids` with some tokens masked.
             masked_labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
-                The tokens that belong there, in their own positions; -100 elsewhere.
+                The tokens that belong there, in their own positions; -100 elsewhere. `Trainer` evaluates only batches
+                that have all arguments with "label" in their names: `TrainingArguments(label_names=["labels"])` where
+                these are absent.
             paired_input_ids (`torch.LongTensor` of shape `(num_pairs, text_len)`, *optional*):
                 The texts that belong to pictures, on their own.
             paired_attention_mask (`torch.Tensor` of shape `(num_pairs, text_len)`, *optional*): 0 = padding.

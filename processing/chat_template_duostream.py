@@ -114,19 +114,25 @@ def check_contents(template: str, messages: Sequence[dict[str, Any]]) -> None:
 
 
 class ToolsNotWrittenError(ValueError):
-    """A chat template would leave out tools, or calls of them."""
+    """A chat template would leave out tools, calls of them, or documents."""
 
 
-def check_tools(template: str, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> None:
+def check_tools(
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[Any] | None,
+    documents: Sequence[Any] | None = None,
+) -> None:
     """
     Raises:
-        ToolsNotWrittenError: The chat template would leave out `tools`, or the `tool_calls` of a message: an empty
-            turn, which training would teach.
+        ToolsNotWrittenError: The chat template would leave out `tools`, `documents`, or the `tool_calls` of a message:
+            an empty turn, which training would teach.
     """
-    if tools and "tools" not in _get_template_variables(template):
-        raise ToolsNotWrittenError(
-            f"the chat template writes no `tools`, which are {tools!r:.100}: expected one that does"
-        )
+    for name, given in (("tools", tools), ("documents", documents)):
+        if given and name not in _get_template_variables(template):
+            raise ToolsNotWrittenError(
+                f"the chat template writes no `{name}`, which are {given!r:.100}: expected one that does"
+            )
     for message in messages:
         if (calls := message.get("tool_calls")) and "tool_calls" not in template:
             raise ToolsNotWrittenError(

@@ -264,6 +264,12 @@ class DuoStreamProcessor(ProcessorMixin):
             raise ValueError(f"`text` is {text!r:.100}; expected a text, or a list of them")
         for row, each in enumerate(rows or ()):
             check_text(each, f"Row {row} of `text`")
+        if isinstance(text, str) and isinstance(kwargs.get("text_pair"), str):
+            kwargs["text_pair"] = [kwargs["text_pair"]]  # as the library makes a list of `text`
+        for row, each in enumerate(kwargs.get("text_pair") or ()):
+            check_text(each, f"Row {row} of `text_pair`")
+            if self.image_token in each:
+                raise ValueError(f"Row {row} of `text_pair` has a marker of a picture; expected them in `text`")
         for name in ("videos", "audio"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` is given; expected text and pictures, which are all that is read")
@@ -482,12 +488,12 @@ class DuoStreamProcessor(ProcessorMixin):
         padded on the left.
 
         Raises:
-            ValueError: There is no conversation of text and pictures, or the chat template would leave out `tools`, or
-                `tool_calls` in a message, or a text that is no list of parts.
+            ValueError: There is no conversation of text and pictures, or the chat template would leave out `tools`,
+                `documents`, or `tool_calls` in a message, or a text that is no list of parts.
         """
         template = self._resolve_chat_template(chat_template)
         for messages in self._normalize_conversations(conversation)[0]:
-            check_tools(template, messages, kwargs.get("tools"))
+            check_tools(template, messages, kwargs.get("tools"), kwargs.get("documents"))
             check_contents(template, messages)
         if kwargs.get("tokenize"):
             given = kwargs.get("processor_kwargs") or {}

@@ -120,6 +120,21 @@ def check_meanings(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Pre
             )
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: Tokens other than the placeholder of pictures, which needs none, have no embedding.
+    """
+    num_embeddings = config.text_config.vocab_size
+    numbers = {number: token for token, number in tokenizer.get_vocab().items()}
+    if without := sorted(number for number in numbers if number >= num_embeddings and number != config.image_token_id):
+        raise ValueError(
+            f"The tokenizer has {len(without)} tokens that the text model, with its {num_embeddings} embeddings, "
+            f"doesn't know, such as {numbers[without[0]]!r} ({without[0]}): resize its embeddings first "
+            "(`model.resize_token_embeddings(len(tokenizer))`), or take the tokenizer that it was trained with"
+        )
+
+
 def load_model(auto_class: Any, checkpoint: str, may_have_new_head: bool = False, **options: Any) -> PreTrainedModel:
     """
     Loads a checkpoint of which nothing may be missing.

@@ -106,6 +106,8 @@ def main(args: list[str] | None = None) -> None:
     padding_args, data_args = parse(PaddingArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("The same rows are put together in several ways: not with `streaming`")
+    if data_args.task == "classification":
+        raise ValueError("`task` is 'classification', whose rows are no conversations; expected another")
     record = record_of("padding", sys.argv[1:] if args is None else args, padding_args)
     write_rows(Path(padding_args.output), record, measure(padding_args, data_args))
 

@@ -177,6 +177,8 @@ class DecodeArguments(SpeedArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.new_tokens < 2:
+            raise ValueError(f"`new_tokens` is {self.new_tokens}; expected 2 or more, as those behind the first count")
         check_known("caches", self.caches, CACHES)
 
 
@@ -209,6 +211,8 @@ class TrainingStepArguments(SpeedArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.text_len < 2:
+            raise ValueError(f"`text_len` is {self.text_len}; expected 2 or more, as the last half of it is learnt")
         check_known("frozen", self.frozen, ("nothing", "vision", "language"))
         check_known("checkpointing", self.checkpointing, ("off", "on"))
 

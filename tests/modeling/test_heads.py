@@ -405,6 +405,15 @@ def test_accumulated_batches_give_the_classification_loss_of_one_batch(kind):
     assert torch.isclose(whole, sum(parts), rtol=1e-4)
 
 
+def test_the_number_that_marks_no_class_is_one_to_come_near_to():
+    # `Trainer` doesn't count it
+    labels = torch.tensor([0.5, -100.0, 2.0, -100.0])
+    model = small_model(cls=DuoStreamForSequenceClassification, num_labels=1).train()
+    inputs = {**batch([Row(model, 5) for _ in range(4)]), "labels": labels}
+    found = model(**inputs, num_items_in_batch=(labels != -100).sum())
+    assert torch.isclose(found.loss, (found.logits.squeeze(1) - labels).square().mean())
+
+
 def test_pairs_may_be_some_of_the_pictures():
     model = small_model(cls=DuoStreamForPreTraining, **weights(itc=1.0))
     inputs = pretraining_inputs(model)

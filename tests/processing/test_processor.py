@@ -452,6 +452,8 @@ def test_tools_that_a_template_would_leave_out_are_refused(make):
     for tokenize in (False, True):
         with pytest.raises(ValueError, match=r"^the chat template writes no `tools`, which are \[\{'type'"):
             processor.apply_chat_template(asked, tools=TOOLS, tokenize=tokenize)
+        with pytest.raises(ValueError, match=r"^the chat template writes no `documents`, which are \[\{'title'"):
+            processor.apply_chat_template(asked, documents=[{"title": "a", "text": "b"}], tokenize=tokenize)
         for conversation in (called, beside, [asked, called]):
             with pytest.raises(ValueError, match=r"^the chat template writes no `tool_calls`, and the assistant's"):
                 processor.apply_chat_template(conversation, tokenize=tokenize)
@@ -577,6 +579,17 @@ def test_two_texts_are_cut_as_the_tokenizer_cuts_them(truncation, side):
         assert torch.equal(processor(**PAIR, images=images, **options)["input_ids"], expected)
     in_a_group = {"text_kwargs": {"text_pair": PAIR["text_pair"], **options}}
     assert torch.equal(processor(text=PAIR["text"], **in_a_group)["input_ids"], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"truncation": True, "max_length": 6}], ids=["whole", "cut"])
+def test_a_text_and_its_pair_are_read_as_the_tokenizer_reads_them(options):
+    processor = DuoStreamProcessor(image_processor(), bert_tokenizer(), image_seq_length=NUM_TOKENS)
+    expected = processor.tokenizer("a b c", "red a", **options)["input_ids"]
+    assert processor(text="a b c", text_pair="red a", **options)["input_ids"] == [expected]
+    with pytest.raises(ValueError, match=r"^Row 1 of `text_pair`: expected text, not 5"):
+        processor(text=["a", "b"], text_pair=["a", 5], **options)
+    with pytest.raises(ValueError, match=r"^Row 0 of `text_pair` has a marker of a picture; expected them in `text`"):
+        processor(text=["a"], text_pair=["<|image|> a"], images=[picture()], **options)
 
 
 def test_a_text_that_its_strategy_cannot_cut_is_refused():

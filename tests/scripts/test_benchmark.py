@@ -259,6 +259,19 @@ def test_options_out_of_range_are_named(options, message, tmp_path):
         benchmark.main(["prefill", *given, *options, "--output", str(tmp_path / "out.json")])
 
 
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("decode", ["--new_tokens", "1"], "`new_tokens` is 1; expected 2 or more"),
+        ("training", ["--text_len", "1"], "`text_len` is 1; expected 2 or more"),
+        ("padding", ["--task", "classification"], "`task` is 'classification', whose rows are no conversations"),
+    ],
+)
+def test_options_by_which_nothing_could_be_measured_are_named(part, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        benchmark.main([part, *options, "--output", str(tmp_path / "out.json")])
+
+
 def test_padding_is_not_measured_once_alone_which_has_no_quartiles(tmp_path, monkeypatch):
     monkeypatch.setattr(padding, "load_mixture", None)
     with pytest.raises(ValueError, match="`repeats` is 1; expected 2 or more, for quartiles"):

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_models import BERT, LLAMA, save_photographs, small_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
@@ -820,6 +822,23 @@ def test_composing_refuses_pictures_of_another_size_than_the_vision_models(langu
     with pytest.raises(ValueError, match=r"48 x 48 pixels, but its model expects `image_size=32`"):
         compose.main(arguments(text=language_model, vision=other, num_fusion_layers=2, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_tokens_that_the_text_model_does_not_know_is_refused(
+    language_model, vision_model, composed, photographs, tmp_path
+):
+    for place in (language_model, composed):
+        shutil.copytree(place, tmp_path / place.name)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        num_embeddings = AutoConfig.from_pretrained(place).get_text_config().vocab_size
+        tokenizer.add_tokens([f"more {i}" for i in range(num_embeddings - len(tokenizer) + 3)])
+        tokenizer.save_pretrained(tmp_path / place.name)
+    more = {"text": tmp_path / language_model.name, "vision": vision_model, "num_fusion_layers": 2}
+    with pytest.raises(ValueError, match=r"The tokenizer has 3 tokens that the text model.* such as 'more "):
+        compose.main(arguments(**more, output_dir=tmp_path / "out"))
+    options = {"checkpoint": tmp_path / composed.name, "dataset": photographs, "task": "caption", **SHORT_TRAINING}
+    with pytest.raises(ValueError, match=r"The tokenizer has 3 tokens that the text model"):
+        finetune.main(arguments(**options, **QUIET, output_dir=tmp_path / "out"))
 
 
 def test_composing_takes_the_language_models_precision(language_model, half_vision_model, tmp_path):
