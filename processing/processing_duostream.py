@@ -81,7 +81,8 @@ def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch
         finally:
             picture.filename = name
     picture.load()
-    if picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+    # TIFFs are turned as they are loaded, which their EXIF tells of no more, or (10.0) still
+    if not isinstance(picture, TiffImageFile) and picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         picture = PIL.ImageOps.exif_transpose(picture)
     if is_16_bit:
         return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
