@@ -1,10 +1,12 @@
 """From conversations with pictures to a batch for `Trainer`."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, ClassVar
 
 import datasets
@@ -25,7 +27,15 @@ IGNORE_INDEX = -100
 
 def load_picture(image: Any) -> PIL.Image.Image:
     """A picture from what [`read_picture`] takes, or the bytes and path that `datasets` stores, as streams give it."""
-    return read_picture(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
+    if isinstance(image, dict):
+        # Opened here where it can be: `datasets` turns TIFFs by their EXIF as older Pillow has turned them
+        if image.get("bytes") is not None:
+            image = PIL.Image.open(BytesIO(image["bytes"]))
+        elif os.path.isfile(image.get("path") or ""):
+            image = image["path"]
+        else:
+            image = datasets.Image().decode_example(image)
+    return read_picture(image)
 
 
 def load_pictures(images: Sequence[Any], name: str) -> list[PIL.Image.Image]:

@@ -96,7 +96,8 @@ def processor() -> DuoStreamProcessor:
 @pytest.mark.parametrize("name", READABLE)
 def test_a_picture_of_any_kind_is_read_as_it_is_seen(shown: Any, name: str) -> None:
     folder, pixels = shown
-    for source in (str(folder / name), {"bytes": (folder / name).read_bytes(), "path": None}):
+    path, data = str(folder / name), (folder / name).read_bytes()
+    for source in (path, {"bytes": data, "path": None}, {"bytes": None, "path": path}):
         picture = load_picture(source)
         assert picture.mode == "RGB"
         assert np.asarray(picture).shape == pixels[name].shape
