@@ -60,9 +60,11 @@ def broken_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int, ValueError]
                 if file.stem == "metadata" and isinstance(name, str) and not (file.parent / name).is_file():
                     raise ValueError(f"there is no picture {name!r}")
             except ValueError as error:
-                running = [*running[-MAX_LINES:], line]
-                may_end = len(running) == 1 or line.rstrip().endswith(b"}")
-                if may_end and _num_rows(b"".join(running)) > (len(running) == 1):
+                num_rows = _num_rows(line)
+                # A row that is whole, and bad, is on a line of its own
+                running = [] if num_rows == 1 else [*running[-MAX_LINES:], line]
+                may_end = len(running) > 1 and line.rstrip().endswith(b"}")
+                if num_rows > 1 or (may_end and _num_rows(b"".join(running))):
                     raise ValueError(
                         f"{file}: expected one row, a JSON object, on each line; this file has several on one, or "
                         "some that go over several"

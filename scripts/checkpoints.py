@@ -11,6 +11,9 @@ from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # The library uploads nothing whose name begins so
 UNFINISHED = "_unfinished"
@@ -120,18 +123,19 @@ def check_meanings(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Pre
             )
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """
-    Raises:
-        ValueError: Tokens other than the placeholder of pictures, which needs none, have no embedding.
+    Warns of tokens without an embedding, at which a model fails; but for the placeholder of pictures, which needs
+    none. No error, as there may be such that no text holds.
     """
     num_embeddings = config.text_config.vocab_size
     numbers = {number: token for token, number in tokenizer.get_vocab().items()}
     if without := sorted(number for number in numbers if number >= num_embeddings and number != config.image_token_id):
-        raise ValueError(
+        logger.warning(
             f"The tokenizer has {len(without)} tokens that the text model, with its {num_embeddings} embeddings, "
-            f"doesn't know, such as {numbers[without[0]]!r} ({without[0]}): resize its embeddings first "
-            "(`model.resize_token_embeddings(len(tokenizer))`), or take the tokenizer that it was trained with"
+            f"doesn't know, such as {numbers[without[0]]!r} ({without[0]}): it fails at a text with one. Resize its "
+            "embeddings before (`model.resize_token_embeddings(len(tokenizer))`), or take the tokenizer that it was "
+            "trained with"
         )
 
 

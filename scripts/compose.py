@@ -26,7 +26,7 @@ from transformers import (
 from .. import DuoStreamConfig, DuoStreamPreTrainedModel, DuoStreamProcessor
 from ..processing.chat_template_duostream import default_chat_template
 from .arguments import check_dtype, json_mapping, parse
-from .checkpoints import check_vocabulary
+from .checkpoints import warn_of_unknown_tokens
 from .tasks import task_of
 
 
@@ -151,7 +151,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         generation_config = model.generation_config
         model = model_class(model.config).to(model.dtype)
         model.generation_config = generation_config
-    check_vocabulary(tokenizer, model.config)
+    warn_of_unknown_tokens(tokenizer, model.config)
     processor.image_seq_length = model.config.image_seq_length
     return model, processor
 

@@ -34,7 +34,7 @@ from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
 from .bad_rows import BadRows
 from .card import write_card, write_run
-from .checkpoints import check_files, check_meanings, check_vocabulary
+from .checkpoints import check_files, check_meanings, warn_of_unknown_tokens
 from .evaluate import check_questions, check_rows, evaluate, generate_answers, score_answers
 from .generate import num_positions
 from .long_runs import LongRunTrainer, SaveWhenTerminated
@@ -65,9 +65,9 @@ def prepare(model: PreTrainedModel, processor: DuoStreamProcessor, freeze: Seque
     so that collators name a row with more text, at which the model would fail.
 
     Raises:
-        ValueError: A part is unknown, no weight is left to train, or the text stream doesn't know all tokens.
+        ValueError: A part is unknown, or no weight is left to train.
     """
-    check_vocabulary(processor.tokenizer, model.config)
+    warn_of_unknown_tokens(processor.tokenizer, model.config)
     model.freeze(*freeze)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(f"`freeze` is {' '.join(freeze)}, which leaves no weight to train: leave a part out of it")

@@ -261,12 +261,16 @@ def test_a_file_that_is_not_one_row_a_line_loses_none_but_is_refused(tmp_path, c
     "line",
     ['{"question": "a", "answer": "b", "answer": "c"}', '["a", "b"]', '[{"question": "a"', '{"question": "a"}}'],
 )
-def test_a_line_that_is_no_row_or_names_a_column_twice_is_left_out(tmp_path, cache, line):
-    write_lines(tmp_path / "rows.jsonl", line, *asked(0, 3))
+def test_lines_that_are_no_row_or_name_a_column_twice_are_left_out(tmp_path, cache, line):
+    write_lines(tmp_path / "rows.jsonl", line, *asked(0, 3), line, line)
     rows, bad = left_out(tmp_path / "rows.jsonl", tmp_path / "out")
     assert [row["source"] for row in rows] == [1, 2, 3]
-    ((number, reason),) = bad
-    assert number == 0 and re.search(r"Row 0 of .*(is there twice|expected an object|delimiter|Extra data)", reason)
+    ((number, reason), *others) = bad
+    assert (
+        number == 0
+        and [number for number, _ in others] == [4, 5]
+        and re.search(r"Row 0 of .*(is there twice|expected an object|delimiter|Extra data)", reason)
+    )
 
 
 @LINES
