@@ -542,9 +542,10 @@ def test_the_text_stream_may_end_on_a_device_of_its_own(cls: type) -> None:
     assert next(iter(outputs.values())).device.type == "meta"
 
 
+@pytest.mark.slow
 @needs_compiler
 @torch.no_grad()
-@pytest.mark.parametrize("compile_layers", [pytest.param("with hooks", marks=pytest.mark.slow), "without"])
+@pytest.mark.parametrize("compile_layers", ["with hooks", "without"])
 def test_layers_that_are_compiled_alone_say_the_same(compile_layers: str) -> None:
     model = small_reader(1)
     inputs = Row(model, PICTURE, 9).inputs

@@ -276,6 +276,7 @@ def test_energy_is_that_of_this_run_if_it_was_measured(data: DataArguments, tmp_
     assert "Its energy was not measured." in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restores", [False, True])
 def test_the_time_of_a_run_that_was_resumed_is_that_of_all_its_parts(
     data: DataArguments, tmp_path: Path, restores: bool
@@ -295,6 +296,7 @@ def test_the_time_of_a_run_that_was_resumed_is_that_of_all_its_parts(
     assert card.data.co2_eq_emissions["source"] == "CodeCarbon, from step 2 on"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_tell_its_time_is_resumed_and_the_card_says_from_where(
     data: DataArguments, tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_what_is_random_in_a_batch_depends_on_the_epoch_and_the_rows_alone():
     assert len({drawn(0, 3, 5), drawn(1, 3, 5), drawn(0, 5, 3), drawn(0, 3)}) == 4
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_found_however_its_folder_is_written(folder, monkeypatch):
     monkeypatch.chdir(folder)
     args = [*COMMON, "--dataset", "rows.jsonl", "--image_dir", ".", "--output_dir", "./best//run", "--max_steps", "3"]
@@ -142,6 +143,7 @@ def test_the_best_checkpoint_is_found_however_its_folder_is_written(folder, monk
     assert Path(state["best_model_checkpoint"]).is_dir() and "_unfinished" not in state["best_model_checkpoint"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_though_its_folder_is_now_written_otherwise_or_elsewhere(folder, monkeypatch):
     monkeypatch.chdir(folder)
     args = [*COMMON, "--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder), "--learning_rate", "1e-3"]
@@ -181,6 +183,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer(folder):
     assert (folder / "spoken/checkpoint-2").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_rows_of_other_classes(folder):
     own = [*COMMON, "--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
     pretrain.main([*own, "--output_dir", str(folder / "classless"), "--max_steps", "1"])

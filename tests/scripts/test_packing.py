@@ -67,7 +67,8 @@ def eval_loss(folder):
     return json.loads((Path(folder) / "eval_results.json").read_text())["eval_loss"]
 
 
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
 def test_finetuning_on_packed_rows_learns_as_from_rows_apart_and_evaluates_rows_apart(
     pretrained, texts, tmp_path, shapes, streaming
 ):

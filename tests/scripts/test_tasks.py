@@ -380,6 +380,7 @@ def test_a_classifier_goes_on_to_other_classes(pretrained, texts, tmp_path):
     assert "<h2>The rows that score lowest</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["good", "bad"], ["sun", "rain"], [0, 1]])
 def test_a_classifier_keeps_its_head_for_its_classes_in_its_order_and_no_other(pretrained, texts, tmp_path, names):
     options = {"task": "classification", "label_column": "name", **SHORT}
