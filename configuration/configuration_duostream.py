@@ -107,7 +107,7 @@ class DuoStreamConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             The text stream: a decoder (Llama, Qwen3, GPT-2, ...) or an encoder (BERT). Defaults to a small Llama.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The vision stream, with an `image_size` in pixels. Defaults to a small SigLIP.
+            The vision stream. Defaults to a small SigLIP.
         fusion_stack_config (`dict` or `PreTrainedConfig`, *optional*):
             The fusion stack: a decoder as wide as the text stream. Defaults to a small Llama. `fusion_config` is taken
             for it, too, but it can't be called so: `from_pretrained` reads `config.fusion_config` as its own switches
@@ -115,6 +115,10 @@ class DuoStreamConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 2):
             The placeholder token: one stands in `input_ids` for each image token. It needs no embedding, so it may be
             beyond the vocabulary.
+        image_size (`int` or `list[int]`, *optional*):
+            Side of the pictures in pixels, or height and width, if the vision stream is to read them in another size
+            than its own: larger pictures give more image tokens. ViT, SigLIP, CLIP, DINOv2 and their like interpolate
+            their positions then. Defaults to `vision_config.image_size`.
         image_seq_length (`int`, *optional*):
             Number of image tokens a picture gives. Derived from `vision_config` when absent.
         image_hidden_size (`int`, *optional*):
@@ -209,6 +213,7 @@ class DuoStreamConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     fusion_stack_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 2
+    image_size: int | list[int] | None = None
     image_seq_length: int | None = None
     image_hidden_size: int | None = None
     projector_type: Literal["mlp", "linear", "none"] = "mlp"
@@ -256,7 +261,7 @@ class DuoStreamConfig(PreTrainedConfig):
         self._check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:
             image_seq_length, image_hidden_size = image_token_shape(
-                self.vision_config, self.vision_feature_layer, self.spatial_merge_size
+                self.vision_config, self.vision_feature_layer, self.spatial_merge_size, self.image_size
             )
             self.image_seq_length = self.image_seq_length or image_seq_length
             self.image_hidden_size = self.image_hidden_size or image_hidden_size
@@ -369,12 +374,10 @@ class DuoStreamConfig(PreTrainedConfig):
 
     def _check_picture(self) -> None:
         patch_size = getattr(self.vision_config, "patch_size", None)
-        height, width = image_size_of(self.vision_config)
+        height, width = image_size_of(self.vision_config, self.image_size)
         if isinstance(patch_size, int) and (height % patch_size or width % patch_size):
-            raise ValueError(
-                f"`vision_config.image_size` {self.vision_config.image_size} is not divided by "
-                f"`vision_config.patch_size` {patch_size}"
-            )
+            name = "vision_config.image_size" if self.image_size is None else "image_size"
+            raise ValueError(f"`{name}` {height} x {width} is not divided by `vision_config.patch_size` {patch_size}")
 
     @classmethod
     def from_preset(cls, preset: str, vocab_size: int | None = None, **kwargs: Any) -> "DuoStreamConfig":

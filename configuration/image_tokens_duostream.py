@@ -1,14 +1,19 @@
 """What a vision model yields as tokens: the one place that knows how a feature map becomes a sequence."""
 
 import copy
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 from transformers.utils import ModelOutput
+
+# Of a square picture, or height and width, in pixels
+Side: TypeAlias = int | Sequence[int]
 
 
 def image_tokens(
@@ -95,56 +100,78 @@ def side_by_side(layers: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(maps, dim=1)  # (num_images, sum of channels, rows, columns)
 
 
-def patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int] | None:
+def patch_grid(vision_config: PreTrainedConfig, image_size: Side | None = None) -> tuple[int, int] | None:
     """
     Rows and columns of patches in a picture, which a model that merges them (Swin) has fewer of at its end; `None` for
-    a model without patches of one size.
+    a model without patches of one size. See `image_size_of` for the arguments.
     """
     patch_size = getattr(vision_config, "patch_size", None)
     if not isinstance(patch_size, int):
         return None
-    height, width = image_size_of(vision_config)
+    height, width = image_size_of(vision_config, image_size)
     return height // patch_size, width // patch_size
 
 
+def position_options(
+    vision_config: PreTrainedConfig, image_size: Side | None, forward: Callable[..., Any]
+) -> dict[str, Any]:
+    """
+    By what a vision model's `forward` reads pictures of another size than its own: most that learn positions
+    interpolate those between them only where they are told to. (DINOv2 does so by itself.)
+    """
+    is_own = image_size is None or getattr(vision_config, "image_size", None) in (None, image_size)
+    name = "interpolate_pos_encoding"
+    return {} if is_own or name not in inspect.signature(forward).parameters else {name: True}
+
+
 def image_token_shape(
-    vision_config: PreTrainedConfig, vision_feature_layer: int | list[int] = -1, spatial_merge_size: int = 1
+    vision_config: PreTrainedConfig,
+    vision_feature_layer: int | list[int] = -1,
+    spatial_merge_size: int = 1,
+    image_size: Side | None = None,
 ) -> tuple[int, int]:
     """
     Number and width of the tokens that one picture gives, found by running the vision model on the meta device: no
     memory, no weights, and right for every architecture without knowing any.
 
     Args:
-        vision_config (`PreTrainedConfig`): A config of any vision `AutoModel`, with an `image_size`.
+        vision_config (`PreTrainedConfig`): A config of any vision `AutoModel`.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1): See `image_tokens`.
         spatial_merge_size (`int`, *optional*, defaults to 1): See `image_tokens`.
+        image_size (`int` or `list[int]`, *optional*): See `image_size_of`.
 
     Returns:
         `(image_seq_length, image_hidden_size)`.
 
     Raises:
-        ValueError: `vision_config` has no `image_size`, or its model can't be run on the meta device.
+        ValueError: The size of the pictures isn't known, or the model can't be run so on the meta device.
     """
     given = vision_config.model_type, vision_config.to_json_string()
     # `lru_cache` takes what has a hash
     layers = vision_feature_layer if isinstance(vision_feature_layer, int) else tuple(vision_feature_layer)
-    return _image_token_shape(*given, layers, spatial_merge_size)
+    size = tuple(image_size) if isinstance(image_size, list) else image_size
+    return _image_token_shape(*given, layers, spatial_merge_size, size)
 
 
 @lru_cache(maxsize=64)
 def _image_token_shape(
-    model_type: str, config_json: str, vision_feature_layer: int | tuple[int, ...], spatial_merge_size: int
+    model_type: str,
+    config_json: str,
+    vision_feature_layer: int | tuple[int, ...],
+    spatial_merge_size: int,
+    image_size: Side | None,
 ) -> tuple[int, int]:
     vision_config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
-    height, width = image_size_of(vision_config)
+    height, width = image_size_of(vision_config, image_size)
     if model_type == "vit_mae":
         raise ValueError("`vision_config` of type 'vit_mae' hides three quarters of a picture at random: use 'vit'")
     try:
         with torch.device("meta"), torch.no_grad():
             model = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
             pixel_values = torch.empty(2, getattr(vision_config, "num_channels", 3), height, width)
-            outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1)
-            grid = patch_grid(vision_config)
+            options = position_options(vision_config, image_size, model.forward)
+            outputs = model(pixel_values=pixel_values, output_hidden_states=vision_feature_layer != -1, **options)
+            grid = patch_grid(vision_config, image_size)
             shape = outputs.last_hidden_state.shape
             if len(shape) == 4 and height == width and shape[2] != shape[3]:
                 raise ValueError(f"its map of shape {tuple(shape)} is not (num_images, channels, rows, columns)")
@@ -160,9 +187,16 @@ def _image_token_shape(
     return image_seq_length, image_hidden_size
 
 
-def image_size_of(vision_config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width in pixels of the pictures that `vision_config` is for. Raises `ValueError` without one."""
-    image_size = getattr(vision_config, "image_size", None)
+def image_size_of(vision_config: PreTrainedConfig, image_size: Side | None = None) -> tuple[int, int]:
+    """
+    Height and width of the pictures in pixels: `image_size`, a side or both, or by default that of `vision_config`.
+
+    Raises:
+        ValueError: Neither tells it, or it is no such thing.
+    """
+    name = "image_size"
+    if image_size is None:
+        name, image_size = "vision_config.image_size", getattr(vision_config, "image_size", None)
     if image_size is None:
         raise ValueError(
             f"`vision_config` of type {vision_config.model_type!r} has no `image_size`: set `vision_config.image_size`"
@@ -171,5 +205,5 @@ def image_size_of(vision_config: PreTrainedConfig) -> tuple[int, int]:
     sides = [image_size, image_size] if isinstance(image_size, int) else image_size
     is_pair = isinstance(sides, list | tuple) and len(sides) == 2
     if not is_pair or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"`vision_config.image_size` is {image_size!r:.100}; expected pixels, or height and width")
+        raise ValueError(f"`{name}` is {image_size!r:.100}; expected pixels, or height and width")
     return sides[0], sides[1]

@@ -202,7 +202,8 @@ def compose_config(
         vision_config (`PreTrainedConfig`): Of a vision model, or of one that has a vision tower.
         num_fusion_layers (`int`, *optional*): How many of the language model's upper layers become the fusion stack.
         fusion_config (`PreTrainedConfig` or `dict`, *optional*): A new fusion stack instead.
-        image_size (`int`, *optional*): Side of the pictures in pixels, for vision models whose config has none.
+        image_size (`int`, *optional*): Side of the pictures in pixels, for vision models whose config has none, or
+            to read them in another size than its own.
         writes (`bool`, *optional*, defaults to `True`): Whether the model is to write text. If so, an encoder that
             knows how to is made a decoder.
         kwargs: Other fields of [`DuoStreamConfig`].
@@ -240,9 +241,10 @@ def compose_config(
         raise ValueError(f"`vision` of type {vision_config.model_type!r} is no type that `AutoModel` builds")
     if image_size is not None:
         own_size = getattr(vision_config, "image_size", None)
-        if own_size not in (None, image_size, [image_size, image_size]):
-            raise ValueError(f"`image_size` is {image_size}, but `vision` has `image_size={own_size}`")
-        vision_config.image_size = image_size
+        if own_size is None:
+            vision_config.image_size = image_size
+        elif own_size not in (image_size, [image_size, image_size]):
+            kwargs["image_size"] = image_size
     if hasattr(vision_config, "vision_use_head"):
         vision_config.vision_use_head = False  # SigLIP's pooling, which is not read
 

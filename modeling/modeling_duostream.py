@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
-from ..configuration.image_tokens_duostream import image_size_of, image_tokens, patch_grid
+from ..configuration.image_tokens_duostream import image_size_of, image_tokens, patch_grid, position_options
 from .composition_duostream import (
     HUB_OPTIONS,
     Backbone,
@@ -378,6 +378,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             getattr(config, name)._attn_implementation = implementation
         self.text_model = AutoModel.from_config(config.text_config)
         self.vision_model = AutoModel.from_config(config.vision_config)
+        self._position_options = position_options(config.vision_config, config.image_size, self.vision_model.forward)
         self.projector = DuoStreamProjector(config)
         self.fusion_model = AutoModel.from_config(config.fusion_stack_config)
         remove_final_norm(self.text_model)
@@ -433,8 +434,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if layer != -1:
             kwargs["output_hidden_states"] = True
         with no_grad_if_frozen(self.vision_model, pixel_values):
-            outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
-        grid = patch_grid(self.config.vision_config)
+            outputs = self.vision_model(pixel_values=pixel_values, **self._position_options, **kwargs)
+        grid = patch_grid(self.config.vision_config, self.config.image_size)
         features = image_tokens(outputs, layer, self.config.spatial_merge_size, grid)  # (num_images, tokens, width)
         expected = self.config.image_seq_length, self.config.image_hidden_size
         if tuple(features.shape[1:]) != expected:
@@ -460,11 +461,12 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if pixel_values.ndim != 4:
             raise ValueError(f"{given} can't be read; expected (num_images, channels, height, width)")
         # Models without patches read any size, and the number of their tokens tells whether it fits
-        if patch_grid(vision) is not None and tuple(pixel_values.shape[-2:]) != image_size_of(vision):
-            expected = " x ".join(map(str, image_size_of(vision)))
+        size = image_size_of(vision, self.config.image_size)
+        if patch_grid(vision) is not None and tuple(pixel_values.shape[-2:]) != size:
+            name = "vision_config.image_size" if self.config.image_size is None else "config.image_size"
             raise ValueError(
-                f"{given} are of another size than the vision model's pictures: expected {expected} pixels "
-                "(`vision_config.image_size`)"
+                f"{given} are of another size than the vision model's pictures: expected {size[0]} x {size[1]} pixels "
+                f"(`{name}`)"
             )
 
     def read_images(
@@ -503,7 +505,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         vision, was_training = self.config.vision_config, self.vision_model.training
         # Batch norm keeps nothing of it
         self.vision_model.eval()
-        picture = torch.zeros(1, getattr(vision, "num_channels", 3), *image_size_of(vision), device=self.device)
+        size = image_size_of(vision, self.config.image_size)
+        picture = torch.zeros(1, getattr(vision, "num_channels", 3), *size, device=self.device)
         features = self.get_image_features(picture).pooler_output
         self.vision_model.train(was_training)
         return 0 * features.sum()

@@ -43,6 +43,10 @@ class ComposeArguments:
     fusion_config: str | None = field(
         default=None, metadata={"help": "Local folder or Hub id of a config for a new fusion stack instead."}
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side in pixels to which whole pictures are resized, if not as the vision model has them."},
+    )
     spatial_merge_size: int = field(
         default=1, metadata={"help": "A square of so many by so many tokens of the vision model becomes one."}
     )
@@ -66,32 +70,30 @@ class ComposeArguments:
             check_dtype(self.dtype)
 
 
-def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImageProcessor, PreTrainedConfig]:
+def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImageProcessor, PreTrainedConfig, int]:
     """
-    A vision model's image processor, and its config with the `image_size` of what the image processor makes: its own,
-    or of a convolutional model another, to which whole pictures are resized.
+    A vision model's image processor, its config, and the side in pixels of the pictures that the image processor
+    makes: its own, or another, to which whole pictures are resized.
 
     Raises:
-        ValueError: The model is for pictures of another size.
+        ValueError: The image processor makes pictures of several sizes.
     """
     options: dict[str, Any] = {}
     if image_size is not None:
         options = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
     image_processor = AutoImageProcessor.from_pretrained(vision, **options)
-    gray = Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8))
+    gray = Image.fromarray(np.full((64, 96, 3), 128, dtype=np.uint8))
     height, width = image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"The image processor of {vision!r} makes {height} x {width} pixels of a picture of 64 x 96; expected "
+            "squares of all, as by `do_center_crop`, or a `size` of one height and width"
+        )
     config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
-    if image_size is not None and not hasattr(config, "patch_size"):
-        config.image_size = image_size  # convolutions take any
-    own_size = getattr(config, "image_size", None)
-    if height != width or own_size not in (None, height, [height, width]):
-        raise ValueError(
-            f"The image processor of {vision!r} makes pictures of {height} x {width} pixels, but its model expects "
-            f"`image_size={own_size}`, square"
-        )
-    config.image_size = height
-    return image_processor, config
+    if not hasattr(config, "patch_size"):
+        config.image_size = height  # convolutions take any
+    return image_processor, config, height
 
 
 def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:
@@ -127,7 +129,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
     # Answers are written behind prompts. Of a tokenizer is saved what it is made with
     side = {"padding_side": "left"} if model_class.can_generate() else {}
     tokenizer = AutoTokenizer.from_pretrained(args.text, **side)
-    image_processor, vision_config = load_vision(args.vision)
+    image_processor, _, image_size = load_vision(args.vision, args.image_size)
     processor = DuoStreamProcessor(image_processor, tokenizer)
     if model_class.can_generate():
         check_answers_end(processor)
@@ -136,13 +138,13 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
     options = {
         "num_fusion_layers": args.num_fusion_layers,
         "fusion_config": None if args.fusion_config is None else AutoConfig.from_pretrained(args.fusion_config),
-        "image_size": vision_config.image_size,
+        "image_size": image_size,
         "spatial_merge_size": args.spatial_merge_size,
         "image_token_id": processor.image_token_id,
         "dtype": args.dtype,
     }
     if twice := sorted({"text", "vision", *options} & set(overrides)):
-        raise ValueError(f"`config_overrides` has {twice}, which options of their own or the vision model tell")
+        raise ValueError(f"`config_overrides` has {twice}, which options of their own tell")
     model = model_class.from_backbones(args.text, args.vision, **options, **overrides)
     if model.can_generate() and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id  # a text encoder ends nothing

@@ -24,6 +24,7 @@ from .. import (
     DuoStreamProcessor,
     train_tokenizer,
 )
+from ..configuration.image_tokens_duostream import image_size_of
 from .arguments import (
     DataArguments,
     DuoStreamTrainingArguments,
@@ -88,12 +89,12 @@ def new_model(args: PretrainArguments, rows: Rows) -> tuple[DuoStreamPreTrainedM
         **overrides,
     }
     if args.vision is not None:
-        image_processor, fields["vision_config"] = load_vision(args.vision)
+        image_processor, fields["vision_config"], fields["image_size"] = load_vision(args.vision)
         fields["base_models"] = None if Path(args.vision).exists() else [args.vision]
     config = DuoStreamConfig.from_preset(args.preset, vocab_size=len(tokenizer), **fields)
     if args.vision is None:
-        size = config.vision_config.image_size
-        image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+        height, width = image_size_of(config.vision_config, config.image_size)
+        image_processor = SiglipImageProcessorPil(size={"height": height, "width": width})
     processor = DuoStreamProcessor(
         image_processor,
         tokenizer,
@@ -121,7 +122,7 @@ def check_overrides(args: PretrainArguments) -> dict[str, Any]:
     """
     overrides = json_mapping(args, "config_overrides")
     own = {*objective_weights(args), "contrastive_loss", "vocab_size", "image_token_id"}
-    own |= {"vision_config"} if args.vision is not None else set()
+    own |= {"vision_config", "image_size"} if args.vision is not None else set()
     if twice := sorted(own & set(overrides)):
         raise ValueError(f"`config_overrides` has {twice}, which options of their own, or the tokenizer, tell")
     fields = DuoStreamConfig.from_preset(args.preset).to_dict()

@@ -386,7 +386,7 @@ def main(args: list[str] | None = None) -> None:
         )
     image_processor = SiglipImageProcessorPil(size=size)
     if quality_args.vision is not None:
-        image_processor, _ = load_vision(quality_args.vision, quality_args.vision_size)
+        image_processor, *_ = load_vision(quality_args.vision, quality_args.vision_size)
     processor = DuoStreamProcessor(
         image_processor, tokenizer, image_seq_length=1, bidirectional_prefix=quality_args.bidirectional_prefix
     )

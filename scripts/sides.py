@@ -91,7 +91,9 @@ class FrozenVision(PreTrainedModel):
     main_input_name = "pixel_values"
 
     def __init__(self, vision: str, image_size: int | None = None):
-        _, config = load_vision(vision, image_size)
+        _, config, size = load_vision(vision, image_size)
+        if config.image_size not in (size, [size, size]):
+            raise ValueError(f"{vision!r} is for `image_size={config.image_size}`, not {size}; expected convolutions")
         num_tokens, config.hidden_size = image_token_shape(config)  # the peers ask the config for it
         super().__init__(config)
         self.backbone = AutoModel.from_pretrained(vision, config=config).requires_grad_(False)
@@ -131,9 +133,10 @@ def new_duostream(
         "resid_pdrop": args.dropout,
         **json.loads(args.stack),
     }
+    options = dict(options)
     vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
     if args.vision is not None:
-        _, vision_config = load_vision(args.vision, args.vision_size)
+        _, vision_config, options["image_size"] = load_vision(args.vision, args.vision_size)
     text_stack = {**stack, "num_hidden_layers": args.num_text_layers, **json.loads(args.text_stack)}
     num_fusion_layers = args.num_fusion_layers or args.num_layers - args.num_text_layers
     config = DuoStreamConfig.from_preset(
@@ -166,7 +169,7 @@ def duostream_side(
             args.text,
             args.vision,
             num_fusion_layers=args.num_fusion_layers,
-            image_size=load_vision(args.vision, args.vision_size)[1].image_size,
+            image_size=load_vision(args.vision, args.vision_size)[2],
             image_token_id=processor.image_token_id,
             dtype=torch.float32,
             **json.loads(args.config_overrides),

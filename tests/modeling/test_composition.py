@@ -1,5 +1,6 @@
 """A model made of pretrained backbones does what they did, and backbones that can't be used say why."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,31 @@ def test_image_features_are_the_vision_models_own_last_states(vision: str, folde
     assert logits(model, row.inputs).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "vision", ["siglip", "clip", "vit", "dinov2", "dinov2 with registers", "dinov3", "convnextv2"]
+)
+def test_pictures_may_have_another_size_than_the_vision_models_own(
+    vision: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    size = 96 if vision == "convnextv2" else 32
+    small, model = compose(folder, vision=vision), compose(folder, vision=vision, image_size=size)
+    model.save_pretrained(tmp_path)
+    model = DuoStreamForConditionalGeneration.from_pretrained(tmp_path).eval()
+    own = AutoModel.from_pretrained(folder(vision)).eval()
+    pictures = torch.randn(2, 3, size, size)
+    takes_option = "interpolate_pos_encoding" in inspect.signature(own.forward).parameters
+    with torch.no_grad():
+        expected = own(pictures, **({"interpolate_pos_encoding": True} if takes_option else {})).last_hidden_state
+        got = model.get_image_features(pictures)
+    expected = expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected
+    torch.testing.assert_close(got.last_hidden_state, expected)
+    assert got.pooler_output.shape[1] == model.config.image_seq_length > small.config.image_seq_length
+    for name, weight in model.model.vision_model.state_dict().items():
+        assert torch.equal(weight, own.get_parameter(name)), name
+    with pytest.raises(ValueError, match=rf"{size} x {size} pixels \(`config.image_size`\)"):
+        model.get_image_features(pictures[..., : size // 2, : size // 2])
+
+
 def test_backbones_may_be_loaded_already(folder: Callable[[str], Path]) -> None:
     text = AutoModelForCausalLM.from_pretrained(folder("gpt2"))
     vision = AutoModel.from_pretrained(folder("a whole siglip"))
@@ -609,7 +635,8 @@ def bloom() -> PreTrainedConfig:
         ),
         (lambda: transformers.GPTJConfig(**GPT2, rotary_dim=4), {"num_fusion_layers": 2}, r"gptj.*bias"),
         (TEXTS["llama"], {"num_fusion_layers": 2, "projector_type": "none"}, r"projector_type"),
-        (TEXTS["llama"], {"num_fusion_layers": 2, "image_size": 32}, r"image_size.* is 32.*image_size=16"),
+        (TEXTS["llama"], {"num_fusion_layers": 2, "image_size": 20}, r"`image_size` 20 x 20.*patch_size` 8"),
+        (TEXTS["llama"], {"num_fusion_layers": 2, "image_size": [16]}, r"`image_size` is \[16\]; expected pixels"),
         (TEXTS["llama"], {"num_fusion_layers": 2, "vision_feature_layer": 9}, r"vision_feature_layer"),
     ],
 )

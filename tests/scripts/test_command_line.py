@@ -813,14 +813,61 @@ def test_composing_for_a_task_that_understands_keeps_an_encoder_that_reads_both_
         compose.main(arguments(**options, task="see", output_dir=tmp_path / "none"))
 
 
-def test_composing_refuses_pictures_of_another_size_than_the_vision_models(language_model, vision_model, tmp_path):
+@pytest.fixture
+def other_size(vision_model, tmp_path):
+    """A vision model whose image processor makes pictures of another size than its config tells, as DINOv2's does."""
     other = tmp_path / "vision"
-    other.mkdir()
-    for path in vision_model.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(vision_model, other)
     SiglipImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(other)
-    with pytest.raises(ValueError, match=r"48 x 48 pixels, but its model expects `image_size=32`"):
-        compose.main(arguments(text=language_model, vision=other, num_fusion_layers=2, output_dir=tmp_path / "out"))
+    return other
+
+
+def test_a_composed_model_reads_pictures_of_the_size_that_the_image_processor_makes(
+    language_model, other_size, photographs, tmp_path
+):
+    compose.main(arguments(text=language_model, vision=other_size, num_fusion_layers=2, output_dir=tmp_path / "out"))
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.image_size, config.vision_config.image_size) == (48, 32)
+    options = {"task": "caption", "dataset": photographs, "output_dir": tmp_path / "evaluated"}
+    evaluate.main(arguments(checkpoint=tmp_path / "out", **options, max_new_tokens=2))
+    assert (tmp_path / "evaluated/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_a_composed_model_reads_pictures_of_the_size_that_is_asked_for(
+    language_model, vision_model, tmp_path, image_size
+):
+    options = {"text": language_model, "vision": vision_model, "num_fusion_layers": 2, "image_size": image_size}
+    compose.main(arguments(**options, output_dir=tmp_path))
+    config, processor = AutoConfig.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert (
+        config.image_seq_length == processor.image_seq_length == (image_size // config.vision_config.patch_size) ** 2
+    )
+    picture = Image.new("RGB", (90, 60), "red")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert (
+        model.get_image_features(**processor.image_processor(picture, return_tensors="pt"))
+        .pooler_output.isfinite()
+        .all()
+    )
+
+
+def test_pretraining_reads_pictures_of_the_size_that_the_image_processor_makes(other_size, photographs, tmp_path):
+    options = {"preset": "tiny", "vision": other_size, "dataset": photographs, "vocab_size": 300}
+    pretrain.main(arguments(task="caption", **options, output_dir=tmp_path / "out", **SHORT_TRAINING, **QUIET))
+    assert AutoConfig.from_pretrained(tmp_path / "out").image_size == 48
+
+
+def test_composing_refuses_an_image_processor_whose_pictures_have_several_sizes(language_model, other_size, tmp_path):
+    (other_size / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": False}
+        )
+    )
+    with pytest.raises(ValueError, match=r"makes 32 x 48 pixels of a picture of 64 x 96; expected squares of all"):
+        compose.main(
+            arguments(text=language_model, vision=other_size, num_fusion_layers=2, output_dir=tmp_path / "out")
+        )
     assert not (tmp_path / "out").exists()
 
 
