@@ -498,9 +498,12 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 it, such a loss then counts for the share of its labels that this batch has.
 
         Raises:
-            ValueError: In training the labels of language modelling are missing, while others are there.
+            ValueError: In training the labels of language modelling are missing, while others are there; or
+                `masked_input_ids` come without `masked_labels`.
         """
         config = self.config
+        if masked_input_ids is not None and masked_labels is None:
+            raise ValueError("`masked_input_ids` are given without `masked_labels`, the tokens that belong there")
         has_others = masked_input_ids is not None or paired_input_ids is not None
         if self.training and config.lm_weight and labels is None and has_others:
             raise ValueError(
@@ -544,10 +547,10 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                     states.last_hidden_state, shifted, num_items_in_batch
                 )
         if config.mlm_weight and masked_input_ids is not None:
-            states_to_keep, masked_labels = self.keep_labelled(masked_labels, masked_per_row)
+            states_to_keep, masked_labels = self.keep_labelled(self.without_placeholders(masked_labels), masked_per_row)
             states = self.model(
                 input_ids=masked_input_ids,
-                token_type_ids=whole_prefix(input_ids, None),
+                token_type_ids=whole_prefix(masked_input_ids, None),
                 states_to_keep=states_to_keep,
                 **common,
             )

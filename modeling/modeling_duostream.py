@@ -814,7 +814,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         has_own_mask = block_ids is not None or segment_ids is not None
         if self.config.restart_positions and attention_mask is None and fusion_cache is None:
             # The library takes positions that start anew for another row packed into this one
-            fusion_attention_mask = attention_mask = torch.ones_like(position_ids)
+            fusion_attention_mask = attention_mask = position_ids.new_ones(batch_size, seq_len)
         if has_own_mask:
             fusion_attention_mask = fusion_mask(
                 self.config, hidden_states, attention_mask, fusion_cache, block_ids, segment_ids

@@ -186,6 +186,10 @@ class DuoStreamDataCollator:
     packing: bool = False
     can_pack: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` is {self.max_length}; expected 1 or more")
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         names = self.names(rows)
         owned = self.conversations(rows, names)

@@ -24,6 +24,12 @@ BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 SENTENCE_PIECE_SPACE, NUMBERED_BYTE = "▁", re.compile("<0x([0-9A-F]{2})>")
 
 
+def check_unpacked(batch: dict[str, Any]) -> None:
+    """Raises `ValueError` if rows hold several texts, which are read apart, where each is to be read as one."""
+    if "segment_ids" in batch:
+        raise ValueError("What is read both ways can't share its beginning: give one conversation a row")
+
+
 @dataclass
 class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
     """
@@ -49,6 +55,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
     can_pack: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.processor.tokenizer.mask_token_id is None:
             raise ValueError(
                 "The tokenizer has no mask token: add one (`tokenizer.add_special_tokens({'mask_token': ...})`) and "
@@ -60,7 +67,7 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
-        self.check_unpacked(batch)
+        check_unpacked(batch)
         batch["input_ids"], batch["labels"] = self.mask_batch(batch)
         batch["targets_per_row"] = targets_per_row(batch["labels"])
         return batch
@@ -79,10 +86,6 @@ class DuoStreamMaskedLMCollator(DuoStreamDataCollator):
                 masked, masked_labels = self.mask(own[None], labels[i, is_valid][None])  # (1, num_valid)
             input_ids[i, is_valid], labels[i, is_valid] = masked[0], masked_labels[0]
         return input_ids, labels
-
-    def check_unpacked(self, batch: dict[str, Any]) -> None:
-        if "segment_ids" in batch:
-            raise ValueError("What is read both ways can't share its beginning: give one conversation a row")
 
     def mask(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids` with some of the tokens in `labels` masked, and what they were; both `(batch, seq_len)`."""
@@ -245,11 +248,13 @@ class DuoStreamPreTrainingCollator(DuoStreamMaskedLMCollator, DuoStreamRetrieval
     def __post_init__(self) -> None:
         if self.mlm:
             super().__post_init__()
+        else:
+            DuoStreamDataCollator.__post_init__(self)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = DuoStreamDataCollator.__call__(self, rows)
         if self.mlm:
-            self.check_unpacked(batch)
+            check_unpacked(batch)
             batch["masked_input_ids"], batch["masked_labels"] = self.mask_batch(batch)
             batch["masked_per_row"] = targets_per_row(batch["masked_labels"])
         else:
@@ -287,6 +292,7 @@ class DuoStreamClassificationCollator(DuoStreamDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
+        check_unpacked(batch)
         names = self.names(rows)
         for row, name in zip(rows, names, strict=True):
             if row.get("text_pair") is not None:

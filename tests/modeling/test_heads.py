@@ -153,6 +153,21 @@ def test_masked_lm_loss_is_the_cross_entropy_at_the_masked_positions():
     assert torch.isclose(outputs.loss, expected, atol=1e-5)
 
 
+def test_masked_labels_beside_other_objectives_are_those_of_masked_lm_alone():
+    options = {"image_token_id": VOCAB_SIZE + 3, "lm_weight": 0.0, "itc_weight": 0.0, "itm_weight": 0.0}
+    alone = small_model(cls=DuoStreamForMaskedLM, **options)
+    model = DuoStreamForPreTraining(alone.config).eval()
+    model.load_state_dict(alone.state_dict(), strict=False)
+    inputs = Row(model, PICTURE, 8).inputs
+    labels = inputs["input_ids"].clone()  # placeholders, too, of which nothing is learnt
+    masked_input_ids = inputs.pop("input_ids")
+    expected = alone(masked_input_ids, labels=labels, **inputs).loss
+    got = model(masked_input_ids, masked_input_ids=masked_input_ids, masked_labels=labels, **inputs)
+    torch.testing.assert_close(got.mlm_loss, expected)
+    with pytest.raises(ValueError, match="`masked_input_ids` are given without `masked_labels`"):
+        model(masked_input_ids, masked_input_ids=masked_input_ids, **inputs)
+
+
 @pytest.mark.parametrize("kind", ENCODER_KINDS)
 @pytest.mark.parametrize("side", SIDES)
 def test_a_classifier_gives_a_row_the_same_scores_alone_and_in_a_padded_batch(kind, side):

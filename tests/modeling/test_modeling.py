@@ -1012,6 +1012,17 @@ def test_what_tells_of_other_tokens_than_there_are_is_refused(llama: Any, parts:
                 llama(**inputs, **told, **given_cache)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_positions_that_restart_may_be_told_once_for_all_rows(attention: str) -> None:
+    model = small_model("llama", restart_positions=True)
+    model.set_attn_implementation(attention)
+    inputs = batch([Row(model, PICTURE, 5), Row(model, 2, PICTURE, 3)])
+    del inputs["attention_mask"]
+    told = {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
+    got, expected = (logits(model, inputs, **each, use_cache=False) for each in (told, {}))
+    assert difference(got, expected) < CLOSE
+
+
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"])
 def test_so_is_what_tells_of_other_rows(llama: Any, name: str) -> None:
     ids = torch.full((2, 6), 5)

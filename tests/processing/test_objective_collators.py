@@ -12,6 +12,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from duostream import (
     DuoStreamClassificationCollator,
+    DuoStreamDataCollator,
     DuoStreamMaskedLMCollator,
     DuoStreamPreTrainingCollator,
     DuoStreamProcessor,
@@ -278,6 +279,21 @@ def test_of_several_conversations_none_is_the_pictures_text(processor, collator,
     assert torch.equal(one[name], plain[name])
     with pytest.raises(ValueError, match="Row 7 has 2 `conversations`: expected one, whose text"):
         collate([packed(of(caption_row(0)), of(caption_row(1)))])
+
+
+@pytest.mark.parametrize(
+    ("collator", "options"),
+    [(DuoStreamDataCollator, {}), (DuoStreamRetrievalCollator, {}), (DuoStreamPreTrainingCollator, {"mlm": False})],
+)
+def test_no_row_is_cut_to_nothing(processor, collator, options):
+    with pytest.raises(ValueError, match="`max_length` is 0; expected 1 or more"):
+        collator(processor, max_length=0, **options)
+
+
+def test_several_texts_are_not_classified_as_one(processor):
+    row = {"images": [], "conversations": [{"text": "red"}, {"text": "blue"}], "label": 0}
+    with pytest.raises(ValueError, match="give one conversation a row"):
+        DuoStreamClassificationCollator(processor, num_labels=2)([row])
 
 
 def test_the_most_labels_that_a_row_has_are_told_where_tokens_are_predicted(processor):
