@@ -547,7 +547,9 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                     states.last_hidden_state, shifted, num_items_in_batch
                 )
         if config.mlm_weight and masked_input_ids is not None:
-            states_to_keep, masked_labels = self.keep_labelled(self.without_placeholders(masked_labels), masked_per_row)
+            states_to_keep, masked_labels = self.keep_labelled(
+                self.without_placeholders(masked_labels), masked_per_row
+            )
             states = self.model(
                 input_ids=masked_input_ids,
                 token_type_ids=whole_prefix(masked_input_ids, None),

@@ -30,7 +30,7 @@ from ..processing.data_collator_duostream import load_picture
 from .arguments import DataArguments
 from .long_runs import TrainingTime
 from .report import draw_losses, pick
-from .tasks import WRITER, task_of, with_defaults
+from .tasks import TASKS, task_of, with_defaults
 
 logger = logging.get_logger(__name__)
 
@@ -52,17 +52,6 @@ HEADS = {
     "DuoStreamForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
     "DuoStreamForPreTraining": ("AutoModel", "feature-extraction"),
     "DuoStreamModel": ("AutoModel", "feature-extraction"),
-}
-# The Hub's names of our tasks
-TASK_TYPES = {
-    "chat": "image-text-to-text",
-    "caption": "image-to-text",
-    "vqa": "visual-question-answering",
-    "translation": "translation",
-    "summarization": "summarization",
-    "classification": "text-classification",
-    "retrieval": "zero-shot-image-classification",
-    "masked": "fill-mask",
 }
 
 
@@ -136,7 +125,7 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
     """
     args, config, rows = trainer.args, trainer.model.config, trainer.train_dataset
     metric_rows = getattr(trainer, "metric_rows", None)
-    is_written = metric_rows is not None and task_of(trainer.task).auto_class is WRITER
+    is_written = metric_rows is not None and task_of(trainer.task).is_generative
     # What was loaded and is no folder here came from the Hub
     name = str(getattr(trainer, "began_with", None) or config.name_or_path)
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
@@ -291,7 +280,7 @@ def eval_results(record: dict[str, Any]) -> list[EvalResult]:
     dataset_type = source["name"] if source["kind"] == "hub" else re.sub(r"[^A-Za-z0-9._-]+", "-", source["name"])
     return [
         EvalResult(
-            task_type=TASK_TYPES[record["task"]],
+            task_type=TASKS[record["task"]].hub_name,
             task_name=record["task"],
             dataset_type=dataset_type,
             dataset_name=source["name"],

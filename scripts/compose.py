@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from .. import DuoStreamConfig, DuoStreamPreTrainedModel, DuoStreamProcessor
+from .. import DuoStreamPreTrainedModel, DuoStreamProcessor
 from ..processing.chat_template_duostream import default_chat_template
 from .arguments import check_dtype, json_mapping, parse
 from .checkpoints import warn_of_unknown_tokens
@@ -125,7 +125,7 @@ def compose(args: ComposeArguments) -> tuple[DuoStreamPreTrainedModel, DuoStream
         ValueError: The parts can't work together, there is no such task, or a field is told twice.
     """
     overrides = json_mapping(args, "config_overrides")
-    model_class = task_of(args.task).auto_class._model_mapping[DuoStreamConfig]
+    model_class = task_of(args.task).model_class
     # Answers are written behind prompts. Of a tokenizer is saved what it is made with
     side = {"padding_side": "left"} if model_class.can_generate() else {}
     tokenizer = AutoTokenizer.from_pretrained(args.text, **side)

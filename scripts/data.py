@@ -19,7 +19,7 @@ from .bad_rows import BadRows
 from .rows import UNDECODED, class_names, make_rows, num_chars
 from .scenes import MESSAGES_FEATURE, build_scenes, caption_rows, question_rows, training_rows
 from .sources import CONVERSATIONS, MADE_BY, Rows, load_source
-from .tasks import WRITER, task_of, with_defaults
+from .tasks import task_of, with_defaults
 
 BLANK_GRAY = (128, 128, 128)
 
@@ -122,7 +122,7 @@ def _check_parts(parts: Sequence[DataArguments]) -> None:
     for part in parts:
         if part.conversations_per_row < 1:
             raise ValueError(f"`conversations_per_row` is {part.conversations_per_row}; expected 1 or more")
-        if part.conversations_per_row > 1 and task_of(part.task).auto_class is not WRITER:
+        if part.conversations_per_row > 1 and not task_of(part.task).is_generative:
             raise ValueError(f"`conversations_per_row` is for tasks that write, not for {part.task!r}")
     if len(parts) == 1:
         check_unused(parts[0], ["weight"], "it tells rows of a `mixture` how often they are drawn")
@@ -136,7 +136,7 @@ def _check_parts(parts: Sequence[DataArguments]) -> None:
         check_unused(part, whole, "it is for the whole mixture: set it beside `mixture`, not in a file of it")
         check_unused(part, ("eval_split", "max_eval_rows"), "a mixture is evaluated on rows of its first data set")
     for part in parts:
-        if task_of(part.task).auto_class is not WRITER:
+        if not task_of(part.task).is_generative:
             raise ValueError(f"`task` {part.task!r} can't be mixed with others: only tasks that write share a model")
         if part.weight <= 0:
             raise ValueError(f"`weight` of {part.dataset!r} is {part.weight}; expected more than 0")

@@ -47,7 +47,7 @@ from .places import check_place
 from .report import write_evaluation
 from .scenes import rows_of_batch
 from .sources import Rows
-from .tasks import WRITER, task_of
+from .tasks import task_of
 
 logger = logging.get_logger(__name__)
 
@@ -405,7 +405,7 @@ def evaluate(
     model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, task: str, batch_size: int = 64, **kwargs: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of a task, and what the model said to each row. `kwargs` go to `generate`, or what measures."""
-    if task_of(task).auto_class is WRITER:
+    if task_of(task).is_generative:
         results = generate_answers(model, processor, rows, batch_size, **kwargs)
         figures = score_answers(results, task)
         for result in results:
@@ -458,7 +458,7 @@ def main(args: list[str] | None = None) -> None:
         )
     for_training = ("mixture", "conversations_per_row", "on_bad_rows", "max_train_rows")
     check_unused(data_args, for_training, "it is for rows to train on")
-    if task_of(data_args.task).auto_class is not WRITER:
+    if not task_of(data_args.task).is_generative:
         check_unused(evaluate_args, ["max_new_tokens", "num_beams"], f"{data_args.task!r} writes nothing")
     output_dir = Path(evaluate_args.output_dir)
     there = next(each for each in (output_dir, *output_dir.parents) if each.exists())
@@ -479,7 +479,7 @@ def main(args: list[str] | None = None) -> None:
     if data_args.task == "masked":
         options["seed"] = evaluate_args.seed
     losses: dict[str, float] = {}
-    if task.auto_class is WRITER:
+    if task.is_generative:
         # First, as what it refuses would else be told when all is answered
         rows_of_answers = load_rows(data_args, split, max_rows)
         losses["loss"] = evaluation_loss(model, processor, rows_of_answers, batch_size, data_args.max_length)

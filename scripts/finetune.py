@@ -22,7 +22,7 @@ from .checkpoints import load_model
 from .data import load_mixture, load_rows, read_classes
 from .places import check_place
 from .rows import are_numbered
-from .tasks import WRITER, task_of
+from .tasks import task_of
 from .training import bad_rows_of, check_output_dir, collator_of, prepare, train
 from .vision_cache import check_cacheable
 
@@ -104,7 +104,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("`metric_rows` are read again and again: not with `streaming`")
     if training_args.cache_vision:
         check_cacheable(data_args)
-    if training_args.packing and task_of(data_args.task).auto_class is not WRITER:
+    if training_args.packing and not task_of(data_args.task).is_generative:
         raise ValueError(f"`packing` is for tasks that write, not for {data_args.task!r}")
     is_classification = data_args.task == "classification"
     bad_rows = bad_rows_of(data_args, training_args)

@@ -42,8 +42,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .. import (
     DuoStreamConfig,
     DuoStreamForConditionalGeneration,
-    DuoStreamForImageTextRetrieval,
-    DuoStreamForSequenceClassification,
     DuoStreamPreTrainedModel,
     DuoStreamProcessor,
 )
@@ -54,6 +52,7 @@ from .compose import check_answers_end, load_vision, take_vision
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .scenes import rows_of_batch
 from .sources import Rows
+from .tasks import task_of
 from .training import collator_of
 from .vision_cache import with_states
 
@@ -61,11 +60,6 @@ if TYPE_CHECKING:
     from .quality import QualityArguments
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-HEADS: dict[str, type[DuoStreamPreTrainedModel]] = {
-    "classification": DuoStreamForSequenceClassification,
-    "retrieval": DuoStreamForImageTextRetrieval,
-}
 
 
 @dataclass
@@ -151,7 +145,7 @@ def new_duostream(
         classifier_dropout=args.dropout,
         **{**options, **json.loads(args.config_overrides)},
     )
-    model = HEADS.get(data_args.task, DuoStreamForConditionalGeneration)(config)
+    model = task_of(data_args.task).model_class(config)
     if args.vision is not None:
         take_vision(model, args.vision)
     return model
@@ -179,7 +173,7 @@ def duostream_side(
     if args.vision is not None:
         model.freeze("vision")
     generation = {}
-    if data_args.task not in HEADS:
+    if task_of(data_args.task).is_generative:
         generation = {"max_new_tokens": args.max_new_tokens}
         stop_at_the_end(model, processor.tokenizer)
     side = Side(

@@ -12,6 +12,14 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
 )
 
+from .. import (
+    DuoStreamClassificationCollator,
+    DuoStreamConfig,
+    DuoStreamDataCollator,
+    DuoStreamMaskedLMCollator,
+    DuoStreamPreTrainedModel,
+    DuoStreamRetrievalCollator,
+)
 from . import metrics
 from .arguments import DataArguments
 
@@ -25,15 +33,29 @@ class Task:
 
     Args:
         auto_class: Loads the model.
+        hub_name (`str`): What the Hub calls the task.
         prompt (`str`): What the user says, or the text to classify; `{name}` stands for a column.
         answer_column (`str`, *optional*): Column with what is to be said. Absent where it must be named.
         scorers (`tuple` of functions): Of predictions and references, for tasks whose answers are generated.
+        collator: Makes the batches.
     """
 
     auto_class: Any
+    hub_name: str
     prompt: str
     answer_column: str | None = None
     scorers: tuple[Scorer, ...] = ()
+    collator: type[DuoStreamDataCollator] = DuoStreamDataCollator
+
+    @property
+    def is_generative(self) -> bool:
+        """Whether the model writes the answers."""
+        return self.model_class.can_generate()
+
+    @property
+    def model_class(self) -> type[DuoStreamPreTrainedModel]:
+        """Which of DuoStream's classes `auto_class` loads."""
+        return self.auto_class._model_mapping[DuoStreamConfig]
 
 
 def lowercase_bleu(predictions: Sequence[str], references: metrics.References) -> dict[str, Any]:
@@ -41,17 +63,21 @@ def lowercase_bleu(predictions: Sequence[str], references: metrics.References) -
     return metrics.bleu_and_chrf(predictions, references, lowercase=True)
 
 
-WRITER = AutoModelForImageTextToText
+CAPTION_SCORERS = (metrics.cider_d, lowercase_bleu)
+WRITER, CLASSIFIER = AutoModelForImageTextToText, AutoModelForSequenceClassification
+RETRIEVER, FILLER = AutoModelForZeroShotImageClassification, AutoModelForMaskedLM
 
 TASKS = {
-    "chat": Task(WRITER, "Describe the picture."),
-    "caption": Task(WRITER, "Describe the picture.", "captions", (metrics.cider_d, lowercase_bleu)),
-    "vqa": Task(WRITER, "{question}", "answer", (metrics.vqa_accuracy,)),
-    "translation": Task(WRITER, "Translate: {source}", "target", (metrics.bleu_and_chrf,)),
-    "summarization": Task(WRITER, "Summarize: {document}", "summary", (metrics.rouge,)),
-    "classification": Task(AutoModelForSequenceClassification, "{text}"),
-    "retrieval": Task(AutoModelForZeroShotImageClassification, "", "captions"),
-    "masked": Task(AutoModelForMaskedLM, "", "text"),
+    "chat": Task(WRITER, "image-text-to-text", "Describe the picture."),
+    "caption": Task(WRITER, "image-to-text", "Describe the picture.", "captions", CAPTION_SCORERS),
+    "vqa": Task(WRITER, "visual-question-answering", "{question}", "answer", (metrics.vqa_accuracy,)),
+    "translation": Task(WRITER, "translation", "Translate: {source}", "target", (metrics.bleu_and_chrf,)),
+    "summarization": Task(WRITER, "summarization", "Summarize: {document}", "summary", (metrics.rouge,)),
+    "classification": Task(CLASSIFIER, "text-classification", "{text}", collator=DuoStreamClassificationCollator),
+    "retrieval": Task(
+        RETRIEVER, "zero-shot-image-classification", "", "captions", collator=DuoStreamRetrievalCollator
+    ),
+    "masked": Task(FILLER, "fill-mask", "", "text", collator=DuoStreamMaskedLMCollator),
 }
 
 

@@ -24,11 +24,8 @@ from ..modeling import (
 )
 from ..modeling.liger_duostream import register_liger_kernel
 from ..processing import (
-    DuoStreamClassificationCollator,
     DuoStreamDataCollator,
-    DuoStreamMaskedLMCollator,
     DuoStreamProcessor,
-    DuoStreamRetrievalCollator,
 )
 from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments
@@ -40,7 +37,7 @@ from .generate import num_positions
 from .long_runs import LongRunTrainer, SaveWhenTerminated
 from .rows import with_lengths
 from .sources import Rows
-from .tasks import WRITER, task_of
+from .tasks import task_of
 from .vision_cache import with_states
 
 logger = logging.get_logger(__name__)
@@ -53,10 +50,8 @@ OBJECTIVES = ("lm_loss", "mlm_loss", "itc_loss", "itm_loss")
 
 def collator_of(args: DataArguments, processor: DuoStreamProcessor, model: PreTrainedModel) -> DuoStreamDataCollator:
     """Makes the batches of a task."""
-    if args.task == "classification":
-        return DuoStreamClassificationCollator(processor, args.max_length, num_labels=model.config.num_labels)
-    collators = {"retrieval": DuoStreamRetrievalCollator, "masked": DuoStreamMaskedLMCollator}
-    return collators.get(args.task, DuoStreamDataCollator)(processor, args.max_length)
+    options = {"num_labels": model.config.num_labels} if args.task == "classification" else {}
+    return task_of(args.task).collator(processor, args.max_length, **options)
 
 
 def prepare(model: PreTrainedModel, processor: DuoStreamProcessor, freeze: Sequence[str]) -> None:
@@ -137,7 +132,7 @@ class DuoStreamTrainer(LongRunTrainer):
         if metric_rows is not None:
             # Not after all the steps before the first evaluation
             check_rows(metric_rows, task)
-            if task_of(task).auto_class is WRITER:
+            if task_of(task).is_generative:
                 batch_size = self.args.per_device_eval_batch_size
                 self.answer_room = check_questions(self.model, self.processing_class, metric_rows, batch_size)
         elif self.compute_metrics is None:
@@ -376,7 +371,7 @@ class DuoStreamTrainer(LongRunTrainer):
         """The figures of the task, the same on all ranks."""
         was_training = self.model.training
         batch_size = self.args.per_device_eval_batch_size
-        if task_of(self.task).auto_class is WRITER:
+        if task_of(self.task).is_generative:
             own = list(range(self.args.process_index, len(rows), self.args.world_size))
             # As many on each rank: those that share weights read each batch together
             num_missing = -(-len(rows) // self.args.world_size) - len(own)
