@@ -69,10 +69,12 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
     """The most memory that a run held at once beyond what was held before; on a CPU, `None` outside of Linux."""
     gc.collect()
     if device != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
+        # `torch.accelerator` has these from torch 2.9 on
+        memory = torch.get_device_module(torch.device(device))
+        memory.reset_peak_memory_stats()
+        before = memory.memory_allocated()
         run()
-        return torch.accelerator.max_memory_allocated() - before
+        return memory.max_memory_allocated() - before
     if not PROCESS.exists():
         return None
     # What was freed goes back to the system first, or it would be used again unseen

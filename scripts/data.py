@@ -66,6 +66,8 @@ def load_rows(
     else:
         check_unused(args, ["label_column"], f"for {args.task!r} `answer_column` names what is learnt")
         check_unused(args, ["max_answers"], f"it is for classification, and `task` is {args.task!r}")
+    if args.task in ("masked", "retrieval"):
+        check_unused(args, ["prompt_column"], f"for {args.task!r} there is no prompt")
     named = [name for name in MAKING_ROWS if getattr(args, name) != getattr(DataArguments, name)]
     for name in ("prompt", "max_column_chars"):
         if name in named and (args.prompt_column or args.task in ("masked", "retrieval")):

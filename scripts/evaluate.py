@@ -456,8 +456,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             "`report` shows rows again: not with `streaming`, nor for `masked`, which has no scores of rows"
         )
-    for_training = ("mixture", "conversations_per_row", "on_bad_rows", "max_train_rows")
-    check_unused(data_args, for_training, "it is for rows to train on")
+    for_training = ("mixture", "conversations_per_row", "on_bad_rows", "max_train_rows", "train_split", "weight")
+    check_unused(data_args, (*for_training, "chars_per_picture"), "it is for rows to train on")
     if not task_of(data_args.task).is_generative:
         check_unused(evaluate_args, ["max_new_tokens", "num_beams"], f"{data_args.task!r} writes nothing")
     output_dir = Path(evaluate_args.output_dir)

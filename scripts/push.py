@@ -100,13 +100,15 @@ def push(args: PushArguments) -> tuple[CommitInfo, str]:
 
     Raises:
         OSError: There is no processor beside the model.
-        ValueError: There is no such folder, its model is none of DuoStream's, an evaluation is none of it or would go
-            into a card that somebody wrote, or the repository, which is to be private, is public.
+        ValueError: There is no such folder or card, its model is none of DuoStream's, an evaluation is none of it or
+            would go into a card that somebody wrote, or the repository, which is to be private, is public.
     """
     if not Path(args.checkpoint).is_dir():
         raise ValueError(
             f"`checkpoint` is {args.checkpoint!r}: there is no such folder; expected one of a model with its processor"
         )
+    if args.card is not None and not Path(args.card).is_file():
+        raise ValueError(f"`card` is {args.card!r}: there is no such file")
     if is_adapter(Path(args.checkpoint)):
         return push_adapter(args)
     check_place(args.checkpoint)
@@ -122,7 +124,7 @@ def push(args: PushArguments) -> tuple[CommitInfo, str]:
     fills = [name for name in ("evaluations", "license", "language") if getattr(args, name)]
     if is_own and fills:
         raise ValueError(f"`{fills[0]}` is for a card that is filled: {str(card)!r} was written or changed by hand")
-    evaluations = [Path(each) for each in args.evaluations]
+    evaluations = list(dict.fromkeys(map(Path, args.evaluations)))
     fingerprints = weights_fingerprints(model) if evaluations else {}
     for each in evaluations:
         if not are_same_weights(read_evaluation(each)["weights_fingerprints"], fingerprints):
@@ -185,7 +187,7 @@ def push_adapter(args: PushArguments) -> tuple[CommitInfo, str]:
         if args.card is None and CARD in there:
             told = f"The card of {repo_id!r} stays as it is: `card` replaces it"
         elif not card.exists():
-            told = f"There is no card: {str(card)!r} would be it"
+            told = f"There is no card: {str(card)!r} doesn't exist"
         else:
             copy_card(card, folder)
             told = f"The card is {card}"

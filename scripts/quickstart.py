@@ -9,6 +9,7 @@ Example:
 import json
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,9 +200,11 @@ def main(args: list[str] | None = None) -> None:
         print(f"{question['text']} {answer(model, processor, [conversation], max_new_tokens=12)[0]}")
 
     with watch.stage("report"):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         metrics |= {
             "seconds": watch.seconds,
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            # In KiB, and on macOS in bytes
+            "peak_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2),
             "num_parameters": model.num_parameters(),
             "versions": {
                 "duostream": __version__,
@@ -212,6 +215,7 @@ def main(args: list[str] | None = None) -> None:
             },
             "arguments": vars(quickstart_args),
         }
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         stages = {"pretraining": pretraining, "questions": questioning, "questions and captions": finetuning}
         losses = {
             name: [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
@@ -220,7 +224,6 @@ def main(args: list[str] | None = None) -> None:
         shown = [(questions[result["row"]]["images"][0], result) for result in pick(results, NUM_SHOWN)]
         attention = [(p, r, attended_tokens(output_dir / "finetuned", p, r)) for p, r in shown[:2]]
         write_report(output_dir / "report.html", metrics, losses, shown, attention)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
     print(f"\nThe report is in {output_dir / 'report.html'}")
 

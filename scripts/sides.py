@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -47,7 +46,7 @@ from .. import (
 )
 from ..configuration.image_tokens_duostream import image_token_shape, image_tokens
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
-from .arguments import DataArguments, DuoStreamTrainingArguments
+from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping
 from .compose import check_answers_end, load_vision, take_vision
 from .evaluate import evaluate, references_of, score_answers, text_of
 from .scenes import rows_of_batch
@@ -125,13 +124,13 @@ def new_duostream(
         "initializer_range": initializer_range(args),
         "attention_dropout": args.dropout,
         "resid_pdrop": args.dropout,
-        **json.loads(args.stack),
+        **json_mapping(args, "stack"),
     }
     options = dict(options)
-    vision_config: Any = {"image_size": args.image_size, **json.loads(args.vision_config)}
+    vision_config: Any = {"image_size": args.image_size, **json_mapping(args, "vision_config")}
     if args.vision is not None:
         _, vision_config, options["image_size"] = load_vision(args.vision, args.vision_size)
-    text_stack = {**stack, "num_hidden_layers": args.num_text_layers, **json.loads(args.text_stack)}
+    text_stack = {**stack, "num_hidden_layers": args.num_text_layers, **json_mapping(args, "text_stack")}
     num_fusion_layers = args.num_fusion_layers or args.num_layers - args.num_text_layers
     config = DuoStreamConfig.from_preset(
         "tiny",
@@ -143,7 +142,7 @@ def new_duostream(
         image_token_id=processor.image_token_id,
         contrastive_loss="softmax",
         classifier_dropout=args.dropout,
-        **{**options, **json.loads(args.config_overrides)},
+        **{**options, **json_mapping(args, "config_overrides")},
     )
     model = task_of(data_args.task).model_class(config)
     if args.vision is not None:
@@ -166,7 +165,7 @@ def duostream_side(
             image_size=load_vision(args.vision, args.vision_size)[2],
             image_token_id=processor.image_token_id,
             dtype=torch.float32,
-            **json.loads(args.config_overrides),
+            **json_mapping(args, "config_overrides"),
         )
         pretrained = (model.model.text_model, model.model.fusion_model, model.lm_head)
     processor.image_seq_length = model.config.image_seq_length
@@ -242,7 +241,7 @@ def peer_side(
         vision: PreTrainedModel = FrozenVision(args.vision, args.vision_size)
     elif args.llava:
         # The same as DuoStream's, so that what differs is where pictures join
-        fields = {"image_size": args.image_size, **json.loads(args.vision_config)}
+        fields = {"image_size": args.image_size, **json_mapping(args, "vision_config")}
         vision_config = DuoStreamConfig.from_preset("tiny", vision_config=fields).vision_config
         if not hasattr(vision_config, "patch_size"):
             raise ValueError("`llava` reads patches: give `vision`, or a `vision_config` with `patch_size`")

@@ -17,8 +17,8 @@ Example:
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -439,16 +439,23 @@ def count_operations(step: Callable[[], None], device: str) -> int:
     return counter.get_total_flops()
 
 
-def compile_layers_of(model: PreTrainedModel) -> None:
+@contextmanager
+def compiled_layers(models: Iterable[PreTrainedModel]) -> Iterator[None]:
     """
     Compiles what each layer does, and not the hooks around it. Layers of one kind share what is compiled, which takes
     seconds where whole models take minutes (as `accelerate.utils.compile_regions`, which puts other modules in their
     places).
     """
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList):
-            for layer in stack:
-                layer.forward = torch.compile(layer.forward, dynamic=False)
+    torch.compiler.reset()
+    stacks = [each for model in models for each in model.modules() if isinstance(each, nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
@@ -461,12 +468,9 @@ def measure_training(args: TrainingStepArguments) -> Iterator[Row]:
                 for name, model in sides.items()
             }
             operations = {name: count_operations(step, args.device) for name, step in steps.items()}
-            if args.compile_layers:
-                torch.compiler.reset()
-                for model in sides.values():
-                    compile_layers_of(model)
-            seconds = in_turn({name: timer(step, args.clock) for name, step in steps.items()}, args.repeats)
-            peaks = {name: peak_bytes(step, args.device) for name, step in steps.items()}
+            with compiled_layers(sides.values() if args.compile_layers else ()):
+                seconds = in_turn({name: timer(step, args.clock) for name, step in steps.items()}, args.repeats)
+                peaks = {name: peak_bytes(step, args.device) for name, step in steps.items()}
             tokens = cell["batch_size"] * (cell["image_tokens"] + args.text_len)
             bar = 2.0 if frozen == "nothing" and cell["image_tokens"] == 576 else None
             for ours, peer, told in pairs(args):

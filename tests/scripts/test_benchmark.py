@@ -143,8 +143,8 @@ def test_a_training_step_is_measured_with_what_is_frozen(measure):
 @needs_compiler
 @pytest.mark.slow
 def test_a_training_step_of_compiled_layers_counts_the_operations_of_one_that_is_not(measure):
-    options = [*TINY, "--batch_sizes", "1", "--frozen", "nothing", "--checkpointing", "off", "--peak_tflops", "0.5"]
-    options += ["--peers", "llava"]
+    options = [*TINY, "--batch_sizes", "1", "--frozen", "nothing", "vision", "--checkpointing", "off"]
+    options += ["--peak_tflops", "0.5", "--peers", "llava"]
     rows = measure("training", *options)
     compiled = measure("training", *options, "--compile_layers", "true")
     assert [row["compiled"] for row in (*rows, *compiled)] == [False] * len(rows) + [True] * len(rows)

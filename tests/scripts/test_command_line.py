@@ -976,6 +976,15 @@ def quick_folder(workplace):
     return workplace / "quickstart"
 
 
+@pytest.mark.slow
+def test_the_quickstart_tells_where_no_question_of_a_kind_was_asked(workplace):
+    numbers = {"train_scenes": 64, "eval_scenes": 1, "pretrain_steps": 2, "question_steps": 2, "finetune_steps": 2}
+    quickstart.main(arguments(output_dir="few", seed=1, **numbers))
+    metrics = read_json(workplace / "few" / "metrics.json")
+    missing = metrics["held_out_scenes"].keys() - metrics["held_out_combinations"].keys()
+    assert missing and "<td>–</td>" in (workplace / "few" / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def page(quick_folder):
     return Page((quick_folder / "report.html").read_text(encoding="utf-8"))

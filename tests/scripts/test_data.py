@@ -1156,6 +1156,10 @@ def test_what_a_file_of_a_mixture_cannot_say_is_refused(photographs, tmp_path, l
     [
         ({"task": "classification", "answer_column": "text"}, "`answer_column` would do nothing: for classification"),
         ({"task": "vqa", "label_column": "class"}, "`label_column` would do nothing: for 'vqa' `answer_column` names"),
+        (
+            {"task": "retrieval", "prompt_column": "question"},
+            "`prompt_column` would do nothing: for 'retrieval' there",
+        ),
         ({"task": "vqa", "max_answers": 9}, "`max_answers` would do nothing: it is for classification"),
         ({"task": "vqa", "dataset_config": "small"}, "`dataset_config` would do nothing: '.*' is here"),
         ({"dataset": "scenes", "dataset_config": "small"}, "`dataset_config` would do nothing: scenes are drawn here"),

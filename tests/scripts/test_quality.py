@@ -251,6 +251,21 @@ def test_the_command_in_a_recipe_is_one_that_its_options_belong_to(recipe):
     assert data_args.task in tasks.TASKS and quality_args.minutes <= 20
 
 
+def test_masked_text_is_learnt_without_a_peer(dataset, tmp_path):
+    options = {"task": "masked", "answer_column": "target", "dataset": dataset, "output": tmp_path / "out.json"}
+    compare({**options, **SIZE, "max_steps": 2}, "--sides", "duostream")
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert run["model"] == "DuoStreamForMaskedLM" and run["num_masked"] > 0
+
+
+@pytest.mark.parametrize("value", ["x", "[]"])
+@pytest.mark.parametrize("name", ["stack", "text_stack", "vision_config", "config_overrides"])
+def test_what_is_no_mapping_in_json_is_refused_by_its_name(dataset, tmp_path, name, value):
+    options = {"task": "caption", "dataset": dataset, "output": tmp_path / "out.json", **SIZE, name: value}
+    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; expected a mapping in JSON".replace("[", r"\[")):
+        compare(options, "--sides", "duostream")
+
+
 def test_a_task_without_a_peer_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="`task` 'chat' has no peer here"):
         options = {"task": "chat", "dataset": dataset, "prompt_column": "source", "answer_column": "target"}

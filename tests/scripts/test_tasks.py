@@ -441,7 +441,15 @@ def test_answers_that_are_all_cut_off_are_told_before_any_is_generated(pretraine
 
 @pytest.mark.parametrize(
     "options",
-    [{"mixture": ["a.yaml"]}, {"conversations_per_row": 5}, {"on_bad_rows": "skip"}, {"max_train_rows": 9}],
+    [
+        {"mixture": ["a.yaml"]},
+        {"conversations_per_row": 5},
+        {"on_bad_rows": "skip"},
+        {"max_train_rows": 9},
+        {"train_split": "train[90%:]"},
+        {"weight": 2},
+        {"chars_per_picture": 9},
+    ],
     ids=str,
 )
 def test_options_of_rows_to_train_on_are_refused_in_evaluation(options, tmp_path):
