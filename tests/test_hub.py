@@ -324,7 +324,7 @@ def test_an_adapter_is_pushed_with_its_processor_and_card_and_loads_onto_its_bas
     # What would be of no use to others, or is not safe
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     options = ["--checkpoint", str(tmp_path / "adapter"), "--repo_id", "me/nothing"]
-    with pytest.raises(ValueError, match="`card` is 'typo.md': there is no such file"):
+    with pytest.raises(ValueError, match=r"`card` is 'typo\.md': there is no such file"):
         push.main([*options, "--card", "typo.md"])
     with pytest.raises(ValueError, match=r"`license` is for a whole model, and .* is an adapter of PEFT: `PeftModel"):
         push.main([*options, "--license", "mit"])
