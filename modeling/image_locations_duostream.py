@@ -117,6 +117,13 @@ def locate_images(
         ValueError: It can't be known, or the cache holds something else.
     """
     batch_size, seq_len = new_tokens.shape[:2]
+    if not has_new_images and seq_len > 1:
+        if new_tokens.ndim == 2:
+            has_placeholder = find_placeholders().any()
+            check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
+        if mm_token_type_ids is not None:
+            is_told = (mm_token_type_ids[:, -seq_len:] == 1).any()
+            check(~is_told, "`mm_token_type_ids` tell of pictures, but no pictures were given")
     if mm_token_type_ids is not None:
         is_image = mm_token_type_ids == 1
         is_static = isinstance(past_len, torch.Tensor)

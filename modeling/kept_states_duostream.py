@@ -90,7 +90,6 @@ class CacheOfKeptStates(Cache):
 
     Args:
         cache (`Cache`): Of the stack; or `None`, and nothing is cached.
-        config (`PreTrainedConfig`): Of the stack.
         kept (`dict[nn.Module, int | KeptPositions]`):
             By layer: states of so many last positions, or of these. Other layers make all.
     """
@@ -217,7 +216,6 @@ def image_tokens_to_leave(is_image: torch.Tensor, image_seq_length: int) -> torc
 
 def positions_to_update(
     stack: PreTrainedModel,
-    config: PreTrainedConfig,
     image_mask: torch.Tensor,
     attention_mask: torch.Tensor | None,
     num_image_tokens: int,
@@ -231,14 +229,13 @@ def positions_to_update(
 
     Args:
         stack (`PreTrainedModel`): The decoder.
-        config (`PreTrainedConfig`): Of the stack.
         image_mask (`torch.BoolTensor` of shape `(batch, seq_len)`): See [`image_tokens_to_leave`].
         attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*): 0 = padding.
         num_image_tokens (`int`): In all rows together.
         image_seq_length (`int`): Tokens a picture.
         images_per_row (`int`, *optional*): Of every row, if all have the same number: then no device is waited for.
     """
-    layers = layers_of(stack)
+    layers, config = layers_of(stack), stack.config
     if not layers or torch.compiler.is_compiling() or is_flash_attention_requested(config):
         return None
     batch_size, seq_len = image_mask.shape
@@ -283,12 +280,12 @@ def states_to_make(
 def keeping(
     kept: dict[nn.Module, int | KeptPositions],
     stack: PreTrainedModel,
-    config: PreTrainedConfig,
     cache: Cache | None,
     has_own_mask: bool,
     kwargs: dict[str, Any],
 ) -> Cache | None:
     """The cache, telling what is kept where nothing else is asked of the layers and they may be run twice."""
+    config = stack.config
     # Flash attention may read off the positions that a row holds several sequences, for which one position is too few
     if torch.compiler.is_compiling() or is_flash_attention_requested(config):
         return cache

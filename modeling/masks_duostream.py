@@ -196,8 +196,7 @@ def check_segment_windows(
 ) -> None:
     """Raises `ValueError` where sequences share a beginning that those in between would push out of a window."""
     seq_len = segment_ids.shape[1]
-    text_len = seq_len if layout.text_index is None else layout.text_index.shape[1]
-    for name, length in (("text_config", text_len), ("fusion_stack_config", seq_len)):
+    for name, length in (("text_config", layout.text_len(seq_len)), ("fusion_stack_config", seq_len)):
         stream = getattr(config, name)
         if "sliding_attention" in layer_types(stream) and length > stream.sliding_window:
             check(

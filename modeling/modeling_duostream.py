@@ -33,7 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..configuration.configuration_duostream import DuoStreamConfig, is_causal, layer_types
+from ..configuration.configuration_duostream import DuoStreamConfig, is_causal
 from ..configuration.image_tokens_duostream import image_size_of, image_tokens, patch_grid, position_options
 from .composition_duostream import (
     HUB_OPTIONS,
@@ -70,16 +70,19 @@ from .masks_duostream import (
 )
 from .objectives_duostream import count_items, find_labelled, shift_labels, take_num_items
 from .stream_layout_duostream import (
+    SequencePlan,
     StreamLayout,
     check,
     check_one_sequence,
     check_shape,
+    count_prefix,
     count_text,
+    count_tokens,
+    deal_out,
     default_segment_positions,
-    lay_out,
-    prefix_length_of,
     restart_positions,
     text_padding_mask,
+    text_window,
 )
 
 logger = logging.get_logger(__name__)
@@ -511,14 +514,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         self.vision_model.train(was_training)
         return 0 * features.sum()
 
-    @property
-    def _text_window(self) -> int | None:
-        config = self.config.text_config
-        if "sliding_attention" in layer_types(config):
-            return config.sliding_window
-        # GPT-Neo has names of its own
-        return config.window_size if "local" in getattr(config, "attention_layers", ()) else None
-
     def split_cache(self, past_key_values: Cache) -> tuple[Cache, Cache | None]:
         """Views of one cache: the fusion stack's layers, and the text stream's behind them (`None` for an encoder)."""
         is_text_causal = self.config.is_text_causal
@@ -574,7 +569,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             "text": create_masks_for_generate(
                 config=self.config.text_config,
                 inputs_embeds=shape_only,
-                attention_mask=text_padding_mask(is_image, attention_mask, self._text_window),
+                attention_mask=text_padding_mask(is_image, attention_mask, text_window(self.config)),
                 past_key_values=text_cache,
             ),
             "fusion": create_masks_for_generate(
@@ -585,47 +580,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             ),
         }
         return {"attention_mask": masks, "text_position_ids": count_text(position_ids, is_image, attention_mask)}
-
-    def _deal_out(
-        self,
-        is_image: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        seq_len: int,
-        num_image_tokens: int,
-        text_cache: Cache | None,
-        images_per_row: int | None,
-        segment_ids: torch.Tensor | None,
-    ) -> StreamLayout:
-        """Deals out this forward's tokens to the two streams: see `stream_layout_duostream`."""
-        if is_image is None or (not num_image_tokens and text_cache is None):
-            return StreamLayout(text_attention_mask=attention_mask, text_position_ids=position_ids)
-        if num_image_tokens:
-            layout = lay_out(
-                is_image,
-                attention_mask,
-                position_ids,
-                seq_len,
-                num_image_tokens,
-                self.config.image_seq_length,
-                cached=text_cache is not None,
-                text_is_causal=self.config.is_text_causal,
-                images_per_row=images_per_row,
-                sliding_window=self._text_window,
-                segment_ids=segment_ids,
-            )
-        else:
-            layout = StreamLayout(
-                text_attention_mask=text_padding_mask(is_image, attention_mask, self._text_window),
-                text_position_ids=count_text(position_ids, is_image, attention_mask),
-            )
-        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
-        if layout.text_attention_mask is not None and not isinstance(past_text_len, torch.Tensor):
-            # Behind the columns that are kept stand those that are left out
-            text_len = seq_len if layout.text_index is None else layout.text_index.shape[1]
-            text_attention_mask = layout.text_attention_mask[:, : past_text_len + text_len]
-            layout = layout._replace(text_attention_mask=text_attention_mask)
-        return layout
 
     @can_return_tuple
     def forward(
@@ -699,7 +653,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         past_key_values = self._open_cache(past_key_values, use_cache, images_per_row, segment_ids)
         fusion_cache, text_cache = (None, None) if past_key_values is None else self.split_cache(past_key_values)
         past_len = fusion_cache.get_seq_length() if fusion_cache is not None else 0
-        past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
         if segment_ids is not None and inputs_embeds is not None:
             # PEFT puts virtual tokens in front, which all of a row's sequences share
             segment_ids = nn.functional.pad(segment_ids, (max(seq_len - segment_ids.shape[-1], 0), 0))
@@ -716,92 +669,37 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         if image_states is None and may_be_first and self._are_weights_shared_out and past_len == 0:
             unused = self._read_unused_picture()
         num_image_tokens = 0 if image_states is None else image_states.shape[:-1].numel()
-        has_new_images = num_image_tokens > 0
 
-        fusion_attention_mask, block_ids, image_mask, updated_index = attention_mask, None, None, None
+        fusion_attention_mask = attention_mask
         if isinstance(attention_mask, dict):
-            layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
             fusion_attention_mask = attention_mask["fusion"]
+            layout = StreamLayout(text_attention_mask=attention_mask["text"], text_position_ids=text_position_ids)
+            plan = SequencePlan(layout, position_ids)
         else:
-            if not has_new_images and seq_len > 1:
-                if input_ids is not None:
-                    has_placeholder = (input_ids == self.config.image_token_id).any()
-                    check(~has_placeholder, "`input_ids` holds placeholders of pictures, but no pictures were given")
-                if mm_token_type_ids is not None:
-                    is_told = (mm_token_type_ids[:, -seq_len:] == 1).any()
-                    check(~is_told, "`mm_token_type_ids` tell of pictures, but no pictures were given")
-            is_image = locate_images(
-                given,
-                partial(self.image_placeholders, input_ids, inputs_embeds),
+            plan = self._plan(
+                input_ids,
+                inputs_embeds,
                 attention_mask,
+                position_ids,
+                token_type_ids,
                 mm_token_type_ids,
-                past_len,
-                past_text_len,
-                has_new_images,
-                noted=pictures_read(past_key_values, past_len),
-            )
-            if is_image is not None and has_new_images and self.config.num_image_reading_layers:
-                image_seq_length = self.config.image_seq_length
-                image_mask = image_tokens_to_leave(is_image[:, -seq_len:], image_seq_length)  # (batch, seq_len)
-                updated_index = positions_to_update(
-                    self.fusion_model,
-                    self.config.fusion_stack_config,
-                    image_mask,
-                    attention_mask,
-                    num_image_tokens,
-                    image_seq_length,
-                    images_per_row,
-                )
-            if token_type_ids is not None:
-                check_prefix(token_type_ids, attention_mask, segment_ids)
-            if segment_ids is not None:
-                check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
-            # Text alone that is read forwards is left to the library: without a mask and a cache it tells several
-            # sequences apart by their positions
-            has_own_order = has_new_images or token_type_ids is not None or self.config.restart_positions
-            if segment_ids is not None and position_ids is None:
-                position_ids = default_segment_positions(segment_ids, attention_mask)
-            elif segment_ids is None and position_ids is not None and has_own_order and seq_len > 1:
-                check_one_sequence(position_ids, attention_mask)
-            given_position_ids = position_ids
-            needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
-            if position_ids is None and needs_positions:
-                position_ids = self._count_tokens(attention_mask, past_len, batch_size, seq_len, given.device)
-            # Without a cache text is packed to the left: its positions are the default ones
-            packed = has_new_images and text_cache is None
-            layout_position_ids = given_position_ids if packed else position_ids
-            layout = self._deal_out(
-                is_image,
-                attention_mask,
-                layout_position_ids,
-                seq_len,
-                num_image_tokens,
-                text_cache,
-                images_per_row,
                 segment_ids,
+                past_key_values,
+                text_cache,
+                past_len,
+                num_image_tokens,
+                images_per_row,
             )
-            if text_cache is not None and layout.text_index is not None:
-                num_left_out = seq_len - layout.text_index.shape[1]
-                num_untold = 0 if mm_token_type_ids is None else is_image.shape[1] - mm_token_type_ids.shape[1]
-                note_pictures(
-                    past_key_values, is_image, layout.kept_columns, num_left_out, num_image_tokens, num_untold
-                )
-            needs_mask = updated_index is not None or (has_new_images and self.config.bidirectional_images)
-            if needs_mask or token_type_ids is not None:
-                if is_image is None:
-                    is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=given.device)
-                block_ids = tokens_that_see_each_other(
-                    self.config, is_image, token_type_ids, attention_mask, seq_len, segment_ids
-                )
+        layout, position_ids = plan.layout, plan.position_ids
 
         if self.config.restart_positions:
             if prefix_length is None:
-                prefix_length = self._count_prefix(token_type_ids, attention_mask, past_len, seq_len, segment_ids)
+                prefix_length = count_prefix(position_ids, token_type_ids, attention_mask, past_len, segment_ids)
             position_ids = restart_positions(position_ids, prefix_length)
 
         if segment_ids is not None:
             check_segment_windows(self.config, segment_ids, attention_mask, layout)
-        if layout.text_index is None or layout.text_index.shape[1] > 0:
+        if layout.text_len(seq_len) > 0:
             hidden_states = self._read_new_text(input_ids, inputs_embeds, layout, segment_ids, text_cache)
         else:
             hidden_states = image_states.new_empty(batch_size, 0, image_states.shape[-1])
@@ -809,27 +707,26 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             hidden_states = hidden_states + unused
         if layout.join_index is not None:
             image_states = image_states.to(hidden_states.device, hidden_states.dtype)
-            states = torch.cat([hidden_states.flatten(0, 1), image_states.flatten(0, -2)])  # (all tokens, hidden)
-            hidden_states = states[layout.join_index.to(states.device)]  # (batch, seq_len, hidden)
-        has_own_mask = block_ids is not None or segment_ids is not None
+            hidden_states = layout.join(hidden_states, image_states)  # (batch, seq_len, hidden)
+        has_own_mask = plan.block_ids is not None or segment_ids is not None
         if self.config.restart_positions and attention_mask is None and fusion_cache is None:
             # The library takes positions that start anew for another row packed into this one
             fusion_attention_mask = attention_mask = position_ids.new_ones(batch_size, seq_len)
         if has_own_mask:
             fusion_attention_mask = fusion_mask(
-                self.config, hidden_states, attention_mask, fusion_cache, block_ids, segment_ids
+                self.config, hidden_states, attention_mask, fusion_cache, plan.block_ids, segment_ids
             )
 
         if self.training and self.fusion_model.is_activation_checkpointing and not hidden_states.requires_grad:
             # Reentrant checkpoints pass gradients to adapters only if their inputs have one, too
             hidden_states.requires_grad_()
         fusion, num_update_layers = self.fusion_model, self.config.num_image_update_layers
-        kept = states_to_make(fusion, hidden_states, states_to_keep, updated_index, num_update_layers)
+        kept = states_to_make(fusion, hidden_states, states_to_keep, plan.updated_index, num_update_layers)
         cache = fusion_cache
         if kept and not self._are_weights_shared_out:
-            cache = keeping(kept, fusion, self.config.fusion_stack_config, fusion_cache, has_own_mask, kwargs)
-        if image_mask is not None:
-            kwargs |= {"image_mask": image_mask, "num_image_update_layers": self.config.num_image_update_layers}
+            cache = keeping(kept, fusion, fusion_cache, has_own_mask, kwargs)
+        if plan.image_mask is not None:
+            kwargs |= {"image_mask": plan.image_mask, "num_image_update_layers": num_update_layers}
         outputs = self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_attention_mask,
@@ -845,6 +742,82 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_states,
         )
+
+    def _plan(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        text_cache: Cache | None,
+        past_len: int | torch.Tensor,
+        num_image_tokens: int,
+        images_per_row: int | None,
+    ) -> SequencePlan:
+        """Finds the pictures, checks what is told of tokens, counts positions and deals the tokens out."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        batch_size, seq_len = given.shape[:2]
+        has_new_images = num_image_tokens > 0
+        is_image = locate_images(
+            given,
+            partial(self.image_placeholders, input_ids, inputs_embeds),
+            attention_mask,
+            mm_token_type_ids,
+            past_len,
+            text_cache.get_seq_length() if text_cache is not None else 0,
+            has_new_images,
+            noted=pictures_read(past_key_values, past_len),
+        )
+        image_mask, updated_index, block_ids = None, None, None
+        if is_image is not None and has_new_images and self.config.num_image_reading_layers:
+            image_seq_length = self.config.image_seq_length
+            image_mask = image_tokens_to_leave(is_image[:, -seq_len:], image_seq_length)  # (batch, seq_len)
+            updated_index = positions_to_update(
+                self.fusion_model, image_mask, attention_mask, num_image_tokens, image_seq_length, images_per_row
+            )
+        if token_type_ids is not None:
+            check_prefix(token_type_ids, attention_mask, segment_ids)
+        if segment_ids is not None:
+            check_segments(segment_ids, is_image, token_type_ids, attention_mask, self.config.image_seq_length)
+        # Text alone that is read forwards is left to the library: without a mask and a cache it tells several
+        # sequences apart by their positions
+        has_own_order = has_new_images or token_type_ids is not None or self.config.restart_positions
+        if segment_ids is not None and position_ids is None:
+            position_ids = default_segment_positions(segment_ids, attention_mask)
+        elif segment_ids is None and position_ids is not None and has_own_order and seq_len > 1:
+            check_one_sequence(position_ids, attention_mask)
+        given_position_ids = position_ids
+        needs_positions = attention_mask is not None or is_image is not None or self.config.restart_positions
+        if position_ids is None and needs_positions:
+            position_ids = count_tokens(attention_mask, past_len, batch_size, seq_len, given.device)
+        layout = deal_out(
+            self.config,
+            is_image,
+            attention_mask,
+            # Without a cache text is packed to the left: its positions are the default ones
+            given_position_ids if has_new_images and text_cache is None else position_ids,
+            seq_len,
+            num_image_tokens,
+            text_cache,
+            images_per_row,
+            segment_ids,
+        )
+        if text_cache is not None and layout.text_index is not None:
+            num_left_out = seq_len - layout.text_len(seq_len)
+            num_untold = 0 if mm_token_type_ids is None else is_image.shape[1] - mm_token_type_ids.shape[1]
+            note_pictures(past_key_values, is_image, layout.kept_columns, num_left_out, num_image_tokens, num_untold)
+        needs_mask = updated_index is not None or (has_new_images and self.config.bidirectional_images)
+        if needs_mask or token_type_ids is not None:
+            if is_image is None:
+                is_image = torch.zeros(batch_size, int(past_len) + seq_len, dtype=torch.bool, device=given.device)
+            block_ids = tokens_that_see_each_other(
+                self.config, is_image, token_type_ids, attention_mask, seq_len, segment_ids
+            )
+        return SequencePlan(layout, position_ids, block_ids, image_mask, updated_index)
 
     def _check_shapes(
         self,
@@ -943,7 +916,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         position_ids = None
         if attention_mask is not None:
             batch_size, seq_len = input_ids.shape
-            position_ids = self._count_tokens(attention_mask, 0, batch_size, seq_len, input_ids.device)
+            position_ids = count_tokens(attention_mask, 0, batch_size, seq_len, input_ids.device)
         with no_grad_if_frozen(self.text_model):
             return self.text_model(
                 input_ids=input_ids,
@@ -1003,43 +976,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         return self.fusion_model(
             inputs_embeds=hidden_states,
             attention_mask=fusion_mask(self.config, hidden_states, attention_mask, block_ids=prefix),
-            position_ids=self._count_tokens(attention_mask, 0, batch_size, seq_len, hidden_states.device),
+            position_ids=count_tokens(attention_mask, 0, batch_size, seq_len, hidden_states.device),
             use_cache=False,
             **kwargs,
         ).last_hidden_state
-
-    def _count_tokens(
-        self,
-        attention_mask: torch.Tensor | None,
-        past_len: int | torch.Tensor,
-        batch_size: int,
-        seq_len: int,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """Positions of shape `(batch, seq_len)`: how many tokens that are not padding stand before each."""
-        if attention_mask is not None:
-            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -seq_len:]
-        positions = torch.arange(seq_len, device=device) + past_len
-        return positions.expand(batch_size, -1)
-
-    def _count_prefix(
-        self,
-        token_type_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | dict[str, Any] | None,
-        past_len: int | torch.Tensor,
-        seq_len: int,
-        segment_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if isinstance(past_len, torch.Tensor) or isinstance(attention_mask, dict):
-            raise ValueError("With a static cache, `config.restart_positions` needs `prefix_length`")
-        if past_len and (token_type_ids is None or token_type_ids.shape[1] != past_len + seq_len):
-            raise ValueError(
-                "To continue from a cache, `config.restart_positions` needs `prefix_length`, or `token_type_ids` of "
-                f"the whole sequence of {past_len + seq_len} tokens, cached ones included"
-            )
-        if token_type_ids is None:
-            return torch.zeros(1, dtype=torch.long, device=self.device)
-        return prefix_length_of(token_type_ids, attention_mask, segment_ids)
 
 
 class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):

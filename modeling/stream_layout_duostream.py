@@ -1,10 +1,13 @@
 """Where each token goes: which positions the text stream reads, and how the two streams are joined."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
+
+from ..configuration.configuration_duostream import DuoStreamConfig, layer_types
 
 
 class StreamLayout(NamedTuple):
@@ -29,6 +32,40 @@ class StreamLayout(NamedTuple):
     text_attention_mask: torch.Tensor | None = None
     text_position_ids: torch.Tensor | None = None
     kept_columns: torch.Tensor | None = None
+
+    def text_len(self, seq_len: int) -> int:
+        """How many of `seq_len` tokens a row the text stream reads."""
+        return seq_len if self.text_index is None else self.text_index.shape[1]
+
+    def join(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
+        """
+        The states of both streams, `(batch, text_len, hidden)` and `(num_images, image_seq_length, hidden)`, in the
+        order of the sequence: `(batch, seq_len, hidden)`.
+        """
+        states = torch.cat([text_states.flatten(0, 1), image_states.flatten(0, -2)])  # (all tokens, hidden)
+        return states[self.join_index.to(states.device)]  # (batch, seq_len, hidden)
+
+
+class SequencePlan(NamedTuple):
+    """
+    What is settled about a forward pass before any stream runs.
+
+    Attributes:
+        layout (`StreamLayout`): What each stream reads.
+        position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*): Positions that count all tokens.
+        block_ids (`torch.LongTensor` of shape `(batch, past_len + seq_len)`, *optional*):
+            Which tokens see each other both ways in the fusion stack: see [`block_sequence_ids`].
+        image_mask (`torch.BoolTensor` of shape `(batch, seq_len)`, *optional*):
+            The image tokens that upper fusion layers only read: see [`image_tokens_to_leave`].
+        updated_index (`torch.LongTensor` of shape `(batch, num_updated)`, *optional*):
+            The positions of which these layers make new states: see [`positions_to_update`].
+    """
+
+    layout: StreamLayout
+    position_ids: torch.Tensor | None
+    block_ids: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    updated_index: torch.Tensor | None = None
 
 
 def check(condition: torch.Tensor, message: str) -> None:
@@ -75,6 +112,59 @@ def first_where(mask: torch.Tensor) -> torch.Tensor:
 def without_padding(mask: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """A mask of tokens, and of none that are padding; both of shape `(batch, total_len)`."""
     return mask if attention_mask is None else mask & attention_mask.to(torch.bool)
+
+
+def text_window(config: DuoStreamConfig) -> int | None:
+    """The sliding window of the text stream's layers, in tokens; `None` where all see all that came before."""
+    if "sliding_attention" in layer_types(config.text_config):
+        return config.text_config.sliding_window
+    # GPT-Neo has names of its own
+    is_local = "local" in getattr(config.text_config, "attention_layers", ())
+    return config.text_config.window_size if is_local else None
+
+
+def deal_out(
+    config: DuoStreamConfig,
+    is_image: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_len: int,
+    num_image_tokens: int,
+    text_cache: Cache | None,
+    images_per_row: int | None,
+    segment_ids: torch.Tensor | None,
+) -> StreamLayout:
+    """
+    The layout of any forward pass, with or without pictures, cached ones included: see [`lay_out`], which makes it
+    where there are new ones. `is_image` is `None` where there are none at all.
+    """
+    if is_image is None or (not num_image_tokens and text_cache is None):
+        return StreamLayout(text_attention_mask=attention_mask, text_position_ids=position_ids)
+    if num_image_tokens:
+        layout = lay_out(
+            is_image,
+            attention_mask,
+            position_ids,
+            seq_len,
+            num_image_tokens,
+            config.image_seq_length,
+            cached=text_cache is not None,
+            text_is_causal=config.is_text_causal,
+            images_per_row=images_per_row,
+            sliding_window=text_window(config),
+            segment_ids=segment_ids,
+        )
+    else:
+        layout = StreamLayout(
+            text_attention_mask=text_padding_mask(is_image, attention_mask, text_window(config)),
+            text_position_ids=count_text(position_ids, is_image, attention_mask),
+        )
+    past_text_len = text_cache.get_seq_length() if text_cache is not None else 0
+    if layout.text_attention_mask is not None and not isinstance(past_text_len, torch.Tensor):
+        # Behind the columns that are kept stand those that are left out
+        text_attention_mask = layout.text_attention_mask[:, : past_text_len + layout.text_len(seq_len)]
+        layout = layout._replace(text_attention_mask=text_attention_mask)
+    return layout
 
 
 def lay_out(
@@ -177,7 +267,7 @@ def text_padding_mask(
 ) -> torch.Tensor | None:
     """
     Which slots of a cached text stream hold text, of shape `(batch, total_len)`: those of the kept columns first, in
-    order, then those left out. `None` where all that are kept do.
+    order, then those left out. `None` for a single row without padding, whose kept slots all hold text.
 
     Args:
         is_image (`torch.BoolTensor` of shape `(batch, total_len)`): Where the image tokens stand.
@@ -208,6 +298,20 @@ def _mask_slots(
     return is_text[:, order] & kept[order]
 
 
+def count_tokens(
+    attention_mask: torch.Tensor | None,
+    past_len: int | torch.Tensor,
+    batch_size: int,
+    seq_len: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Positions of shape `(batch, seq_len)`: how many tokens that are not padding stand before each."""
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -seq_len:]
+    positions = torch.arange(seq_len, device=device) + past_len
+    return positions.expand(batch_size, -1)
+
+
 def count_text(
     position_ids: torch.Tensor,
     is_image: torch.Tensor,
@@ -225,6 +329,32 @@ def count_text(
     else:
         images_so_far = is_image.cumsum(dim=1)[:, -position_ids.shape[1] :]
     return (position_ids - images_so_far).clamp(min=0)
+
+
+def count_prefix(
+    position_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict[str, Any] | None,
+    past_len: int | torch.Tensor,
+    segment_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    [`prefix_length_of`] the rows of a forward pass, of which `position_ids` are those of the new tokens.
+
+    Raises:
+        ValueError: The types that are there don't tell.
+    """
+    if isinstance(past_len, torch.Tensor) or isinstance(attention_mask, dict):
+        raise ValueError("With a static cache, `config.restart_positions` needs `prefix_length`")
+    total_len = past_len + position_ids.shape[1]
+    if past_len and (token_type_ids is None or token_type_ids.shape[1] != total_len):
+        raise ValueError(
+            "To continue from a cache, `config.restart_positions` needs `prefix_length`, or `token_type_ids` of "
+            f"the whole sequence of {total_len} tokens, cached ones included"
+        )
+    if token_type_ids is None:
+        return position_ids.new_zeros(1)
+    return prefix_length_of(token_type_ids, attention_mask, segment_ids)
 
 
 def prefix_length_of(
