@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..modeling.modeling_duostream import STREAMS
 
-# Of the library's 120 options, those that short help shows
+# Of `TrainingArguments`, those that short help shows
 EVERYDAY = ("output_dir", "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "seed")
 # Of ours, those that it only names
 RARE = (
@@ -28,7 +28,7 @@ RARE = (
     *("cache_vision", "packing", "images_last", "chars_per_picture"),
 )
 MAX_WIDTH = 119  # columns of help
-# Of all that is measured; of other names the library takes the lowest for the worst, but for losses
+# Metrics of which the lowest is best. Unless told, `Trainer` takes the highest for that, but of names ending in `loss`
 LOWER_IS_BETTER = ("mse", "median_rank")
 
 
@@ -123,7 +123,7 @@ class DataArguments:
         default="scenes",
         metadata={
             "help": "`scenes` (drawn here), a Hub id, a folder of pictures with a metadata file (imagefolder), or a "
-            "file or folder of JSONL or Parquet."
+            "file or folder of JSONL, Parquet, Arrow or WebDataset's tar files."
         },
     )
     mixture: list[str] = field(

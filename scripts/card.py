@@ -141,7 +141,8 @@ def write_run(trainer: Trainer, data: DataArguments | None = None) -> None:
         "sources_before": [*(earlier.get("sources_before") or []), *earlier.get("sources", [])],
         "are_sources_before_all": is_known,
         "are_sources_all": is_known and data is not None,
-        "prompt": prompt_of(data) if data is not None else None,
+        # Text as it is answers no prompt
+        "prompt": prompt_of(data) if data is not None and data.task != "masked" else None,
         "images_last": data is not None and data.images_last,
         "reads_pictures": "images" in (getattr(rows, "column_names", None) or ["images"]),
         "train": rows_of(rows),

@@ -85,7 +85,7 @@ def check_files(folder: Path, has_states: bool = False) -> None:
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
             elif has_states and path.suffix in (".pt", ".pth") and not is_zipfile(path):
-                raise ValueError("it has no end")
+                raise ValueError("it isn't a whole archive")
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is broken, cut short or overwritten: {error}") from error
 

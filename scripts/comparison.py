@@ -28,7 +28,7 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def timer(run: Callable[[], Any], clock: str = "wall") -> Callable[[], float]:
+def timer(run: Callable[[], Any], clock: str) -> Callable[[], float]:
     """A function that runs another and returns the seconds it took."""
 
     def timed() -> float:

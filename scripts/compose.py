@@ -61,8 +61,10 @@ class ComposeArguments:
     from_scratch: bool = field(
         default=False, metadata={"help": "New weights everywhere: beside it shows what pretraining bought."}
     )
-    dtype: str | None = field(default=None, metadata={"help": "Of the weights: by default, the language model's."})
-    seed: int = field(default=42, metadata={"help": "Of the new weights."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the weights, as bfloat16: by default, the language model's."}
+    )
+    seed: int = field(default=42, metadata={"help": "Random seed of the new weights."})
     json: bool = field(default=False, metadata={"help": "Print what was made as JSON."})
 
     def __post_init__(self) -> None:

@@ -98,7 +98,7 @@ def load_mixture(
     for part in parts:
         if args.mixture and bad_rows is not None:
             bad_rows.dataset = part.dataset
-        # What rows look like when they are read is lost in putting them together: they are blanked at the end
+        # `with_transform`, by which pictures are blank, is lost in `concatenate_datasets`: they are blanked at the end
         unblanked = replace(part, blank_images=False)
         rows = load_rows(unblanked, part.train_split, part.max_train_rows, classes=classes, bad_rows=bad_rows)
         if "tools" in (rows.column_names or ()):

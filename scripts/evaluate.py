@@ -51,7 +51,8 @@ from .tasks import task_of
 
 logger = logging.get_logger(__name__)
 
-MANY_ROWS = 10**9  # of which slices are told by percentages exactly
+# A number of rows of which all percentages are whole: how many there are isn't known where slices are compared
+MANY_ROWS = 10**9
 
 
 @dataclass
@@ -73,7 +74,7 @@ class EvaluateArguments:
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
-    seed: int = field(default=0, metadata={"help": "Of which tokens are masked."})
+    seed: int = field(default=0, metadata={"help": "Random seed of which tokens are masked."})
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "batch_size", "max_new_tokens", "num_beams")
@@ -160,7 +161,7 @@ def check_questions(
         inputs = prompt_inputs(processor, conversations)
         room.check(inputs, names, is_prompt=True)
         left.append(room.behind(inputs))
-    return min(filter(None, left), default=None)
+    return min(left, default=None)
 
 
 def with_pictures(messages: list[dict], images: list[PIL.Image.Image]) -> list[dict]:
@@ -404,7 +405,10 @@ def to_device(value: Any, device: torch.device) -> Any:
 def evaluate(
     model: PreTrainedModel, processor: DuoStreamProcessor, rows: Rows, task: str, batch_size: int = 64, **kwargs: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of a task, and what the model said to each row. `kwargs` go to `generate`, or what measures."""
+    """
+    The figures of a task, and what the model said to each row. `kwargs` go to `generate`, or to [`classify`],
+    [`retrieve`] or [`fill_masks`].
+    """
     if task_of(task).is_generative:
         results = generate_answers(model, processor, rows, batch_size, **kwargs)
         figures = score_answers(results, task)
@@ -422,7 +426,7 @@ def overlap(split: str, other: str, is_file: bool) -> bool:
         names = {part.split("[")[0].strip() for part in spec.split("+")}
         parts = ReadInstruction.from_spec(spec).to_absolute(dict.fromkeys(names, MANY_ROWS))
         # A file is one split, whatever it is called
-        return [("" if is_file else part.splitname, part.from_ or 0, part.to or MANY_ROWS) for part in parts]
+        return [("" if is_file else part.splitname, part.from_, part.to) for part in parts]
 
     return any(
         name == other_name and max(start, other_start) < min(end, other_end)

@@ -33,8 +33,12 @@ class GenerateArguments:
 
     checkpoint: str = field(metadata={"help": "Local folder or Hub id of a DuoStream model with its processor."})
     prompt: str = field(default="Describe the picture.", metadata={"help": "What the user says."})
-    image: list[str] = field(default_factory=list, metadata={"help": "Paths of the pictures that go before it."})
-    images_last: bool = field(default=False, metadata={"help": "They go behind it, as `images_last` in training."})
+    image: list[str] = field(
+        default_factory=list, metadata={"help": "Paths of pictures, which go in front of the prompt."}
+    )
+    images_last: bool = field(
+        default=False, metadata={"help": "Pictures go behind the prompt, as with `images_last` in training."}
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest."})

@@ -66,16 +66,18 @@ class PushArguments:
             "go into the card, for all to see."
         },
     )
-    license: str | None = field(default=None, metadata={"help": "Of the weights, for the card: `apache-2.0`, `mit`."})
+    license: str | None = field(
+        default=None, metadata={"help": "License of the weights, for the card: `apache-2.0`, `mit`."}
+    )
     language: list[str] = field(
-        default_factory=list, metadata={"help": "Of the texts, for the card: codes such as `en`."}
+        default_factory=list, metadata={"help": "Languages of the texts, for the card: codes such as `en`."}
     )
     space: str | None = field(
         default=None,
         metadata={"help": "Name of a Space, `user/name`, that is made or renewed, too: a page to try the model."},
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
-    commit_message: str = field(default="Upload DuoStream", metadata={"help": "Of the commit."})
+    commit_message: str = field(default="Upload DuoStream", metadata={"help": "Message of the commit."})
     json: bool = field(default=False, metadata={"help": "Print what was uploaded as JSON."})
 
 

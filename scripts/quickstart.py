@@ -46,8 +46,10 @@ class QuickstartArguments:
     eval_scenes: int = field(default=300, metadata={"help": "Held-out scenes of each kind to evaluate on."})
     pretrain_steps: int = field(default=230, metadata={"help": "Steps of 64 captions."})
     question_steps: int = field(default=1000, metadata={"help": "Steps of up to five questions about 28 pictures."})
-    finetune_steps: int = field(default=950, metadata={"help": "Steps of these; each third of 28 captions instead."})
-    seed: int = field(default=0, metadata={"help": "Of the scenes, the weights and their order."})
+    finetune_steps: int = field(
+        default=950, metadata={"help": "Steps of such questions, and every third of 28 captions."}
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed of the scenes, the weights and their order."})
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "train_scenes", "eval_scenes", "pretrain_steps", "question_steps", "finetune_steps")

@@ -46,8 +46,8 @@ BUILDERS = {
 # Versions of `datasets` from which on it reads rows without columns, and rows of an image folder without a picture
 READS_EMPTY_LINES, READS_EMPTY_PICTURES = "4.8", "5.0"
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
-# An argument by which `datasets`, which knows functions of modules by their names, tells rows that other versions of
-# this code have made, and it has kept, from those of this one
+# `datasets` keeps what `map` returns under a hash of the function, in which functions of modules count by their names
+# alone: with a hash of our code among its arguments it doesn't give back rows that another version of that has made
 CODE = [path for part in ("scripts", "processing") for path in sorted(Path(__file__).parents[1].glob(f"{part}/*.py"))]
 MADE_BY = {"made_by": sha256(b"".join(path.read_bytes() for path in CODE)).hexdigest()}
 

@@ -352,6 +352,14 @@ def test_the_block_about_use_asks_as_the_model_was_trained(
     assert {"type": "text", "text": asked} in parts
 
 
+def test_text_that_was_learnt_as_it_is_answered_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CAPTIONS))
+    options = {"task": "masked", "dataset": str(tmp_path / "said.jsonl"), "image_column": ""}
+    write_card(train(tmp_path / "writer", DataArguments(**options, eval_split="train")))
+    card = (tmp_path / "writer" / "README.md").read_text()
+    assert "as plain text" in card and '"text": "Describe the picture."' in card
+
+
 def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(trained: Path, tmp_path: Path) -> None:
     run = json.loads((trained / "run.json").read_text())
     names = ("license", "language", "datasets", "base_model")

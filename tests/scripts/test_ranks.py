@@ -19,7 +19,7 @@ from ranks import RECIPES, TORCHRUN, accelerate, launch, launch_forks
 from transformers import AutoConfig
 
 import duostream
-from duostream.scripts import finetune, pretrain
+from duostream.scripts import cli, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
 from duostream.scripts.data import load_rows
 from duostream.scripts.training import DuoStreamTrainer
@@ -295,7 +295,7 @@ def test_two_ranks_have_the_loss_of_one_though_some_rows_are_read_twice(tmp_path
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_within_a_minute(rows, checkpoint, tmp_path):
     args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "", "--max_steps", "100000"]
-    line = [sys.executable, "-m", *TORCHRUN, "2", "-m", finetune.__name__, *args, "--output_dir", str(tmp_path)]
+    line = [sys.executable, "-m", *TORCHRUN, "2", "-m", cli.__name__, "finetune", *args, "--output_dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         ranks = []
