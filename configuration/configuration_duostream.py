@@ -26,10 +26,11 @@ CHOICES = {
 }
 WEIGHTS = ("lm_weight", "mlm_weight", "itc_weight", "itm_weight")
 SUB_CONFIGS = ("text_config", "vision_config", "fusion_stack_config")
-# Limits of what makes a Python object each: a config that names more would hang whoever reads it
+# Of each layer and label a Python object is made: a config that names more of them would hang whoever reads it
 MAX_LAYERS, MAX_LABELS = 1000, 1_000_000
 
-# Of `train_tokenizer`. Llama's own end would be `image_token_id`, which is never written, and no answer would end
+# As `train_tokenizer` numbers them. Llama's default `eos_token_id`, 2, is here the default `image_token_id`, which is
+# never written: no answer would end
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1}
 
 # Weights start at the inverse root of the width (Glorot and Bengio 2010): at 0.02 so narrow a stack learns slower.
@@ -238,9 +239,6 @@ class DuoStreamConfig(PreTrainedConfig):
     base_models: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.pop("update_image_states", True) is False and self.num_image_update_layers is None:
-            # What checkpoints said until 27 November 2026
-            self.num_image_update_layers = 0
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
         self.check_fields()

@@ -26,7 +26,8 @@ Backbone: TypeAlias = str | os.PathLike | PreTrainedModel
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 POSITION_EMBEDDINGS = ("wpe", "embed_positions")
-# By which backbones are fetched, and no fields of the config, where a token would be for all to see
+# Options of `from_pretrained` by which backbones are fetched. They are no fields of the config, which is saved: the
+# token would be for all to see
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 # Of these whole models `AutoModel` reads the vision tower alone, if it is given that one's config
 READ_BY_TOWER = ("clip", "siglip", "chinese_clip")

@@ -31,7 +31,7 @@ class SuppressPlaceholder(LogitsProcessor):
     the vocabulary at each step: of 49152 tokens that took 0.3 ms on a CPU, this 0.01 ms (docs/speed.md).
 
     Args:
-        image_token_id (`int`): Within the vocabulary.
+        image_token_id (`int`): An index of the scores.
     """
 
     def __init__(self, image_token_id: int):

@@ -511,9 +511,9 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 "`label_smoothing_factor`, which takes them away, doesn't go with the objectives of pretraining"
             )
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
-        # What ranks that share weights run together, and this one has no use for
+        # What all ranks run together where weights are sharded, and this one has no use for
         unused: list[torch.Tensor] = []
-        is_shared = self.model._are_weights_shared_out
+        is_shared = self.model._has_sharded_weights
         if images is None and is_shared:
             unused.append(self.model._read_unused_picture())
             # None of its tokens. Else each objective would read one more, where other ranks read none
@@ -609,7 +609,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
     def losses_of_no_pairs(self) -> list[torch.Tensor]:
         """Zeros, for which this rank gathers with those that have pairs, which would else wait for it."""
         losses, nothing = [], self.lm_head.weight.new_zeros(0, 1, self.lm_head.in_features)
-        if self.model._are_weights_shared_out:
+        if self.model._has_sharded_weights:
             # Any token but a picture's
             no_ids = torch.full((1, 1), int(self.config.image_token_id == 0), device=nothing.device)
             losses.append(0 * self.model.read_text(no_ids).last_hidden_state.sum())
@@ -622,7 +622,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         return losses
 
     def fuse_unused_pair(self) -> torch.Tensor:
-        """Zero, from a pair: ranks that share weights gather the fusion stack's together."""
+        """0, made of a pair: where weights are sharded, ranks gather the fusion stack's together."""
         text = self.lm_head.weight.new_zeros(1, 1, self.lm_head.in_features)
         # As a pair's states do: FSDP2 puts off what it does in a backward pass where inputs need no gradient
         text.requires_grad_(torch.is_grad_enabled())

@@ -114,7 +114,7 @@ class DuoStreamCausalLMOutputWithPast(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch, seq_len, vocab_size)`):
             Scores of the next token at each position that `logits_to_keep` keeps; in training with `targets_per_row`,
             of shape `(batch, targets_per_row, vocab_size)`, at those that have a label; with `config.loss_chunk_size`
-            none.
+            or Liger's kernels none.
         past_key_values (`Cache`, *optional*): Keys and values of the fusion layers, then of the text layers.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
         attentions (`tuple(torch.FloatTensor)`, *optional*): The fusion stack's.
@@ -161,9 +161,9 @@ def no_grad_if_frozen(
     part: nn.Module, *inputs: torch.Tensor | None, past_key_values: Cache | None = None
 ) -> AbstractContextManager:
     """
-    For a part in which nothing is trained, and nothing before it, nor in its cache (a prefix of PEFT's is): it keeps
-    no graph, even where the library asks its embeddings for one (`enable_input_require_grads`, for adapters behind
-    them).
+    `torch.no_grad()` where neither a part nor its inputs nor its cache (which a prefix of PEFT's is in) is trained,
+    even if the library asks its embeddings for a graph (`enable_input_require_grads`, for adapters behind them); else
+    a context that changes nothing.
     """
     if not torch.is_grad_enabled():
         # A walk through all weights at each token that is written is a hundredth to a tenth of the time it takes
@@ -175,7 +175,7 @@ def no_grad_if_frozen(
 
 
 def own_attention(config: DuoStreamConfig, attn_implementation: str | None) -> dict[str, str]:
-    """What is used by streams that can't take the implementation which is chosen for all, by the config's names."""
+    """Attention implementations of the sub-configs, by name, that don't support the one chosen for the whole model."""
     own = {}
     if not MODEL_MAPPING[type(config.vision_config)]._supports_sdpa:
         # A convolutional stream has no attention to choose, but would refuse whatever is chosen for the others
@@ -495,16 +495,19 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=images.last_hidden_state, pooler_output=states)
 
     @property
-    def _are_weights_shared_out(self) -> bool:
-        """Whether ranks gather each part's weights when it runs, as FSDP and DeepSpeed's ZeRO-3 do."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    def _has_sharded_weights(self) -> bool:
+        """Whether weights are sharded: ranks gather a part's when it runs, as with FSDP and DeepSpeed's ZeRO-3."""
+        if not torch.distributed.is_initialized():
             return False
         # Which parts FSDP2 wraps is for the user to say, and PEFT wraps some once more
         is_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in self.modules())
         return is_fsdp or hasattr(next(self.vision_model.parameters()), "ds_id")
 
     def _read_unused_picture(self) -> torch.Tensor:
-        """Zero, from a picture: ranks that share weights gather each stream's together, so none may leave one out."""
+        """
+        0, made of a blank picture: of weights that are sharded, a rank that left out the vision stream would leave the
+        others waiting in its all-gather.
+        """
         vision, was_training = self.config.vision_config, self.vision_model.training
         # Batch norm keeps nothing of it
         self.vision_model.eval()
@@ -607,8 +610,9 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 Text, with `config.image_seq_length` times `config.image_token_id` where a picture stands.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The pictures of all rows, in the order of their placeholders.
-            attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, *optional*):
-                1 = token, 0 = padding.
+            attention_mask (`torch.Tensor` of shape `(batch, past_len + seq_len)`, or `dict`, *optional*):
+                1 = token, 0 = padding. Or, for tokens of text behind a cache, the masks that `prepare_decoding` makes:
+                `"text"` and `"fusion"`.
             position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Positions that count all tokens. Defaults to the number of unpadded tokens before each.
             past_key_values (`Cache`, *optional*): The fusion layers first, the text layers behind them.
@@ -640,6 +644,10 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
                 `last_hidden_state` of the last so many positions alone, of these positions of each row, each named
                 once, or of all (0). Of the others the last fusion layer makes keys and values only, where it may.
 
+        Returns:
+            [`DuoStreamModelOutputWithPast`], with `last_hidden_state` of shape `(batch, seq_len, hidden)`, or
+            `(batch, num_kept, hidden)`.
+
         Raises:
             ValueError: placeholders and pictures don't match, or the arguments contradict each other.
         """
@@ -666,7 +674,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         # Decoding reads no pictures on any rank. With a static cache only the device knows whether it decodes, and is
         # asked last.
         may_be_first = isinstance(past_len, torch.Tensor) or past_len == 0
-        if image_states is None and may_be_first and self._are_weights_shared_out and past_len == 0:
+        if image_states is None and may_be_first and self._has_sharded_weights and past_len == 0:
             unused = self._read_unused_picture()
         num_image_tokens = 0 if image_states is None else image_states.shape[:-1].numel()
 
@@ -723,7 +731,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         fusion, num_update_layers = self.fusion_model, self.config.num_image_update_layers
         kept = states_to_make(fusion, hidden_states, states_to_keep, plan.updated_index, num_update_layers)
         cache = fusion_cache
-        if kept and not self._are_weights_shared_out:
+        if kept and not self._has_sharded_weights:
             cache = keeping(kept, fusion, fusion_cache, has_own_mask, kwargs)
         if plan.image_mask is not None:
             kwargs |= {"image_mask": plan.image_mask, "num_image_update_layers": num_update_layers}
@@ -850,7 +858,6 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         segment_ids: torch.Tensor | None,
     ) -> Cache | None:
         """The cache that a forward pass reads and fills: the one that is given, a new one, or none."""
-        # Asked for once: at a decoding step of one row the host is what takes time
         is_text_causal = self.config.is_text_causal
         if segment_ids is not None and (past_key_values is not None or not is_text_causal):
             raise ValueError("`segment_ids` are for a text stream that is a decoder, and go without `past_key_values`")
@@ -986,8 +993,8 @@ class DuoStreamLMHeadModel(DuoStreamPreTrainedModel):
     """What the models with a language-model head have in common."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # Cross-entropy of states with labels by a head's matrix that makes no logits: `apply_liger_kernel_to_duostream`
-    # sets a model's
+    # A fused cross-entropy of states, labels and the head's matrix, which makes no logits:
+    # `apply_liger_kernel_to_duostream` sets it
     linear_cross_entropy: Callable[..., torch.Tensor] | None = None
 
     def __init__(self, config: DuoStreamConfig):

@@ -1,4 +1,4 @@
-"""Losses: which state predicts which label, and how badly pictures and texts of all ranks find each other."""
+"""Losses: labels in the place of the states that predict them, and the contrastive loss over all ranks' pairs."""
 
 from typing import Any
 
@@ -62,8 +62,7 @@ def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Ten
 
 def num_ranks() -> int:
     """How many processes train together."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -84,7 +83,8 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     sizes = [int(count) for count in counts]
     padded = nn.functional.pad(rows, (0, 0, 0, max(sizes) - len(rows)))  # (max_rows, hidden)
     gathered = all_gather(padded)
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), sum(sizes[:rank])
+    rows = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])  # (num_all_rows, hidden)
+    return rows, sum(sizes[:rank])
 
 
 def contrastive_loss(
@@ -114,7 +114,7 @@ def contrastive_loss(
     own = torch.arange(first, first + len(text_embeds), device=text_embeds.device)
     scores = logit_scale.exp() * text_embeds @ all_images.T + logit_bias  # (num_pairs, all_pairs)
     if loss_type == "sigmoid":
-        signs = torch.full_like(scores, -1).scatter(1, own[:, None], 1)
+        signs = torch.full_like(scores, -1).scatter(1, own[:, None], 1)  # (num_pairs, all_pairs)
         loss = -nn.functional.logsigmoid(signs * scores.float()).sum()
     else:
         image_scores = logit_scale.exp() * image_embeds @ all_texts.T + logit_bias  # (num_pairs, all_pairs)

@@ -209,8 +209,10 @@ class DuoStreamDataCollator:
             if not input_ids[n]:
                 raise ValueError(f"{names[i]} has no text and no picture")
             # Of the whole row: what is cut may hold the marker. A text without a chat has none, whatever it says
-            has_prefix = marker is not None and not is_text
-            types[n] = self.processor.prefix_types(input_ids[n], marker) if has_prefix else [1] * len(input_ids[n])
+            if marker is None or is_text:
+                types[n] = [1] * len(input_ids[n])
+            else:
+                types[n] = self.processor.prefix_types(input_ids[n], marker)
             input_ids[n], labels[n], types[n] = self.expand_and_cut(input_ids[n], labels[n], types[n], names[i], frame)
 
         segment_ids = None

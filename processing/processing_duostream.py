@@ -413,12 +413,12 @@ class DuoStreamProcessor(ProcessorMixin):
         dropped = text[room:] if self.tokenizer.truncation_side == "right" else text[: max(len(text) - room, 0)]
         return sorted(set(range(len(input_ids))) - set(dropped))
 
-    def prefix_types(self, input_ids: list[int], marker: tuple[str, str] | None = None) -> list[int]:
+    def prefix_types(self, input_ids: list[int], marker: tuple[str, str]) -> list[int]:
         """
-        Types of a row: 0 before the first answer's role marker, 1 from there on; all 1 without one. The marker is
-        `answer_marker()`; for many rows it is found once and given.
+        Types of a row: 0 before the first answer's role marker, as [`answer_marker`] gives it, 1 from there on; all 1
+        without one.
         """
-        _, spelling = self.answer_marker() if marker is None else marker
+        _, spelling = marker
         spelled = self.spelled(input_ids)
         start = "".join(spelled).find(spelling)
         if start < 0:

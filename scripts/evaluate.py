@@ -161,7 +161,7 @@ def check_questions(
         inputs = prompt_inputs(processor, conversations)
         room.check(inputs, names, is_prompt=True)
         left.append(room.behind(inputs))
-    return min(left, default=None)
+    return min(filter(None, left), default=None)
 
 
 def with_pictures(messages: list[dict], images: list[PIL.Image.Image]) -> list[dict]:

@@ -297,14 +297,6 @@ def test_the_cache_sees_the_layers_of_both_stacks_the_fusion_stack_first() -> No
     assert config.get_text_config() is config.text_config
 
 
-@pytest.mark.parametrize("stored", [True, False, None])
-def test_what_checkpoints_said_before_of_image_states_is_understood(stored: bool | None) -> None:
-    fields = {} if stored is None else {"update_image_states": stored}
-    config = DuoStreamConfig.from_dict({**small_config().to_dict(), **fields})
-    assert config.num_image_update_layers == (0 if stored is False else None)
-    assert "update_image_states" not in config.to_dict()
-
-
 @pytest.mark.parametrize(
     ("field", "value"), [("num_image_update_layers", 3), ("num_image_update_layers", -1), ("loss_chunk_size", -5)]
 )
