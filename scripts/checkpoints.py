@@ -1,67 +1,55 @@
-"""Checkpoints that are whole: written aside and moved to their place, and refused by name where they are broken."""
+"""Checkpoints that are there: whether a name is one, whether its files are whole and fit together, and loading it."""
 
-import ctypes
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, logging
 
 logger = logging.get_logger(__name__)
 
-# The library uploads nothing whose name begins so
-UNFINISHED = "_unfinished"
+EXPECTED = (
+    "expected a folder with a model's `config.json` and its processor, or a model's name on the Hub, `user/name`"
+)
+MERGE = (
+    "`PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(FOLDER)` makes a whole model of it"
+)
 
 
-def sync(folder: Path) -> None:
-    """Waits until the files of a folder are on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds what PEFT saves, without the model that it was trained on."""
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
 
 
-def publish(written: Path, place: Path) -> None:
+def check_place(checkpoint: str) -> None:
     """
-    Moves a folder that is written to its place, so that all of it is there or none, whenever the process ends. What
-    stood there stays until then, where the file system lets folders change places: on Linux most do, NFS doesn't.
+    Looks whether there is a model, in a folder or on the Hub.
+
+    Raises:
+        ValueError: There is none. Of a folder that isn't there the library would say what a name on the Hub may be.
     """
-    sync(written)
-    if not (place.exists() and _exchange(written, place)):
-        if place.exists():
-            # A folder that is deleted where it stands is for a while half of one
-            place.rename(written.parent / "replaced")
-        written.rename(place)
-    shutil.rmtree(written.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Lets two folders change places at once, for which Python has no call, and says whether the system did so."""
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "renameat2"):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def publish_files(written: Path, folder: Path) -> None:
-    """
-    Moves the files of a model that is written to a folder that has others. Its weights are taken away first and come
-    last: without them nothing can be loaded, so new weights never stand beside an old config.
-    """
-    sync(written)
-    for old in folder.glob("*.safetensors*"):
-        old.unlink()
-    for path in sorted(written.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json")):
-        if (folder / path.name).is_dir():
-            shutil.rmtree(folder / path.name)
-        path.replace(folder / path.name)
-    shutil.rmtree(written.parent)
+    path, told = Path(checkpoint), f"`checkpoint` is {checkpoint!r}"
+    if is_adapter(path):
+        raise ValueError(f"{told}, an adapter of PEFT without its model: {MERGE}, and the processor belongs beside it")
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise ValueError(f"{told}, a folder without `config.json`; {EXPECTED}")
+        return
+    if path.is_file():
+        raise ValueError(f"{told}, a file; {EXPECTED}")
+    try:
+        validate_repo_id(checkpoint)
+    except HFValidationError as error:
+        raise ValueError(f"{told}: there is no such folder; {EXPECTED}") from error
+    try:
+        cached_file(checkpoint, CONFIG_NAME)
+    except OSError as error:
+        raise ValueError(f"{told}: there is no such folder, and from the Hub it can't be had: {error}") from error
 
 
 def check_files(folder: Path, has_states: bool = False) -> None:

@@ -31,12 +31,11 @@ from transformers.utils import cached_file
 
 from ..processing import DuoStreamProcessor, DuoStreamRetrievalCollator
 from ..processing.data_collator_duostream import load_picture
+from .answering import TextRoom, prompt_inputs
 from .arguments import check_at_least_one, parse
 from .card import RUN
-from .checkpoints import load_model
-from .evaluate import evaluation_loss, to_device
-from .generate import TextRoom, prompt_inputs
-from .places import check_place
+from .checkpoints import check_place, load_model
+from .measuring import evaluation_loss, to_device
 from .report import show_attention
 from .rows import columns_in
 from .tasks import TASKS

@@ -18,9 +18,8 @@ from transformers.utils import logging
 from ..configuration import DuoStreamConfig
 from ..modeling import DuoStreamForSequenceClassification
 from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping, merged, parse
-from .checkpoints import load_model
+from .checkpoints import check_place, load_model
 from .data import load_mixture, load_rows, read_classes
-from .places import check_place
 from .rows import are_numbered
 from .tasks import task_of
 from .training import bad_rows_of, check_output_dir, collator_of, prepare, train

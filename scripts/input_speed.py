@@ -32,7 +32,8 @@ from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, 
 from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_rows
 from .peers import check_squares
-from .training import DuoStreamTrainer, collator_of
+from .trainer import DuoStreamTrainer
+from .training import collator_of
 
 PATCH_SIZE = 16
 JPEG_SIZE = (500, 375)  # as of most photographs in captioned sets

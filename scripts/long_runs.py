@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from .checkpoints import UNFINISHED, publish, publish_files
+from .saving import UNFINISHED, publish, publish_files
 
 logger = logging.get_logger(__name__)
 

@@ -33,7 +33,7 @@ from .arguments import (
     merged,
     parse,
 )
-from .compose import check_answers_end, load_vision, take_vision
+from .backbones import check_answers_end, load_vision, take_vision
 from .data import load_mixture, load_rows, texts_of
 from .sources import Rows
 from .training import bad_rows_of, check_output_dir, prepare, train

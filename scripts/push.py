@@ -24,9 +24,8 @@ import duostream
 
 from .arguments import parse
 from .card import CARD, PICTURES, RUN, are_same_weights, is_by_hand, read_evaluation, weights_fingerprints, write_card
-from .checkpoints import check_files, load_model
+from .checkpoints import MERGE, check_files, check_place, is_adapter, load_model
 from .demo import import_gradio, space_files
-from .places import MERGE, check_place, is_adapter
 
 logger = logging.get_logger(__name__)
 

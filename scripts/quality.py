@@ -23,13 +23,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from .. import DuoStreamProcessor, train_tokenizer
 from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, parse
-from .compose import load_vision
+from .backbones import load_vision
 from .data import load_mixture, load_rows, read_classes, texts_of
 from .finetune import class_options
 from .report import new_figure
 from .sides import Side, duostream_side, peer_side
 from .sources import Rows
-from .training import DuoStreamTrainer
+from .trainer import DuoStreamTrainer
 from .vision_cache import check_cacheable
 
 

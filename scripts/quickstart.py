@@ -25,10 +25,10 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 
 from .. import DuoStreamProcessor, __version__
+from .answering import answer
 from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, parse
 from .data import blank, number_rows, pack_rows
-from .evaluate import exact_match, generate_answers, text_of
-from .generate import answer
+from .measuring import exact_match, generate_answers, text_of
 from .pretrain import PretrainArguments, new_model
 from .report import NUM_SHOWN, attended_tokens, pick, write_report
 from .scenes import ALL_COMBINATIONS, build_scenes, caption_rows, question_rows, training_rows

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from ..processing import DuoStreamProcessor
 from ..processing.data_collator_duostream import load_picture
-from .generate import prompt_inputs
+from .answering import prompt_inputs
 
 PICTURE_SIDE = 144  # pixels on the page
 NUM_SHOWN = 12

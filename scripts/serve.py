@@ -22,8 +22,8 @@ from transformers.utils.import_utils import is_serve_available
 from ..processing.chat_template_duostream import ToolsNotWrittenError
 from ..processing.data_collator_duostream import load_pictures
 from ..processing.processing_duostream import check_messages, check_text
-from .generate import TextRoom
-from .places import check_place
+from .answering import TextRoom
+from .checkpoints import check_place
 
 # What of the library's server is open: its other routes open files and addresses that a request names
 ROUTES = ("/health", "/load_model", "/v1/models", "/v1/chat/completions")

@@ -47,8 +47,8 @@ from .. import (
 from ..configuration.image_tokens_duostream import image_token_shape, image_tokens
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
 from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping
-from .compose import check_answers_end, load_vision, take_vision
-from .evaluate import evaluate, references_of, score_answers, text_of
+from .backbones import check_answers_end, load_vision, take_vision
+from .measuring import evaluate, references_of, score_answers, text_of
 from .scenes import rows_of_batch
 from .sources import Rows
 from .tasks import task_of

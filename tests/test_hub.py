@@ -70,7 +70,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from duostream import DuoStreamDataCollator
 from duostream.scripts.arguments import DuoStreamTrainingArguments
-from duostream.scripts.training import DuoStreamTrainer
+from duostream.scripts.trainer import DuoStreamTrainer
 
 processor = AutoProcessor.from_pretrained(sys.argv[1])
 row = {

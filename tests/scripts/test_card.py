@@ -39,7 +39,7 @@ from duostream.scripts.card import (
 from duostream.scripts.data import load_mixture, load_rows
 from duostream.scripts.push import PushArguments, push
 from duostream.scripts.report import pick
-from duostream.scripts.training import DuoStreamTrainer
+from duostream.scripts.trainer import DuoStreamTrainer
 
 STEP_SECONDS = 0.2
 SCENES = {"name": "scenes", "kind": "scenes", "config": None, "split": "train", "task": "caption"}

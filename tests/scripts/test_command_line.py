@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
-from duostream.scripts import cli, compose, evaluate, finetune, generate, pretrain, quickstart
+from duostream.scripts import answering, cli, compose, evaluate, finetune, generate, measuring, pretrain, quickstart
 from duostream.scripts.arguments import DataArguments
 from duostream.scripts.card import source_of
 from duostream.scripts.data import load_rows, pack_rows
@@ -434,14 +434,14 @@ def test_exact_match_counts_by_kind_and_by_held_out():
         {"prediction": "Red", "reference": "red", "kind": "colour", "held_out": False},
         {"prediction": "2", "reference": "2", "kind": "count", "held_out": True},
     ]
-    assert evaluate.exact_match(results) == {
+    assert measuring.exact_match(results) == {
         "exact_match": 0.5,
         "exact_match_colour": pytest.approx(1 / 3),
         "exact_match_count": 1.0,
         "exact_match_held_out": 0.5,
     }
     plain = [{"prediction": "a", "reference": "a"}, {"prediction": "a b", "reference": "a", "kind": None}]
-    assert evaluate.exact_match(plain) == {"exact_match": 0.5}
+    assert measuring.exact_match(plain) == {"exact_match": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -466,7 +466,7 @@ def test_evaluation_writes_predictions_and_the_figures_that_follow_from_them(eva
     assert [prediction["prompt"] for prediction in predictions] == [
         row["prompt"][0]["content"][1]["text"] for row in rows
     ]
-    expected = evaluate.exact_match(predictions)
+    expected = measuring.exact_match(predictions)
     assert {name: metrics[name] for name in expected} == expected
     assert {f"exact_match_{row['kind']}" for row in rows} < set(metrics)
 
@@ -582,7 +582,7 @@ def test_a_row_with_other_than_its_pictures_is_named(checkpoint, num_pictures):
     messages = [{"role": "user", "content": [{"type": "image"}, *words]}, {"role": "assistant", "content": words}]
     rows = [{"images": [Image.new("RGB", (8, 8))] * num_pictures, "messages": messages}]
     with pytest.raises(ValueError, match=f"Row 0 has 1 picture markers but {num_pictures} pictures"):
-        evaluate.generate_answers(*checkpoint, Dataset.from_list(rows))
+        measuring.generate_answers(*checkpoint, Dataset.from_list(rows))
 
 
 def test_the_loss_does_not_depend_on_the_batch_size(checkpoint):
@@ -593,7 +593,7 @@ def test_the_loss_does_not_depend_on_the_batch_size(checkpoint):
         {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]}
         for answer in answers
     ]
-    losses = [evaluate.evaluation_loss(model, processor, Dataset.from_list(rows), batch_size=n) for n in (1, 3)]
+    losses = [measuring.evaluation_loss(model, processor, Dataset.from_list(rows), batch_size=n) for n in (1, 3)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -604,7 +604,7 @@ def test_answers_are_compared_with_the_last_turn_only(checkpoint):
         {"role": role, "content": content} for role, content in zip(["user", "assistant"] * 2, parts, strict=True)
     ]
     rows = Dataset.from_list([{"messages": messages}, {"messages": messages[:2]}])
-    results = evaluate.generate_answers(model, processor, rows, max_new_tokens=2)
+    results = measuring.generate_answers(model, processor, rows, max_new_tokens=2)
     assert [(result["prompt"], result["reference"]) for result in results] == [("Why?", "So."), ("What?", "That.")]
 
 
@@ -649,7 +649,7 @@ def test_conversations_of_different_lengths_are_answered_together_as_alone(check
         [picture, picture, {"type": "text", "text": "Which?"}],
     ]
     conversations = [[{"role": "user", "content": content}] for content in contents]
-    together = generate.answer(*checkpoint, conversations, max_new_tokens=5)
+    together = answering.answer(*checkpoint, conversations, max_new_tokens=5)
     assert together == [greedy(checkpoint, content) for content in contents]
 
 

@@ -27,7 +27,7 @@ from duostream.scripts.data import (
     read_classes,
     texts_of,
 )
-from duostream.scripts.evaluate import generate_answers
+from duostream.scripts.measuring import generate_answers
 from duostream.scripts.rows import with_lengths
 from duostream.scripts.sources import load_as_written
 

@@ -30,8 +30,8 @@ from duostream import (
     DuoStreamProcessor,
 )
 from duostream.scripts import demo
-from duostream.scripts.evaluate import evaluation_loss
-from duostream.scripts.generate import answer, prompt_inputs
+from duostream.scripts.answering import answer, prompt_inputs
+from duostream.scripts.measuring import evaluation_loss
 from duostream.scripts.report import attention_to_pictures, render
 
 COLORS = {"red": "It is a red picture", "blue": "This one looks blue"}

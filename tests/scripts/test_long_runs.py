@@ -20,9 +20,10 @@ from transformers import AutoModelForImageTextToText, AutoModelForMaskedLM, Auto
 from transformers.trainer_utils import get_last_checkpoint
 
 from duostream import DuoStreamForPreTraining
-from duostream.scripts import checkpoints, finetune, pretrain
-from duostream.scripts.checkpoints import check_files, load_model, publish, publish_files
+from duostream.scripts import finetune, pretrain, saving
+from duostream.scripts.checkpoints import check_files, load_model
 from duostream.scripts.long_runs import ReproducibleCollator
+from duostream.scripts.saving import publish, publish_files
 
 NUM_KILLS = 20
 NUM_STEPS = 24
@@ -283,7 +284,7 @@ def test_a_checkpoint_that_replaces_one_of_its_number_leaves_a_whole_one_at_each
 
     def watch(frame, event, argument):
         # What a process that ends at this line would leave
-        if frame.f_code.co_filename == checkpoints.__file__:
+        if frame.f_code.co_filename == saving.__file__:
             found = get_last_checkpoint(tmp_path)
             seen.append(found and {path.name: path.read_text() for path in Path(found).iterdir()})
         return watch

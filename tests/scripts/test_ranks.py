@@ -22,7 +22,7 @@ import duostream
 from duostream.scripts import cli, finetune, pretrain
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments
 from duostream.scripts.data import load_rows
-from duostream.scripts.training import DuoStreamTrainer
+from duostream.scripts.trainer import DuoStreamTrainer
 
 COMMANDS = ranks.__file__
 TOLERANCE = 1e-5
@@ -255,7 +255,7 @@ from datasets import Dataset
 from transformers import set_seed
 from duostream import DuoStreamConfig, DuoStreamForSequenceClassification
 from duostream.scripts.arguments import DuoStreamTrainingArguments
-from duostream.scripts.training import DuoStreamTrainer
+from duostream.scripts.trainer import DuoStreamTrainer
 
 for problem_type, num_labels, label in (
     ("regression", 1, lambda i: i * i / 9),

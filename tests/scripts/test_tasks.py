@@ -21,14 +21,14 @@ from transformers import (
 
 from duostream import DuoStreamForPreTraining, DuoStreamPreTrainingCollator
 from duostream.processing.data_collator_duostream import load_pictures
-from duostream.scripts import evaluate, finetune, pretrain
+from duostream.scripts import evaluate, finetune, measuring, pretrain
 from duostream.scripts import rows as making_rows
 from duostream.scripts.arguments import DataArguments, DuoStreamTrainingArguments, parse
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.card import read_evaluation
 from duostream.scripts.data import blank, load_mixture, load_rows, read_classes
 from duostream.scripts.tasks import TASKS
-from duostream.scripts.training import OBJECTIVES, DuoStreamTrainer
+from duostream.scripts.trainer import OBJECTIVES, DuoStreamTrainer
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -433,7 +433,7 @@ def test_an_earlier_report_does_not_stay_beside_new_figures(pretrained, texts, t
 
 
 def test_answers_that_are_all_cut_off_are_told_before_any_is_generated(pretrained, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "answer", None)
+    monkeypatch.setattr(measuring, "answer", None)
     options = {"checkpoint": pretrained, "task": "translation", "dataset": texts, "max_length": 2}
     with pytest.raises(ValueError, match="`max_length` is 2, which cuts off all answers"):
         evaluate.main(arguments(**options, output_dir=tmp_path / "out"))
@@ -481,8 +481,8 @@ def test_rows_without_pictures_beside_rows_with_some_are_evaluated_and_shown(pre
 
 @pytest.mark.parametrize("is_ready", [False, True], ids=["columns", "messages"])
 def test_an_empty_reference_is_told_before_training_and_answers(pretrained, tmp_path, monkeypatch, is_ready):
-    monkeypatch.setattr(evaluate, "batches_of", None)
-    monkeypatch.setattr(evaluate, "answer", None)
+    monkeypatch.setattr(measuring, "batches_of", None)
+    monkeypatch.setattr(measuring, "answer", None)
     pairs = [("a?", "b"), ("b?", " ")]
     rows = [{"question": question, "answer": text} for question, text in pairs]
     if is_ready:
@@ -505,7 +505,7 @@ def test_an_answer_that_is_cut_off_does_not_change_the_loss_of_the_others(pretra
         for question in ("What?", "What? " * 50)
     ]
     losses = [
-        evaluate.evaluation_loss(model, processor, Dataset.from_list(some), batch_size, max_length=60)
+        measuring.evaluation_loss(model, processor, Dataset.from_list(some), batch_size, max_length=60)
         for some, batch_size in ((rows[:1], 1), (rows, 1), (rows, 2))
     ]
     assert losses == [pytest.approx(losses[0], rel=1e-4)] * 3
@@ -604,14 +604,14 @@ def test_a_picture_that_several_rows_have_is_one_to_find(pretrained, photographs
     stored = [{"bytes": (photographs / "train" / f"{i}.jpg").read_bytes(), "path": None} for i in (0, 1)]
     rows = [{"images": [stored[i]], "text": f"picture {number}"} for number, i in enumerate((0, 1, 0, 0))]
     for batch_size in (1, 4):
-        _, results = evaluate.retrieve(model, processor, Dataset.from_list(rows), batch_size)
+        _, results = measuring.retrieve(model, processor, Dataset.from_list(rows), batch_size)
         assert [result["row"] for result in results] == [0, 1, 0, 0]
         assert {result["prediction"] for result in results} <= {0, 1}
         assert max(-result["score"] for result in results) <= 2
     # But blank ones stand for different pictures, of which none can be told from another
-    blanked, _ = evaluate.retrieve(model, processor, blank(Dataset.from_list(rows[1:])))
+    blanked, _ = measuring.retrieve(model, processor, blank(Dataset.from_list(rows[1:])))
     assert blanked["text_to_image_recall@1"] < 1
-    same, _ = evaluate.retrieve(model, processor, Dataset.from_list(rows[2:]))
+    same, _ = measuring.retrieve(model, processor, Dataset.from_list(rows[2:]))
     assert same["text_to_image_recall@1"] == same["image_to_text_recall@1"] == 1
 
 

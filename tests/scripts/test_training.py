@@ -35,12 +35,13 @@ from duostream import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from duostream.scripts import evaluate
+from duostream.scripts import measuring
 from duostream.scripts.arguments import DuoStreamTrainingArguments
 from duostream.scripts.bad_rows import BadRows
 from duostream.scripts.data import number_rows, texts_of
 from duostream.scripts.scenes import build_scenes, question_rows, to_conversations
-from duostream.scripts.training import DuoStreamTrainer, train
+from duostream.scripts.trainer import DuoStreamTrainer
+from duostream.scripts.training import train
 
 NUM_ROWS = 8
 LLAMA = {
@@ -502,7 +503,7 @@ def evaluated(parts, tmp_path, rows, collator=None, **kwargs):
 
 def test_the_loss_that_is_evaluated_is_that_of_all_tokens_whatever_batches_they_are_in(new_parts, rows, tmp_path):
     model, processor = new_parts()
-    expected = evaluate.evaluation_loss(model, processor, rows)
+    expected = measuring.evaluation_loss(model, processor, rows)
     for size in (1, 3, NUM_ROWS):
         got = evaluated((model, processor), tmp_path, rows, per_device_eval_batch_size=size)
         assert got["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -510,7 +511,7 @@ def test_the_loss_that_is_evaluated_is_that_of_all_tokens_whatever_batches_they_
 
 def test_rows_that_training_leaves_out_of_its_last_batch_are_evaluated(new_parts, rows, tmp_path):
     model, processor = new_parts()
-    expected = evaluate.evaluation_loss(model, processor, rows)
+    expected = measuring.evaluation_loss(model, processor, rows)
     for size in (3, 2 * NUM_ROWS):
         args = {"per_device_eval_batch_size": size, "dataloader_drop_last": True}
         assert evaluated((model, processor), tmp_path, rows, **args)["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -529,7 +530,7 @@ def test_the_loss_of_objectives_that_is_evaluated_is_that_of_all_labels_whatever
     ]
     writer = DuoStreamForConditionalGeneration(model.config)
     writer.load_state_dict(model.state_dict(), strict=False)
-    expected = evaluate.evaluation_loss(writer, processor, rows)
+    expected = measuring.evaluation_loss(writer, processor, rows)
     for got in several:
         assert got["eval_lm_loss"] == pytest.approx(expected, rel=1e-5)
         assert got["eval_mlm_loss"] == pytest.approx(several[0]["eval_mlm_loss"], rel=1e-5)

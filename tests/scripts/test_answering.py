@@ -20,10 +20,12 @@ from duostream import (
     DuoStreamProcessor,
     train_tokenizer,
 )
-from duostream.scripts import evaluate, generate, training
+from duostream.scripts import answering, generate, measuring, training
+from duostream.scripts import trainer as trainer_room
+from duostream.scripts.answering import TextRoom, answer, num_positions
 from duostream.scripts.arguments import DuoStreamTrainingArguments
-from duostream.scripts.generate import TextRoom, answer, num_positions
 from duostream.scripts.serve import fit_answer
+from duostream.scripts.trainer import DuoStreamTrainer
 
 NUM_POSITIONS = 40
 PICTURE = {"type": "image", "image": Image.new("RGB", (16, 16), "red")}
@@ -91,7 +93,7 @@ def test_without_a_table_of_positions_none_is_the_last() -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the module warns of."""
     messages: list[str] = []
-    monkeypatch.setattr(generate.logger, "warning", messages.append)
+    monkeypatch.setattr(answering.logger, "warning", messages.append)
     return messages
 
 
@@ -160,7 +162,7 @@ def test_answers_end_where_the_positions_do_where_a_model_is_measured_which_is_t
     )
     length = length_of(processor, "Hello")
     options = {"batch_size": 2, "max_new_tokens": NUM_POSITIONS - length + 1}
-    cut = evaluate.generate_answers(model, processor, rows, **options)
+    cut = measuring.generate_answers(model, processor, rows, **options)
     assert [message.split(" of text")[0] for message in told] == [f"Row 10 has {length} tokens"]
     # Only where there is no room
     whole = [answer(model, processor, [asking("Hi")], max_new_tokens=options["max_new_tokens"])[0]]
@@ -172,10 +174,10 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_refused_and_one_that_le
 ) -> None:
     model, processor = short
     last = Dataset.from_list([row_of(leaving(processor, 1), row=5)])
-    evaluate.generate_answers(model, processor, last, max_new_tokens=3)
+    measuring.generate_answers(model, processor, last, max_new_tokens=3)
     rows = Dataset.from_list([row_of("Hi", row=4), row_of(leaving(processor, 0), row=5)])
     with pytest.raises(ValueError, match=f"Row 5 has {NUM_POSITIONS} tokens of text, which leave no room for an ans"):
-        evaluate.generate_answers(model, processor, rows, max_new_tokens=3)
+        measuring.generate_answers(model, processor, rows, max_new_tokens=3)
 
 
 def test_a_question_that_leaves_no_room_is_told_before_training(short: Any, tmp_path: Any) -> None:
@@ -190,9 +192,9 @@ def test_a_question_that_leaves_no_room_is_told_before_training(short: Any, tmp_
         patch.setattr(type(model), "forward", lambda *args, **kwargs: started.append(1))
         training.train(model, processor, args, rows, rows, task="vqa", metric_rows=asked)
     assert not started
-    assert evaluate.check_questions(model, processor, asked.select([0])) == NUM_POSITIONS - length_of(processor, "Hi")
+    assert measuring.check_questions(model, processor, asked.select([0])) == NUM_POSITIONS - length_of(processor, "Hi")
     # Of a model without a last position no row is looked at
-    assert evaluate.check_questions(small_model("llama"), processor, asked) is None
+    assert measuring.check_questions(small_model("llama"), processor, asked) is None
 
 
 def test_ranks_that_share_weights_write_no_more_than_there_is_room_for_behind_the_longest_question(
@@ -201,7 +203,7 @@ def test_ranks_that_share_weights_write_no_more_than_there_is_room_for_behind_th
     model, processor = short
     rows = Dataset.from_list([row_of("Hi", row=0), row_of(leaving(processor, 2), row=1)])
     args = DuoStreamTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    trainer = training.DuoStreamTrainer(
+    trainer = DuoStreamTrainer(
         model=model, args=args, processing_class=processor, train_dataset=rows, task="vqa", metric_rows=rows
     )
     given: list[dict[str, Any]] = []
@@ -210,8 +212,8 @@ def test_ranks_that_share_weights_write_no_more_than_there_is_room_for_behind_th
         given.append(options)
         return [{"prediction": "Yes", "reference": "Yes"}]
 
-    monkeypatch.setattr(training, "generate_answers", answers)
-    monkeypatch.setattr(training, "gather_object", lambda results: results)
+    monkeypatch.setattr(trainer_room, "generate_answers", answers)
+    monkeypatch.setattr(trainer_room, "gather_object", lambda results: results)
     trainer.measure(rows)
     trainer.is_fsdp_enabled = True
     monkeypatch.setattr(type(args), "world_size", 2)
@@ -223,10 +225,10 @@ def test_the_positions_are_looked_for_once_where_a_model_is_measured(
     short: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    monkeypatch.setattr(generate, "num_positions", lambda model: looked.append(model))
+    monkeypatch.setattr(answering, "num_positions", lambda model: looked.append(model))
     rows = Dataset.from_list([row_of("Hi")] * 3)
-    evaluate.generate_answers(*short, rows, batch_size=1, max_new_tokens=2)
-    evaluate.evaluation_loss(*short, rows, batch_size=1)
+    measuring.generate_answers(*short, rows, batch_size=1, max_new_tokens=2)
+    measuring.evaluation_loss(*short, rows, batch_size=1)
     assert len(looked) == 2
 
 
@@ -239,9 +241,9 @@ def test_a_row_that_is_too_long_is_named_where_a_model_is_measured(short: Any, n
     )
     told = rf"Row {3 if numbers[3] is None else numbers[3]} has \d+ tokens of text"
     with pytest.raises(ValueError, match=told):
-        evaluate.evaluation_loss(model, processor, rows, batch_size=2)
+        measuring.evaluation_loss(model, processor, rows, batch_size=2)
     with pytest.raises(ValueError, match=told):
-        evaluate.generate_answers(model, processor, rows, batch_size=2, max_new_tokens=3)
+        measuring.generate_answers(model, processor, rows, batch_size=2, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("num_pictures", [0, 1])
@@ -259,7 +261,7 @@ def test_conversations_in_a_row_have_the_positions_of_the_longest(short: Any, nu
         return {"images": pictures, "conversations": [{"messages": each} for each in messages], "row": 3}
 
     def loss(*rows: dict[str, Any]) -> float:
-        return evaluate.evaluation_loss(model, processor, rows, batch_size=2)  # type: ignore[arg-type]
+        return measuring.evaluation_loss(model, processor, rows, batch_size=2)  # type: ignore[arg-type]
 
     assert loss(row("y" * room, "n" * room)) > 0
     # Padding behind the last conversation takes no position of its own
