@@ -1,4 +1,4 @@
-"""The chat templates: DuoStream's own, and a text model's own with pictures added."""
+"""Messages, and the chat templates that write them: DuoStream's own, and a text model's own with pictures added."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -98,6 +98,50 @@ def writes_text(template: str, role: str, is_string: bool) -> bool | None:
         texts.append(text)
     # Not as lists of Python's are written
     return texts[0] != texts[1] and "{'type': 'text', 'text': 'one'" not in texts[0]
+
+
+def check_text(text: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: It is no text, or half a character (a lone surrogate), of which tokenizers say neither.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected text, not {text!r:.100}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The content of a message as a list of parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+
+
+def check_messages(messages: Any) -> None:
+    """
+    Raises:
+        ValueError: They are no messages of text and pictures. Chat templates write "None", or nothing at all, for some
+            of what they don't know.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"there are no messages in {messages!r:.100}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"expected a message with its `role`, not {message!r:.100}")
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            continue
+        for part in content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]:
+            kind = part.get("type") if isinstance(part, dict) else part
+            # Our template has no place for a picture in an answer
+            if kind not in (("text",) if message["role"] == "assistant" else ("text", "image")):
+                raise ValueError(
+                    f"expected text, or pictures of a user, from the {message['role']}, not {kind!r:.100}"
+                )
+            if kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"expected text from the {message['role']}, not {part.get('text')!r:.100}")
 
 
 def check_contents(template: str, messages: Sequence[dict[str, Any]]) -> None:

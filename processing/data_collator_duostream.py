@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
-from .chat_template_duostream import check_contents, check_tools, default_chat_template
-from .processing_duostream import DuoStreamProcessor, check_text, read_picture
+from .chat_template_duostream import check_contents, check_text, check_tools, default_chat_template
+from .pictures_duostream import read_picture
+from .processing_duostream import DuoStreamProcessor
 
 logger = logging.get_logger(__name__)
 

@@ -10,6 +10,7 @@ from tokenizers.models import WordPiece
 from transformers import DataCollatorForLanguageModeling
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .chat_template_duostream import check_text
 from .data_collator_duostream import (
     IGNORE_INDEX,
     DuoStreamDataCollator,
@@ -17,7 +18,6 @@ from .data_collator_duostream import (
     is_plain_text,
     targets_per_row,
 )
-from .processing_duostream import check_text
 
 # Byte-level BPE spells each byte as a letter, and SentencePiece those of a letter that it doesn't know by number
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}

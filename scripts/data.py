@@ -12,8 +12,8 @@ import PIL.Image
 from datasets import Dataset, Features, LargeList, List, Value, interleave_datasets
 
 from ..configuration.configuration_duostream import MAX_LABELS
+from ..processing.chat_template_duostream import check_messages, parts_of
 from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
-from ..processing.processing_duostream import check_messages, parts_of
 from .arguments import DataArguments, check_unused
 from .bad_rows import BadRows
 from .rows import UNDECODED, class_names, make_rows, num_chars

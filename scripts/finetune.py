@@ -22,7 +22,7 @@ from .checkpoints import check_place, load_model
 from .data import load_mixture, load_rows, read_classes
 from .rows import are_numbered
 from .tasks import task_of
-from .training import bad_rows_of, check_output_dir, collator_of, prepare, train
+from .training import bad_rows_of, check_output_dir, check_packing, collator_of, prepare, train
 from .vision_cache import check_cacheable
 
 logger = logging.get_logger(__name__)
@@ -66,6 +66,16 @@ def known_classes(checkpoint: str) -> list[str]:
     config = AutoConfig.from_pretrained(checkpoint)
     is_classifier = config.architectures == [DuoStreamForSequenceClassification.__name__]
     return [config.id2label[number] for number in range(config.num_labels)] if is_classifier else []
+
+
+def has_other_classes(known: list[str], classes: list[str]) -> bool:
+    """
+    Whether a head that was loaded for `classes`, as it is of their size (another is made anew by the loading), is of
+    other classes. Numbers may be those of any names.
+    """
+    is_told = are_numbered(known) == are_numbered(classes)
+    one, other = ({name.removeprefix("LABEL_") for name in names} for names in (known, classes))
+    return len(known) == len(classes) and is_told and one != other
 
 
 def changed_config(args: FinetuneArguments) -> dict[str, Any]:
@@ -112,8 +122,7 @@ def main(args: list[str] | None = None) -> None:
     if set(known) == set(classes):
         classes = known  # so that its head is theirs, whatever their order is here
     rows = load_mixture(data_args, classes, training_args.seed, bad_rows)
-    if training_args.packing and "conversations" in (rows.column_names or []):
-        raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
+    check_packing(training_args, rows)
     eval_rows, metric_rows = None, None
     if data_args.eval_split:
         held_out: dict[str, Any] = {"classes": classes, "bad_rows": bad_rows and bad_rows.elsewhere()}
@@ -136,10 +145,7 @@ def main(args: list[str] | None = None) -> None:
         options["ignore_mismatched_sizes"] = True
     auto_class = task_of(data_args.task).auto_class
     model = load_model(auto_class, finetune_args.checkpoint, may_have_new_head=True, **options)
-    # Numbers may be those of any names
-    are_alike = are_numbered(known) == are_numbered(classes)
-    one, other = ({name.removeprefix("LABEL_") for name in names} for names in (known, classes))
-    if len(known) == len(classes) and are_alike and one != other:
+    if is_classification and has_other_classes(known, classes):
         logger.warning(
             f"The head of {finetune_args.checkpoint} tells {known!r:.200} apart, not {classes!r:.200}: it is made anew"
         )

@@ -20,8 +20,8 @@ from ..processing import (
     DuoStreamProcessor,
     DuoStreamRetrievalCollator,
 )
+from ..processing.chat_template_duostream import check_messages, parts_of
 from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures, tools_of
-from ..processing.processing_duostream import check_messages, parts_of
 from . import metrics
 from .answering import TextRoom, answer, prompt_inputs
 from .data import picture_key

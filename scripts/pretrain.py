@@ -36,7 +36,7 @@ from .arguments import (
 from .backbones import check_answers_end, load_vision, take_vision
 from .data import load_mixture, load_rows, texts_of
 from .sources import Rows
-from .training import bad_rows_of, check_output_dir, prepare, train
+from .training import bad_rows_of, check_output_dir, check_packing, prepare, train
 from .vision_cache import check_cacheable
 
 
@@ -164,8 +164,7 @@ def main(args: list[str] | None = None) -> None:
     set_seed(training_args.seed)
     bad_rows = bad_rows_of(data_args, training_args)
     rows = load_mixture(data_args, seed=training_args.seed, bad_rows=bad_rows)
-    if training_args.packing and "conversations" in (rows.column_names or []):
-        raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
+    check_packing(training_args, rows)
     eval_rows = None
     if training_args.eval_strategy != "no":
         eval_rows = load_rows(

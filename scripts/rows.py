@@ -23,7 +23,7 @@ from datasets import (
 )
 from transformers.utils import logging
 
-from ..processing.processing_duostream import check_messages, parts_of
+from ..processing.chat_template_duostream import check_messages, parts_of
 from .arguments import DataArguments
 from .bad_rows import BAD_ROW_ERRORS, BadRows
 from .scenes import MESSAGES_FEATURE, rows_of_batch

@@ -19,9 +19,8 @@ from jinja2 import TemplateError
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
-from ..processing.chat_template_duostream import ToolsNotWrittenError
+from ..processing.chat_template_duostream import ToolsNotWrittenError, check_messages, check_text
 from ..processing.data_collator_duostream import load_pictures
-from ..processing.processing_duostream import check_messages, check_text
 from .answering import TextRoom
 from .checkpoints import check_place
 

@@ -287,7 +287,7 @@ def read(model: PreTrainedModel, inputs: dict[str, Any]) -> Cache:
     return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def compiled_read(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], Cache]:
+def compiled_read(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Callable[[], Cache]:
     """Reads into one static cache, which is emptied each time, by a compiled forward: on a GPU one launch."""
     seq_len = inputs["input_ids"].shape[1]
     inputs = dict(inputs)
@@ -296,7 +296,7 @@ def compiled_read(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[]
         inputs["images_per_row"] = 1
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=seq_len + CACHE_ROOM)
     read(model, {**inputs, "past_key_values": cache})  # the cache makes its memory, which a graph can't
-    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **(options or {"mode": "reduce-overhead"}))
 
     @torch.no_grad()
     def run() -> Cache:

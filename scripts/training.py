@@ -75,6 +75,12 @@ def check_output_dir(args: DuoStreamTrainingArguments) -> None:
         )
 
 
+def check_packing(args: DuoStreamTrainingArguments, rows: Rows) -> None:
+    """Raises `ValueError` if rows that hold several conversations are to be packed."""
+    if args.packing and "conversations" in (rows.column_names or []):
+        raise ValueError("`packing` is for rows of one conversation each: it goes without `conversations_per_row`")
+
+
 def check_batches(training_args: DuoStreamTrainingArguments, rows: Rows) -> None:
     """
     Raises:
