@@ -207,8 +207,12 @@ class DuoStreamConfig(PreTrainedConfig):
             config_class=AutoConfig, model_type="llama", init_kwargs=SMALL_FUSION_STACK
         ),
     }
-    # No predictions. Batches without pictures have no image states
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    # No predictions, and not there in each batch: those without pictures have no image states, those without pairs or
+    # masks no such losses
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "image_hidden_states"),
+        *("lm_loss", "mlm_loss", "itc_loss", "itm_loss"),
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

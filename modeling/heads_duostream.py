@@ -113,10 +113,12 @@ class DuoStreamImageTextHead(nn.Module):
         text_embeds: torch.Tensor,
         image_embeds: torch.Tensor,
         num_pairs: torch.Tensor | int | None = None,
+        tp_size: int = 1,
     ) -> torch.Tensor:
         """See [`contrastive_loss`]."""
         scale, bias = self()
-        return contrastive_loss(text_embeds, image_embeds, scale, bias, self.config.contrastive_loss, num_pairs)
+        loss_type = self.config.contrastive_loss
+        return contrastive_loss(text_embeds, image_embeds, scale, bias, loss_type, num_pairs, tp_size)
 
 
 class DuoStreamImageTextPreTrainedModel(DuoStreamPreTrainedModel):
@@ -258,7 +260,7 @@ class DuoStreamForSequenceClassification(DuoStreamPreTrainedModel):
             images = self.model.read_images(pixel_values, mm_encoder_outputs)
             if images is None:
                 raise ValueError("expected `input_ids`, `inputs_embeds`, or pictures alone")
-            shape = (len(images.pooler_output), self.config.image_seq_length)
+            shape = (images.pooler_output.shape[0], self.config.image_seq_length)
             input_ids = torch.full(shape, self.config.image_token_id, device=images.pooler_output.device)
             pixel_values, mm_encoder_outputs, images_per_row = None, {"image": images}, 1
         num_items = take_num_items(kwargs)
@@ -370,7 +372,7 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
         Raises:
             ValueError: There are not as many pictures as texts, or placeholders of pictures in a text.
         """
-        check_pairs(len(input_ids), len(pixel_values))
+        check_pairs(input_ids.shape[0], pixel_values.shape[0])
         image_states = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
         text_states = self.model.read_text(input_ids, attention_mask).last_hidden_state
         return matching_logits(self.model, self.image_text_head, image_states, text_states, attention_mask)
@@ -408,8 +410,8 @@ class DuoStreamForImageTextRetrieval(DuoStreamImageTextPreTrainedModel):
         logits_per_text = scale.exp() * text_embeds @ image_embeds.T + bias
         loss = None
         if return_loss:
-            check_pairs(len(text_embeds), len(image_embeds))
-            loss = head.contrastive_loss(text_embeds, image_embeds)
+            check_pairs(text_embeds.shape[0], image_embeds.shape[0])
+            loss = head.contrastive_loss(text_embeds, image_embeds, tp_size=self.tp_size or 1)
         return DuoStreamImageTextOutput(
             loss=loss,
             logits_per_image=logits_per_text.T,
@@ -498,18 +500,23 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 it, such a loss then counts for the share of its labels that this batch has.
 
         Raises:
-            ValueError: In training the labels of language modelling are missing, while others are there; or
-                `masked_input_ids` come without `masked_labels`.
+            ValueError: The labels of language modelling are missing, while `targets_per_row` tells of some, or in
+                training others are there; or `masked_input_ids` come without `masked_labels`.
         """
         config = self.config
         if masked_input_ids is not None and masked_labels is None:
             raise ValueError("`masked_input_ids` are given without `masked_labels`, the tokens that belong there")
         has_others = masked_input_ids is not None or paired_input_ids is not None
-        if self.training and config.lm_weight and labels is None and has_others:
+        needs_labels = "`targets_per_row` counts: leave out both, or none" if targets_per_row is not None else ""
+        if self.training and config.lm_weight and has_others:
+            needs_labels = "`lm_weight` needs in training: set it to 0 without them"
+        if labels is None and needs_labels:
+            # Where it smooths them `Trainer` takes the labels that a collator made, and makes a loss of its own
             raise ValueError(
-                "`labels` are missing, which `lm_weight` needs in training: set it to 0 without them. "
-                "`label_smoothing_factor`, which takes them away, doesn't go with the objectives of pretraining"
+                f"`labels` are missing, which {needs_labels}. `label_smoothing_factor`, which takes them away, "
+                "doesn't go with the objectives of pretraining"
             )
+        is_measured = labels is not None or has_others
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
         # What all ranks run together where weights are sharded, and this one has no use for
         unused: list[torch.Tensor] = []
@@ -561,9 +568,9 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             outputs.itc_loss, outputs.itm_loss = self.pair_losses(
                 images, paired_input_ids, paired_attention_mask, paired_images, num_pairs_in_batch
             )
-        elif config.itc_weight or config.itm_weight:
+        elif is_measured and (config.itc_weight or config.itm_weight):
             unused += self.losses_of_no_pairs()
-        if config.itm_weight and outputs.itm_loss is None and is_shared:
+        if is_measured and config.itm_weight and outputs.itm_loss is None and is_shared:
             unused.append(self.fuse_unused_pair())
         masked_share = share if num_masked_in_batch is None else 1
         pair_share = share if num_pairs_in_batch is None else 1
@@ -577,7 +584,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         if not losses and labels is not None and (config.itc_weight or config.itm_weight):
             # Of a batch in which there is no pair, or none to be told from another, nothing is learnt
             losses += [0 * weight.sum() for weight in self.image_text_head.parameters()]
-        outputs.loss = torch.stack(losses).sum() if losses else None
+        outputs.loss = torch.stack(losses).sum() if losses and is_measured else None
         return outputs
 
     def pair_losses(
@@ -599,7 +606,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         text_embeds = head.embed_text(text_states, attention_mask)
         image_embeds = head.embed_images(features)
         if self.config.itc_weight:
-            itc_loss = head.contrastive_loss(text_embeds, image_embeds, num_pairs)
+            itc_loss = head.contrastive_loss(text_embeds, image_embeds, num_pairs, self.tp_size or 1)
         if self.config.itm_weight and len(text_embeds) > 1:
             scale, _ = head()
             scores = (scale.exp() * text_embeds @ image_embeds.T).detach()
@@ -613,12 +620,12 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
             # Any token but a picture's
             no_ids = torch.full((1, 1), int(self.config.image_token_id == 0), device=nothing.device)
             losses.append(0 * self.model.read_text(no_ids).last_hidden_state.sum())
-        if num_ranks() > 1:
+        if num_ranks() > (self.tp_size or 1):
             # For both objectives, as pairs are embedded
             no_texts = self.image_text_head.embed_text(nothing, None)
             no_images = self.image_text_head.embed_images(nothing.new_zeros(0, 1, self.config.image_hidden_size))
             if self.config.itc_weight:
-                losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, num_pairs=1))
+                losses.append(self.image_text_head.contrastive_loss(no_texts, no_images, 1, self.tp_size or 1))
         return losses
 
     def fuse_unused_pair(self) -> torch.Tensor:

@@ -202,6 +202,5 @@ def check_segment_windows(
             check(
                 ~without_padding(segment_ids == 0, attention_mask).any(),
                 f"`segment_ids` share a beginning, but windows of {stream.sliding_window} tokens "
-                f"(`{name}.sliding_window`) slide over rows of {length}: give shorter rows, or each a row of its "
-                "own",
+                f"(`{name}.sliding_window`) slide over longer rows: give shorter ones, or each a row of its own",
             )

@@ -484,7 +484,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         Raises:
             ValueError: Both are given.
         """
-        if pixel_values is not None and len(pixel_values) > 0:
+        if pixel_values is not None and pixel_values.shape[0] > 0:
             if mm_encoder_outputs:
                 raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
             return self.get_image_features(pixel_values, return_dict=True)
@@ -676,7 +676,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         may_be_first = isinstance(past_len, torch.Tensor) or past_len == 0
         if image_states is None and may_be_first and self._has_sharded_weights and past_len == 0:
             unused = self._read_unused_picture()
-        num_image_tokens = 0 if image_states is None else image_states.shape[:-1].numel()
+        num_image_tokens = 0 if image_states is None else math.prod(image_states.shape[:-1])
 
         fusion_attention_mask = attention_mask
         if isinstance(attention_mask, dict):

@@ -54,7 +54,8 @@ def find_labelled(labels: torch.Tensor, targets_per_row: int) -> tuple[torch.Ten
     has_label = labels != -100
     check(
         (has_label.sum(dim=1) <= targets_per_row).all(),
-        f"A row has more labels than `targets_per_row`, which is {targets_per_row}",
+        "A row has more labels than `targets_per_row`",
+        lambda: f", which is {targets_per_row}",
     )
     index = first_where(has_label)[:, :targets_per_row]  # (batch, targets_per_row)
     return index, labels.gather(1, index)  # (batch, targets_per_row)
@@ -65,24 +66,27 @@ def num_ranks() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+def gather_rows(rows: torch.Tensor, tp_size: int = 1) -> tuple[torch.Tensor, int]:
     """
     The rows of all ranks, through which gradients flow back to where they came from, and how many stand before this
     rank's. Ranks may have different numbers of rows, or none.
 
     Args:
         rows (`torch.FloatTensor` of shape `(num_rows, hidden)`): This rank's.
+        tp_size (`int`, *optional*, defaults to 1): How many ranks in a row share a model's layers by tensor
+            parallelism, and have the same rows: those of one in each such group count.
     """
     world_size = num_ranks()
-    if world_size == 1:
+    if world_size == tp_size:
         return rows, 0
-    rank = torch.distributed.get_rank()
+    rank = torch.distributed.get_rank() // tp_size
     own = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(own) for _ in range(world_size)]
     torch.distributed.all_gather(counts, own)
-    sizes = [int(count) for count in counts]
+    sizes = [int(count) for count in counts[::tp_size]]
     padded = nn.functional.pad(rows, (0, 0, 0, max(sizes) - len(rows)))  # (max_rows, hidden)
-    gathered = all_gather(padded)
+    # Of those with the same part of the layers as this rank, to which their gradients belong
+    gathered = all_gather(padded)[torch.distributed.get_rank() % tp_size :: tp_size]
     rows = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])  # (num_all_rows, hidden)
     return rows, sum(sizes[:rank])
 
@@ -94,6 +98,7 @@ def contrastive_loss(
     logit_bias: torch.Tensor,
     loss_type: str,
     num_pairs: torch.Tensor | int | None = None,
+    tp_size: int = 1,
 ) -> torch.Tensor:
     """
     How badly texts and pictures find each other. Row i of either belongs to row i of the other.
@@ -105,12 +110,13 @@ def contrastive_loss(
             `"softmax"`, each the right one among all (Radford et al. 2021, section 2.3).
         num_pairs (`int`, *optional*): What the sum is divided by. Defaults to the pairs of this rank; a loop that sums
             over ranks and accumulated batches gives the number of all.
+        tp_size (`int`, *optional*, defaults to 1): See [`gather_rows`].
 
     Returns:
         `torch.FloatTensor`, a scalar: the part of this rank's texts, and pictures, against those of all ranks.
     """
-    all_texts, first = gather_rows(text_embeds)
-    all_images, _ = gather_rows(image_embeds)
+    all_texts, first = gather_rows(text_embeds, tp_size)
+    all_images, _ = gather_rows(image_embeds, tp_size)
     own = torch.arange(first, first + len(text_embeds), device=text_embeds.device)
     scores = logit_scale.exp() * text_embeds @ all_images.T + logit_bias  # (num_pairs, all_pairs)
     if loss_type == "sigmoid":

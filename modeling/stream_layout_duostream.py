@@ -1,5 +1,6 @@
 """Where each token goes: which positions the text stream reads, and how the two streams are joined."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,8 +69,17 @@ class SequencePlan(NamedTuple):
     updated_index: torch.Tensor | None = None
 
 
-def check(condition: torch.Tensor, message: str) -> None:
-    """Raises `ValueError` on a CPU; elsewhere, and while tracing, asserts without waiting for the device."""
+def check(condition: torch.Tensor, message: str, detail: Callable[[], str] | None = None) -> None:
+    """
+    Raises `ValueError` on a CPU; elsewhere, and while tracing, asserts without waiting for the device.
+
+    Args:
+        condition (`torch.BoolTensor`): A scalar.
+        message (`str`): What is wrong. It holds no sizes of this batch, for which a compiled forward would be made.
+        detail (function, *optional*): Gives what follows the message where there are sizes to tell.
+    """
+    if detail is not None and not is_tracing(condition):
+        message += detail()
     if condition.device.type == "cpu" and not is_tracing(condition):
         torch_compilable_check(condition, message)
     elif condition.device.type != "meta":
@@ -213,8 +223,11 @@ def lay_out(
     image, text = is_image[:, -seq_len:], is_text[:, -seq_len:]  # (batch, seq_len)
     check(
         (image.sum() == num_image_tokens) & (image.sum(dim=1) % image_seq_length == 0).all(),
-        f"The placeholders in `input_ids` don't match the pictures: expected {num_image_tokens} in all, "
-        f"{image_seq_length} for each picture of a row, and each whole (also where a prompt is read in chunks)",
+        "The placeholders in `input_ids` don't match the pictures",
+        lambda: (
+            f": expected {num_image_tokens} in all, {image_seq_length} for each picture of a row, and each whole "
+            "(also where a prompt is read in chunks)"
+        ),
     )
     if images_per_row is not None:
         text_len = seq_len - images_per_row * image_seq_length

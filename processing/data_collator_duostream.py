@@ -334,7 +334,8 @@ class DuoStreamDataCollator:
             messages, num_given = [*row["prompt"], *row["completion"]], len(row["prompt"])
         else:
             raise ValueError(
-                f"expected `messages`, or `prompt` and `completion`, or `text`; its columns are {sorted(row)}"
+                f"expected `messages`, or `prompt` and `completion`, or `text`; its columns are {sorted(row)} "
+                "(`Trainer` takes away those that no model reads, unless `remove_unused_columns=False`)"
             )
         if not isinstance(messages, list | tuple):
             raise ValueError(f"there are no messages in {messages!r:.100}")

@@ -121,7 +121,14 @@ def write_rows(path: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
         path (`Path`): The JSON file.
         record (`dict`): What was measured, and with what.
         rows (`Iterable`): Figures, each with a `ratio` and the bar it has `at_least` or `at_most`, or `None`.
+
+    Raises:
+        ValueError: The file's name doesn't end in `.json`, or there are no figures.
     """
+    if path.suffix != ".json":
+        raise ValueError(
+            f"`output` is {str(path)!r}; expected a name that ends in .json, beside which table and plot go"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     measured: list[Row] = []
     for row in rows:

@@ -32,6 +32,7 @@ from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, 
 from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_rows
 from .peers import check_squares
+from .tasks import TASKS, task_of
 from .trainer import DuoStreamTrainer
 from .training import collator_of
 
@@ -149,6 +150,15 @@ def tiny_model(
     return DuoStreamForConditionalGeneration(config), processor
 
 
+def check_writes(data_args: DataArguments) -> None:
+    """Raises `ValueError` if a task is none of the model's that is trained here, which writes."""
+    if not task_of(data_args.task).is_generative:
+        writing = ", ".join(name for name, task in TASKS.items() if task.is_generative)
+        raise ValueError(
+            f"`task` is {data_args.task!r}, but a model that writes is trained: expected one of {writing}"
+        )
+
+
 def share_waited(args: InputArguments, data_args: DataArguments) -> Row:
     """Trains the tiny model, and returns the share of the time that it waited."""
     set_seed(0)
@@ -220,6 +230,7 @@ def main(args: list[str] | None = None) -> None:
     input_args, data_args = parse(InputArguments, DataArguments, args=args, doc=__doc__)
     unused = ("mixture", "conversations_per_row", "on_bad_rows")
     check_unused(data_args, unused, "the rows of one data set are read, as they are")
+    check_writes(data_args)
     record = record_of("input", sys.argv[1:] if args is None else args, input_args)
 
     def rows() -> Iterator[Row]:

@@ -22,7 +22,7 @@ from ..processing.data_collator_duostream import IGNORE_INDEX
 from .arguments import DataArguments, parse
 from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_mixture, texts_of
-from .input_speed import tiny_model
+from .input_speed import check_writes, tiny_model
 
 
 @dataclass
@@ -106,8 +106,7 @@ def main(args: list[str] | None = None) -> None:
     padding_args, data_args = parse(PaddingArguments, DataArguments, args=args, doc=__doc__)
     if data_args.streaming:
         raise ValueError("The same rows are put together in several ways: not with `streaming`")
-    if data_args.task == "classification":
-        raise ValueError("`task` is 'classification', whose rows are no conversations; expected another")
+    check_writes(data_args)
     record = record_of("padding", sys.argv[1:] if args is None else args, padding_args)
     write_rows(Path(padding_args.output), record, measure(padding_args, data_args))
 

@@ -448,7 +448,7 @@ def compiled_layers(models: Iterable[PreTrainedModel]) -> Iterator[None]:
     """
     torch.compiler.reset()
     stacks = [each for model in models for each in model.modules() if isinstance(each, nn.ModuleList)]
-    layers = [layer for stack in stacks for layer in stack]
+    layers = list(dict.fromkeys(layer for stack in stacks for layer in stack))  # some peers share theirs
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
     try:

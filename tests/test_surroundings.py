@@ -42,7 +42,11 @@ from duostream import (
     DuoStreamDataCollator,
     DuoStreamForConditionalGeneration,
     DuoStreamForImageTextRetrieval,
+    DuoStreamForMaskedLM,
+    DuoStreamForPreTraining,
     DuoStreamForSequenceClassification,
+    DuoStreamModel,
+    DuoStreamPreTrainingCollator,
     DuoStreamProcessor,
     train_tokenizer,
 )
@@ -272,6 +276,29 @@ def test_predictions_are_logits_alone_however_many_batches_have_pictures(
     assert predicted.shape[0] == 4 and predicted.shape[2] == model.config.text_config.vocab_size
 
 
+def test_of_pretraining_predictions_are_logits_and_no_losses(tmp_path: Path) -> None:
+    # Which of them are there hangs on the batch, and ranks that gathered them would wait for each other
+    rows = [answered_row("How many?", "two", color) for color in ("red", None, "blue", "green")]
+    model, processor = make_parts(small_tokenizer(), cls=DuoStreamForPreTraining)
+    args = plain_arguments(tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False)
+    trainer = Trainer(model=model, args=args, data_collator=DuoStreamPreTrainingCollator(processor))
+    predicted = trainer.predict(rows).predictions
+    assert predicted.shape[0] == 4 and predicted.shape[2] == model.config.text_config.vocab_size
+
+
+@pytest.mark.parametrize("objective", ["lm", "mlm"])
+def test_labels_of_pretraining_are_not_smoothed(objective: str, tmp_path: Path) -> None:
+    weights = {f"{name}_weight": float(name == objective) for name in ("lm", "mlm", "itc", "itm")}
+    model, processor = make_parts(small_tokenizer(), cls=DuoStreamForPreTraining, **weights)
+    args = plain_arguments(tmp_path, label_smoothing_factor=0.1, remove_unused_columns=False)
+    collator = DuoStreamPreTrainingCollator(processor, mlm=objective == "mlm", pairs=False)
+    rows = [answered_row("How many?", "two", "red")] * 4
+    trainer = Trainer(model=model, args=args, data_collator=collator, train_dataset=rows, eval_dataset=rows)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"`labels` are missing, .*`label_smoothing_factor`"):
+            run()
+
+
 def plain_rows() -> list[dict[str, torch.Tensor]]:
     """What somebody else's data set and the library's own collator give."""
     torch.manual_seed(0)
@@ -433,3 +460,29 @@ def test_an_exported_graph_takes_rows_of_any_length(use_cache: bool) -> None:
     lengths = {"input_ids": {1: torch.export.Dim("length", min=8, max=64)}, "pixel_values": None}
     program = torch.export.export(reader, (ids, pixels), dynamic_shapes=lengths, strict=False)
     assert difference(program.module()(other_ids, other_pixels), reader(other_ids, other_pixels)) < 1e-4
+
+
+class Head(torch.nn.Module):
+    """A head that reads a picture in front of each text, as a graph is made of it."""
+
+    def __init__(self, cls: type):
+        super().__init__()
+        self.model = small_model(cls=cls)
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        options = {} if isinstance(self.model, DuoStreamForMaskedLM) else {"use_cache": False}
+        outputs = self.model(input_ids=input_ids, pixel_values=pixel_values, images_per_row=1, **options)
+        return outputs[0]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [DuoStreamModel, DuoStreamForMaskedLM, DuoStreamForSequenceClassification])
+def test_an_exported_graph_takes_any_number_of_rows(cls: type) -> None:
+    head = Head(cls)
+    rows = [batch([Row(head.model, "picture", 6) for _ in range(number)]) for number in (3, 5)]
+    (ids, pixels), (other_ids, other_pixels) = ((row["input_ids"], row["pixel_values"]) for row in rows)
+    number = {0: torch.export.Dim("number", min=2, max=64)}
+    sizes = {"input_ids": number, "pixel_values": number}
+    program = torch.export.export(head, (ids, pixels), dynamic_shapes=sizes, strict=False)
+    assert difference(program.module()(other_ids, other_pixels), head(other_ids, other_pixels)) < 1e-5

@@ -144,7 +144,7 @@ def test_a_training_step_is_measured_with_what_is_frozen(measure):
 @pytest.mark.slow
 def test_a_training_step_of_compiled_layers_counts_the_operations_of_one_that_is_not(measure):
     options = [*TINY, "--batch_sizes", "1", "--frozen", "nothing", "vision", "--checkpointing", "off"]
-    options += ["--peak_tflops", "0.5", "--peers", "llava"]
+    options += ["--peak_tflops", "0.5", "--peers", "llava", "smolvlm"]
     rows = measure("training", *options)
     compiled = measure("training", *options, "--compile_layers", "true")
     assert [row["compiled"] for row in (*rows, *compiled)] == [False] * len(rows) + [True] * len(rows)
@@ -264,7 +264,6 @@ def test_options_out_of_range_are_named(options, message, tmp_path):
     [
         ("decode", ["--new_tokens", "1"], "`new_tokens` is 1; expected 2 or more"),
         ("training", ["--text_len", "1"], "`text_len` is 1; expected 2 or more"),
-        ("padding", ["--task", "classification"], "`task` is 'classification', whose rows are no conversations"),
     ],
 )
 def test_options_by_which_nothing_could_be_measured_are_named(part, options, message, tmp_path):
@@ -327,3 +326,18 @@ def test_a_mixture_is_not_passed_over(part, tmp_path):
     options = ["--mixture", "other.yaml", "--output", str(tmp_path / "out.json")]
     with pytest.raises(ValueError, match="`mixture` would do nothing"):
         benchmark.main([part, *options])
+
+
+@pytest.mark.parametrize("part", ["input", "padding"])
+@pytest.mark.parametrize("task", ["classification", "retrieval", "masked"])
+def test_a_task_that_another_model_does_is_refused(part, task, tmp_path):
+    options = ["--task", task, "--dataset", "unread", "--output", str(tmp_path / "out.json")]
+    with pytest.raises(
+        ValueError, match=rf"`task` is '{task}', but a model that writes is trained: expected one of chat, "
+    ):
+        benchmark.main([part, *options])
+
+
+def test_figures_are_not_written_over_by_their_table(tmp_path):
+    with pytest.raises(ValueError, match=r"`output` is .*out\.md'; expected a name that ends in \.json"):
+        benchmark.main(["memory", "--output", str(tmp_path / "out.md")])
