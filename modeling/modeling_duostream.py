@@ -484,7 +484,8 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
         Raises:
             ValueError: Both are given.
         """
-        if pixel_values is not None and pixel_values.shape[0] > 0:
+        is_empty = isinstance(pixel_values, torch.Tensor) and pixel_values.shape[0] == 0
+        if pixel_values is not None and not is_empty:
             if mm_encoder_outputs:
                 raise ValueError("Only one of `pixel_values` and `mm_encoder_outputs` can be given")
             return self.get_image_features(pixel_values, return_dict=True)
