@@ -243,6 +243,9 @@ class DuoStreamConfig(PreTrainedConfig):
     base_models: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.pop("update_image_states", True) is False and self.num_image_update_layers is None:
+            # What checkpoints said until 27 November 2026
+            self.num_image_update_layers = 0
         if _is_model_config(kwargs.get("fusion_config")):
             self.fusion_stack_config = kwargs.pop("fusion_config")
         self.check_fields()
@@ -260,7 +263,11 @@ class DuoStreamConfig(PreTrainedConfig):
             raise ValueError(f"`dtype` is {self.dtype!r:.100}; expected one of torch's")
         self.check_layers()
         self._check_widths()
-        self._check_picture()
+        own_size = getattr(self.vision_config, "image_size", None)
+        if self.image_size is not None and own_size is not None:
+            sizes = [image_size_of(self.vision_config, size) for size in (self.image_size, own_size)]
+            self.image_size = None if sizes[0] == sizes[1] else self.image_size
+        self.check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:
             image_seq_length, image_hidden_size = image_token_shape(
                 self.vision_config, self.vision_feature_layer, self.spatial_merge_size, self.image_size
@@ -374,12 +381,28 @@ class DuoStreamConfig(PreTrainedConfig):
                 "the layers of both share one cache, which has one window"
             )
 
-    def _check_picture(self) -> None:
+    def check_picture(self) -> None:
+        """
+        Checks the size of pictures. Models do so, too: see [`check_fields`].
+
+        Raises:
+            ValueError: It is none, no multiple of the patches', or gives another number of tokens than
+                `image_seq_length`.
+        """
         patch_size = getattr(self.vision_config, "patch_size", None)
         height, width = image_size_of(self.vision_config, self.image_size)
         if isinstance(patch_size, int) and (height % patch_size or width % patch_size):
             name = "vision_config.image_size" if self.image_size is None else "image_size"
             raise ValueError(f"`{name}` {height} x {width} is not divided by `vision_config.patch_size` {patch_size}")
+        if self.image_size is not None and self.image_seq_length is not None:
+            merged = self.vision_feature_layer, self.spatial_merge_size
+            num_tokens, _ = image_token_shape(self.vision_config, *merged, self.image_size)
+            if num_tokens != self.image_seq_length:
+                raise ValueError(
+                    f"`image_size` {height} x {width} gives {num_tokens} tokens a picture, but `image_seq_length` is "
+                    f"{self.image_seq_length}: choose it when the model is made (`from_backbones`), or change both, "
+                    "and the processor's `image_seq_length` and size"
+                )
 
     @classmethod
     def from_preset(cls, preset: str, vocab_size: int | None = None, **kwargs: Any) -> "DuoStreamConfig":

@@ -119,7 +119,7 @@ def position_options(
     By what a vision model's `forward` reads pictures of another size than its own: most that learn positions
     interpolate those between them only where they are told to. (DINOv2 does so by itself.)
     """
-    is_own = image_size is None or getattr(vision_config, "image_size", None) in (None, image_size)
+    is_own = image_size is None or getattr(vision_config, "image_size", None) is None
     name = "interpolate_pos_encoding"
     return {} if is_own or name not in inspect.signature(forward).parameters else {name: True}
 
@@ -199,8 +199,8 @@ def image_size_of(vision_config: PreTrainedConfig, image_size: Side | None = Non
         name, image_size = "vision_config.image_size", getattr(vision_config, "image_size", None)
     if image_size is None:
         raise ValueError(
-            f"`vision_config` of type {vision_config.model_type!r} has no `image_size`: set `vision_config.image_size`"
-            " to the height and width of the pictures in pixels"
+            f"`vision_config` of type {vision_config.model_type!r} has no `image_size`: set "
+            "`vision_config.image_size`, or the whole config's, to the height and width of the pictures in pixels"
         )
     sides = [image_size, image_size] if isinstance(image_size, int) else image_size
     is_pair = isinstance(sides, list | tuple) and len(sides) == 2

@@ -504,7 +504,7 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
                 training others are there; or `masked_input_ids` come without `masked_labels`.
         """
         config = self.config
-        if masked_input_ids is not None and masked_labels is None:
+        if config.mlm_weight and masked_input_ids is not None and masked_labels is None:
             raise ValueError("`masked_input_ids` are given without `masked_labels`, the tokens that belong there")
         has_others = masked_input_ids is not None or paired_input_ids is not None
         needs_labels = "`targets_per_row` counts: leave out both, or none" if targets_per_row is not None else ""

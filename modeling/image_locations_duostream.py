@@ -114,7 +114,8 @@ def locate_images(
         `torch.BoolTensor` of shape `(batch, past_len + seq_len)`, or `None` where there are none.
 
     Raises:
-        ValueError: It can't be known, or the cache holds something else.
+        ValueError: It can't be known, or the cache holds something else; or placeholders or types tell of new
+            pictures, and there are none.
     """
     batch_size, seq_len = new_tokens.shape[:2]
     if not has_new_images and seq_len > 1:

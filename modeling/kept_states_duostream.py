@@ -90,6 +90,7 @@ class CacheOfKeptStates(Cache):
 
     Args:
         cache (`Cache`): Of the stack; or `None`, and nothing is cached.
+        config (`PreTrainedConfig`): Of the stack.
         kept (`dict[nn.Module, int | KeptPositions]`):
             By layer: states of so many last positions, or of these. Other layers make all.
     """
@@ -235,8 +236,9 @@ def positions_to_update(
         image_seq_length (`int`): Tokens a picture.
         images_per_row (`int`, *optional*): Of every row, if all have the same number: then no device is waited for.
     """
-    layers, config = layers_of(stack), stack.config
-    if not layers or torch.compiler.is_compiling() or is_flash_attention_requested(config):
+    layers = layers_of(stack)
+    # What is wrapped around a stack need not have a config
+    if not layers or torch.compiler.is_compiling() or is_flash_attention_requested(stack.config):
         return None
     batch_size, seq_len = image_mask.shape
     if attention_mask is not None:
@@ -248,7 +250,7 @@ def positions_to_update(
         num_updated = int(is_updated.sum(dim=1).max())
     else:
         num_updated = seq_len - images_per_row * (image_seq_length - 1)
-    if not is_worth_it(num_updated, (batch_size, seq_len, config.hidden_size), image_mask.device, layers[-1]):
+    if not is_worth_it(num_updated, (batch_size, seq_len, stack.config.hidden_size), image_mask.device, layers[-1]):
         return None
     return first_where(is_updated)[:, :num_updated]  # (batch, num_updated)
 

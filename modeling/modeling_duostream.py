@@ -306,7 +306,8 @@ class DuoStreamPreTrainedModel(PreTrainedModel):
                 ResNet, ...), or one with a vision tower.
             num_fusion_layers (`int`, *optional*): How many upper layers of `text` pictures go through.
             fusion_config (`PreTrainedConfig` or `dict`, *optional*): A new fusion stack, as wide as `text`.
-            image_size (`int`, *optional*): Side of the pictures in pixels, where the vision config has none (ResNet).
+            image_size (`int`, *optional*): Side of the pictures in pixels, where the vision config has none (ResNet),
+                or to read them in another size than its own.
             dtype (`str` or `torch.dtype`, *optional*): Of the weights. Defaults to that of `text`.
             kwargs: Other fields of [`DuoStreamConfig`]: `image_token_id` (defaults to the first number behind the
                 vocabulary, so that no row of the embeddings changes), `num_image_update_layers` (of a model that
@@ -370,6 +371,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
     def __init__(self, config: DuoStreamConfig):
         config.check_fields()
         config.check_layers()
+        config.check_picture()
         super().__init__(config)
         own = own_attention(config, config.fusion_stack_config._attn_implementation)
         if "fusion_stack_config" in own:

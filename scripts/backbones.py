@@ -22,24 +22,37 @@ def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImagePr
     makes: its own, or another, to which whole pictures are resized.
 
     Raises:
-        ValueError: The image processor makes pictures of several sizes.
+        ValueError: The image processor makes pictures of several sizes, or of another than is asked for.
     """
-    options: dict[str, Any] = {}
-    if image_size is not None:
-        options = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    image_processor = AutoImageProcessor.from_pretrained(vision, **options)
-    gray = Image.fromarray(np.full((64, 96, 3), 128, dtype=np.uint8))
-    height, width = image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
+    image_processor, (height, width) = _image_processor(vision, image_size)
     if height != width:
         raise ValueError(
             f"The image processor of {vision!r} makes {height} x {width} pixels of a picture of 64 x 96; expected "
             "squares of all, as by `do_center_crop`, or a `size` of one height and width"
         )
+    if image_size not in (None, height):
+        raise ValueError(f"Pictures are to have {image_size} pixels a side, but that processor makes {height}")
     config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size"):
         config.image_size = height  # convolutions take any
     return image_processor, config, height
+
+
+def _image_processor(vision: str, image_size: int | None) -> tuple[BaseImageProcessor, tuple[int, int]]:
+    """A vision model's image processor, for pictures of another size if one is told, and what it makes of one."""
+    gray = Image.fromarray(np.full((64, 96, 3), 128, dtype=np.uint8))
+    sizes = [{"height": image_size, "width": image_size}, {"shortest_edge": image_size}]
+    for size in sizes:
+        options: dict[str, Any] = {} if image_size is None else {"size": size, "do_center_crop": False}
+        image_processor = AutoImageProcessor.from_pretrained(vision, **options)
+        try:
+            return image_processor, image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
+        except (AttributeError, KeyError, ValueError):
+            # ConvNeXt's and ResNet's knows the second alone, and makes squares of it
+            if image_size is None or size is sizes[-1]:
+                raise
+    raise AssertionError("one of the sizes was tried last")
 
 
 def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .. import DuoStreamPreTrainedModel, DuoStreamProcessor
-from .arguments import check_dtype, json_mapping, parse
+from .arguments import check_at_least_one, check_dtype, json_mapping, parse
 from .backbones import check_answers_end, load_vision
 from .checkpoints import warn_of_unknown_tokens
 from .tasks import task_of
@@ -61,6 +61,7 @@ class ComposeArguments:
     json: bool = field(default=False, metadata={"help": "Print what was made as JSON."})
 
     def __post_init__(self) -> None:
+        check_at_least_one(self, "image_size")
         if self.dtype is not None:
             check_dtype(self.dtype)
 

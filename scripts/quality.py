@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .. import DuoStreamProcessor, train_tokenizer
-from .arguments import DataArguments, DuoStreamTrainingArguments, check_unused, parse
+from .arguments import DataArguments, DuoStreamTrainingArguments, check_at_least_one, check_unused, parse
 from .backbones import load_vision
 from .data import load_mixture, load_rows, read_classes, texts_of
 from .finetune import class_options
@@ -154,6 +154,7 @@ class QualityArguments:
     output: str = field(default="runs/quality.json", metadata={"help": "File the figures are written to."})
 
     def __post_init__(self) -> None:
+        check_at_least_one(self, "vision_size")
         if self.bidirectional_prefix is None:
             self.bidirectional_prefix = self.text is None
         if self.cache_vision and self.vision is None:

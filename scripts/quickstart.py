@@ -217,6 +217,7 @@ def main(args: list[str] | None = None) -> None:
             },
             "arguments": vars(quickstart_args),
         }
+        # The report shows them, and may fail
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         stages = {"pretraining": pretraining, "questions": questioning, "questions and captions": finetuning}
         losses = {
@@ -226,6 +227,8 @@ def main(args: list[str] | None = None) -> None:
         shown = [(questions[result["row"]]["images"][0], result) for result in pick(results, NUM_SHOWN)]
         attention = [(p, r, attended_tokens(output_dir / "finetuned", p, r)) for p, r in shown[:2]]
         write_report(output_dir / "report.html", metrics, losses, shown, attention)
+    # Now with the seconds of the report
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
     print(f"\nThe report is in {output_dir / 'report.html'}")
 

@@ -85,8 +85,12 @@ class FrozenVision(PreTrainedModel):
 
     def __init__(self, vision: str, image_size: int | None = None):
         _, config, size = load_vision(vision, image_size)
-        if config.image_size not in (size, [size, size]):
-            raise ValueError(f"{vision!r} is for `image_size={config.image_size}`, not {size}; expected convolutions")
+        own_size = getattr(config, "image_size", size)
+        if own_size not in (size, [size, size]):
+            raise ValueError(
+                f"`vision_size`: pictures of {size} pixels a side, but {vision!r} is for {own_size}, and the peer "
+                "reads those alone"
+            )
         num_tokens, config.hidden_size = image_token_shape(config)  # the peers ask the config for it
         super().__init__(config)
         self.backbone = AutoModel.from_pretrained(vision, config=config).requires_grad_(False)

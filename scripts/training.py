@@ -1,4 +1,4 @@
-"""What `pretrain` and `finetune` have in common: `Trainer`, what it reports beside the loss, and where it starts."""
+"""What `pretrain` and `finetune` have in common: batches, what is refused first, where a run starts and ends."""
 
 import json
 import signal

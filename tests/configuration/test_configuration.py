@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BERT, GPT2, LLAMA, SIGLIP, VIT, small_config
+from tiny_models import BERT, GPT2, LLAMA, SIGLIP, VIT, small_config, small_model
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
@@ -295,6 +295,35 @@ def test_the_cache_sees_the_layers_of_both_stacks_the_fusion_stack_first() -> No
     assert len(DynamicCache(config=config).layers) == 5
     assert config.fusion_stack_config.num_hidden_layers == 2  # a copy was extended
     assert config.get_text_config() is config.text_config
+
+
+@pytest.mark.parametrize("stored", [True, False, None])
+def test_what_checkpoints_said_before_of_image_states_is_understood(stored: bool | None) -> None:
+    fields = {} if stored is None else {"update_image_states": stored}
+    config = DuoStreamConfig.from_dict({**small_config().to_dict(), **fields})
+    assert config.num_image_update_layers == (0 if stored is False else None)
+    assert "update_image_states" not in config.to_dict()
+
+
+@pytest.mark.parametrize("own", [16, [16, 16]])
+def test_a_picture_s_size_is_stored_where_it_is_not_the_vision_models_own(own: int | list[int]) -> None:
+    vision_config = {**VIT, "image_size": own}
+    assert small_config(vision_config=vision_config, image_size=16).image_size is None
+    config = small_config(vision_config=vision_config, image_size=[24, 32])
+    assert config.image_size == [24, 32] and config.image_seq_length == 1 + 3 * 4
+    assert DuoStreamConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    merged = small_config(vision_config=SIGLIP, image_size=32, spatial_merge_size=2)
+    assert merged.image_seq_length == 4
+
+
+def test_another_size_of_pictures_than_a_checkpoint_has_tokens_for_is_refused(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`image_size` 32 x 32 gives 16 tokens .* but `image_seq_length` is 4"):
+        DuoStreamForConditionalGeneration.from_pretrained(tmp_path, image_size=32)
+    with pytest.raises(ValueError, match=r"`image_size` 20 x 20 is not divided by `vision_config\.patch_size` 8"):
+        DuoStreamForConditionalGeneration.from_pretrained(tmp_path, image_size=20)
+    model = DuoStreamForConditionalGeneration.from_pretrained(tmp_path, image_size=32, image_seq_length=16)
+    assert model.get_image_features(torch.zeros(1, 3, 32, 32)).pooler_output.shape[1] == 16
 
 
 @pytest.mark.parametrize(

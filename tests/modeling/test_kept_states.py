@@ -542,6 +542,25 @@ def test_the_text_stream_may_end_on_a_device_of_its_own(cls: type) -> None:
     assert next(iter(outputs.values())).device.type == "meta"
 
 
+@torch.no_grad()
+def test_a_stack_that_something_is_wrapped_around_makes_all_states() -> None:
+    model = small_model(num_image_update_layers=1)
+    inputs = batch([Row(model, PICTURE, 4), Row(model, 2, PICTURE, 3)])
+    expected = model(**inputs).logits
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, stack: torch.nn.Module):
+            super().__init__()
+            self.stack = stack
+            self.is_activation_checkpointing = False
+
+        def forward(self, **kwargs: Any) -> Any:
+            return self.stack(**kwargs)
+
+    model.model.fusion_model = Wrapped(model.model.fusion_model)
+    assert difference(model(**inputs).logits, expected) < 1e-5
+
+
 @pytest.mark.slow
 @needs_compiler
 @torch.no_grad()

@@ -357,7 +357,7 @@ def test_text_that_was_learnt_as_it_is_answered_no_prompt(tmp_path: Path) -> Non
     options = {"task": "masked", "dataset": str(tmp_path / "said.jsonl"), "image_column": ""}
     write_card(train(tmp_path / "writer", DataArguments(**options, eval_split="train")))
     card = (tmp_path / "writer" / "README.md").read_text()
-    assert "as plain text" in card and '"text": "Describe the picture."' in card
+    assert "as text as it is" in card and '"text": "Describe the picture."' in card
 
 
 def test_drawn_scenes_are_ours_to_license_and_data_sets_of_the_hub_are_named(trained: Path, tmp_path: Path) -> None:
