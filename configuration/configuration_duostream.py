@@ -263,11 +263,11 @@ class DuoStreamConfig(PreTrainedConfig):
             raise ValueError(f"`dtype` is {self.dtype!r:.100}; expected one of torch's")
         self.check_layers()
         self._check_widths()
+        self.check_picture()
         own_size = getattr(self.vision_config, "image_size", None)
         if self.image_size is not None and own_size is not None:
             sizes = [image_size_of(self.vision_config, size) for size in (self.image_size, own_size)]
             self.image_size = None if sizes[0] == sizes[1] else self.image_size
-        self.check_picture()
         if self.image_seq_length is None or self.image_hidden_size is None:
             image_seq_length, image_hidden_size = image_token_shape(
                 self.vision_config, self.vision_feature_layer, self.spatial_merge_size, self.image_size

@@ -511,12 +511,13 @@ class DuoStreamForPreTraining(DuoStreamImageTextPreTrainedModel, DuoStreamLMHead
         if self.training and config.lm_weight and has_others:
             needs_labels = "`lm_weight` needs in training: set it to 0 without them"
         if labels is None and needs_labels:
-            # Where it smooths them `Trainer` takes the labels that a collator made, and makes a loss of its own
+            # `Trainer` takes the labels that a collator made where it smooths them, or has another loss of its own
             raise ValueError(
-                f"`labels` are missing, which {needs_labels}. `label_smoothing_factor`, which takes them away, "
-                "doesn't go with the objectives of pretraining"
+                f"`labels` are missing, which {needs_labels}. `label_smoothing_factor` and `compute_loss_func`, which "
+                "take them away, don't go with the objectives of pretraining"
             )
-        is_measured = labels is not None or has_others
+        # In training ranks wait for each other whatever their batches hold
+        is_measured = self.training or labels is not None or has_others
         images = self.model.read_images(pixel_values, mm_encoder_outputs)
         # What all ranks run together where weights are sharded, and this one has no use for
         unused: list[torch.Tensor] = []

@@ -25,13 +25,16 @@ def load_vision(vision: str, image_size: int | None = None) -> tuple[BaseImagePr
         ValueError: The image processor makes pictures of several sizes, or of another than is asked for.
     """
     image_processor, (height, width) = _image_processor(vision, image_size)
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"`image_size` is {image_size}, but of a picture of 64 x 96 pixels the image processor of {vision!r} "
+            f"makes one of {height} x {width}: it can't resize whole pictures to such squares"
+        )
     if height != width:
         raise ValueError(
             f"The image processor of {vision!r} makes {height} x {width} pixels of a picture of 64 x 96; expected "
             "squares of all, as by `do_center_crop`, or a `size` of one height and width"
         )
-    if image_size not in (None, height):
-        raise ValueError(f"Pictures are to have {image_size} pixels a side, but that processor makes {height}")
     config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size"):
@@ -48,11 +51,11 @@ def _image_processor(vision: str, image_size: int | None) -> tuple[BaseImageProc
         image_processor = AutoImageProcessor.from_pretrained(vision, **options)
         try:
             return image_processor, image_processor(gray, return_tensors="np")["pixel_values"].shape[-2:]
-        except (AttributeError, KeyError, ValueError):
-            # ConvNeXt's and ResNet's knows the second alone, and makes squares of it
-            if image_size is None or size is sizes[-1]:
+        except (AttributeError, KeyError, ValueError) as error:
+            if image_size is None:
                 raise
-    raise AssertionError("one of the sizes was tried last")
+            failed = error  # ConvNeXt's and ResNet's knows the second alone, and makes squares of it
+    raise ValueError(f"`image_size` is {image_size}, which the image processor of {vision!r} can't make") from failed
 
 
 def take_vision(model: DuoStreamPreTrainedModel, vision: str) -> None:

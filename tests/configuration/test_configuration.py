@@ -322,6 +322,8 @@ def test_another_size_of_pictures_than_a_checkpoint_has_tokens_for_is_refused(tm
         DuoStreamForConditionalGeneration.from_pretrained(tmp_path, image_size=32)
     with pytest.raises(ValueError, match=r"`image_size` 20 x 20 is not divided by `vision_config\.patch_size` 8"):
         DuoStreamForConditionalGeneration.from_pretrained(tmp_path, image_size=20)
+    with pytest.raises(ValueError, match=r"`image_size` 16 x 16 gives 4 tokens .* but `image_seq_length` is 16"):
+        small_config(image_size=16, image_seq_length=16)
     model = DuoStreamForConditionalGeneration.from_pretrained(tmp_path, image_size=32, image_seq_length=16)
     assert model.get_image_features(torch.zeros(1, 3, 32, 32)).pooler_output.shape[1] == 16
 

@@ -34,6 +34,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.poolformer.image_processing_pil_poolformer import PoolFormerImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamProcessor, train_tokenizer
@@ -854,6 +855,13 @@ def test_convolutions_read_pictures_of_the_size_that_is_asked_for(language_model
     assert pixels.shape == (1, 3, image_size, image_size)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert model.get_image_features(pixels).pooler_output.shape[1] == processor.image_seq_length
+
+
+def test_an_image_processor_that_makes_no_such_pictures_is_refused(language_model, convolutions, tmp_path):
+    PoolFormerImageProcessorPil().save_pretrained(convolutions)
+    options = {"text": language_model, "vision": convolutions, "num_fusion_layers": 2, "image_size": 96}
+    with pytest.raises(ValueError, match=r"`image_size` is 96, but .* makes one of 106 x 159"):
+        compose.main(arguments(**options, output_dir=tmp_path / "out"))
 
 
 def test_a_size_that_is_none_is_refused_by_its_name(language_model, vision_model, tmp_path):

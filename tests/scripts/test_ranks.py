@@ -292,6 +292,34 @@ def test_two_ranks_have_the_loss_of_one_though_some_rows_are_read_twice(tmp_path
     assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)
 
 
+PAIRS = """
+import torch
+import torch.distributed as dist
+from tiny_models import PICTURE, Row, batch, small_model
+from duostream import DuoStreamForPreTraining
+
+dist.init_process_group("gloo")
+others = {"lm_weight": 0.0, "mlm_weight": 0.0, "itm_weight": 0.0}
+model = small_model(cls=DuoStreamForPreTraining, **others).train()
+inputs = batch([Row(model, *([PICTURE] if dist.get_rank() == 0 else []), 4) for _ in range(2)])
+if dist.get_rank() == 0:
+    inputs["paired_input_ids"] = inputs["input_ids"][:, -4:]
+loss = model(**inputs).loss
+loss.backward()
+print("loss", loss.item(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_without_pairs_and_labels_learns_beside_one_that_has_pairs(tmp_path):
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    run = launch_forks([*TORCHRUN, "2"], str(tmp_path / "pairs.py"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    losses = sorted(float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("loss "))
+    assert losses[0] == 0 < losses[1]
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_within_a_minute(rows, checkpoint, tmp_path):
     args = [*options(rows), "--checkpoint", str(checkpoint), "--eval_split", "", "--max_steps", "100000"]
