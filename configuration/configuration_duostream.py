@@ -395,8 +395,9 @@ class DuoStreamConfig(PreTrainedConfig):
             name = "vision_config.image_size" if self.image_size is None else "image_size"
             raise ValueError(f"`{name}` {height} x {width} is not divided by `vision_config.patch_size` {patch_size}")
         if self.image_size is not None and self.image_seq_length is not None:
-            merged = self.vision_feature_layer, self.spatial_merge_size
-            num_tokens, _ = image_token_shape(self.vision_config, *merged, self.image_size)
+            num_tokens, _ = image_token_shape(
+                self.vision_config, self.vision_feature_layer, self.spatial_merge_size, self.image_size
+            )
             if num_tokens != self.image_seq_length:
                 raise ValueError(
                     f"`image_size` {height} x {width} gives {num_tokens} tokens a picture, but `image_seq_length` is "

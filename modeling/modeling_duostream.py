@@ -467,7 +467,7 @@ class DuoStreamModel(DuoStreamPreTrainedModel):
             raise ValueError(f"{given} can't be read; expected (num_images, channels, height, width)")
         # Models without patches read any size, and the number of their tokens tells whether it fits
         size = image_size_of(vision, self.config.image_size)
-        if patch_grid(vision) is not None and tuple(pixel_values.shape[-2:]) != size:
+        if patch_grid(vision, self.config.image_size) is not None and tuple(pixel_values.shape[-2:]) != size:
             name = "vision_config.image_size" if self.config.image_size is None else "config.image_size"
             raise ValueError(
                 f"{given} are of another size than the vision model's pictures: expected {size[0]} x {size[1]} pixels "

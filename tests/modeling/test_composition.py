@@ -384,6 +384,17 @@ def test_pictures_may_have_another_size_than_the_vision_models_own(
         model.get_image_features(pictures[..., : size // 2, : size // 2])
 
 
+def test_patches_of_pictures_of_no_size_of_their_own_are_read() -> None:
+    # PoolFormer's config tells of patches, but of no size of pictures
+    stages = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_encoder_blocks": 4}
+    config = small_config(vision_config=transformers.PoolFormerConfig(**stages), image_size=64)
+    model = DuoStreamForConditionalGeneration(config).eval()
+    features = model.get_image_features(torch.randn(1, 3, 64, 64)).pooler_output
+    assert features.shape[1] == config.image_seq_length
+    with pytest.raises(ValueError, match=r"expected 64 x 64 pixels \(`config.image_size`\)"):
+        model.get_image_features(torch.randn(1, 3, 32, 32))
+
+
 def test_backbones_may_be_loaded_already(folder: Callable[[str], Path]) -> None:
     text = AutoModelForCausalLM.from_pretrained(folder("gpt2"))
     vision = AutoModel.from_pretrained(folder("a whole siglip"))
