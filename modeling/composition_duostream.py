@@ -241,10 +241,9 @@ def compose_config(
     if type(vision_config) not in MODEL_MAPPING:
         raise ValueError(f"`vision` of type {vision_config.model_type!r} is no type that `AutoModel` builds")
     if image_size is not None:
-        own_size = getattr(vision_config, "image_size", None)
-        if own_size is None:
+        if getattr(vision_config, "image_size", None) is None:
             vision_config.image_size = image_size
-        elif own_size not in (image_size, [image_size, image_size]):
+        else:
             kwargs["image_size"] = image_size
     if hasattr(vision_config, "vision_use_head"):
         vision_config.vision_use_head = False  # SigLIP's pooling, which is not read

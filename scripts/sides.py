@@ -91,6 +91,7 @@ class FrozenVision(PreTrainedModel):
                 f"`vision_size`: pictures of {size} pixels a side, but {vision!r} is for {own_size}, and the peer "
                 "reads those alone"
             )
+        config.image_size = own_size  # of patches, too, whose config tells of no pictures' size
         num_tokens, config.hidden_size = image_token_shape(config)  # the peers ask the config for it
         super().__init__(config)
         self.backbone = AutoModel.from_pretrained(vision, config=config).requires_grad_(False)
