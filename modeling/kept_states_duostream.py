@@ -6,7 +6,7 @@ keys and values that those few attend to.
 """
 
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -64,24 +64,15 @@ class KeptPositions:
     """
 
     def __init__(self, index: torch.Tensor, seq_len: int):
-        self.index, self.seq_len = index, seq_len
-
-    @cached_property
-    def others(self) -> torch.Tensor:
-        """Those that are not kept, in order, of shape `(batch, seq_len - num_kept)`."""
-        batch_size, num_kept = self.index.shape
-        is_other = torch.ones(batch_size, self.seq_len, dtype=torch.bool, device=self.index.device)
-        return first_where(is_other.scatter(1, self.index, False))[:, : self.seq_len - num_kept]
-
-    @cached_property
-    def order(self) -> torch.Tensor:
-        """The others, and then those that are kept, of shape `(batch, seq_len)`."""
-        return torch.cat([self.others, self.index], dim=1)
-
-    @cached_property
-    def places(self) -> torch.Tensor:
-        """Where in that order each position stands, of shape `(batch, seq_len)`."""
-        return self.order.argsort(dim=1)
+        batch_size, num_kept = index.shape
+        self.index = index
+        is_other = torch.ones(batch_size, seq_len, dtype=torch.bool, device=index.device).scatter(1, index, False)
+        # Those that are not kept, in order
+        self.others = first_where(is_other)[:, : seq_len - num_kept]  # (batch, seq_len - num_kept)
+        # The others, and then those that are kept
+        self.order = torch.cat([self.others, index], dim=1)  # (batch, seq_len)
+        # Where in that order each position stands
+        self.places = self.order.argsort(dim=1)  # (batch, seq_len)
 
 
 class CacheOfKeptStates(Cache):
@@ -98,6 +89,7 @@ class CacheOfKeptStates(Cache):
     def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: dict[nn.Module, int | KeptPositions]):
         super().__init__(layers=(DynamicCache(config=config) if cache is None else cache).layers)
         self.kept, self.stores = kept, cache is not None
+        self.is_traced = torch.compiler.is_compiling()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -187,6 +179,19 @@ def make_kept_states_alone(stack: PreTrainedModel) -> None:
                 part.register_forward_hook(_repeat_query)
 
 
+def makes_all_states(config: PreTrainedConfig) -> bool:
+    """
+    Whether a stack leaves nothing out: with flash attention, which may read off the positions that a row holds several
+    sequences, for which one position is too few; in a graph with gradients; in an exported one, whose sizes are open.
+    """
+    if torch.compiler.is_compiling():
+        # Before torch 2.7 nothing tells an export apart
+        is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+        if torch.is_grad_enabled() or is_exporting():
+            return True
+    return is_flash_attention_requested(config)
+
+
 def is_worth_it(num_kept: int, shape: tuple[int, int, int], device: torch.device, layer: nn.Module) -> bool:
     """
     Whether more is saved than it costs: a run for keys and values, up to a quarter of a layer's, or the sorting; and,
@@ -201,7 +206,8 @@ def is_worth_it(num_kept: int, shape: tuple[int, int, int], device: torch.device
     batch_size, seq_len, width = shape
     if not 0 < num_kept <= 0.75 * seq_len:
         return False
-    if device.type == "cpu":
+    # A compiler leaves out of the first run what nobody reads
+    if device.type == "cpu" or torch.compiler.is_compiling():
         return True
     operations = 2 * sum(weight.numel() for weight in layer.parameters()) + 4 * seq_len * width
     return operations * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
@@ -238,7 +244,7 @@ def positions_to_update(
     """
     layers = layers_of(stack)
     # What is wrapped around a stack need not have a config
-    if not layers or torch.compiler.is_compiling() or is_flash_attention_requested(stack.config):
+    if not layers or makes_all_states(stack.config):
         return None
     batch_size, seq_len = image_mask.shape
     if attention_mask is not None:
@@ -247,6 +253,8 @@ def positions_to_update(
     if batch_size == 1:
         images_per_row = num_image_tokens // image_seq_length
     if images_per_row is None:
+        if torch.compiler.is_compiling():
+            return None  # the graph would end where the device is waited for
         num_updated = int(is_updated.sum(dim=1).max())
     else:
         num_updated = seq_len - images_per_row * (image_seq_length - 1)
@@ -288,8 +296,7 @@ def keeping(
 ) -> Cache | None:
     """The cache, telling what is kept where nothing else is asked of the layers and they may be run twice."""
     config = stack.config
-    # Flash attention may read off the positions that a row holds several sequences, for which one position is too few
-    if torch.compiler.is_compiling() or is_flash_attention_requested(config):
+    if makes_all_states(config):
         return cache
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if kwargs.get(name) or getattr(config, name, False):
@@ -327,8 +334,8 @@ def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.
 
 def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     cache = _find(CacheOfKeptStates, args, kwargs)
-    # A copy of a layer has this hook, too. Where a layer is compiled with its hooks, it makes all states.
-    if cache is None or layer not in cache.kept or torch.compiler.is_compiling():
+    # A copy of a layer has this hook, too. Where a layer is compiled by itself, with its hooks, it makes all states.
+    if cache is None or layer not in cache.kept or torch.compiler.is_compiling() != cache.is_traced:
         return None
     kept = cache.kept[layer]
     is_static = cache.is_compileable
@@ -357,14 +364,16 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     # By position what came so, as other hooks may look there
     in_place = [given.pop(name) for name in names]
     # Where a layer's forward is compiled, a run that ends in the middle is not: all others wouldn't be, either
-    run = getattr(layer.forward, "_torchdynamo_orig_callable", layer)
-    token = _num_unread_queries.set(num_others)
+    run = layer if cache.is_traced else getattr(layer.forward, "_torchdynamo_orig_callable", layer)
+    # A compiler leaves out by itself what nobody reads
+    token = None if cache.is_traced else _num_unread_queries.set(num_others)
     try:
         run(*in_place, **given)
     except _KeysAndValuesMade:
         return tuple(cut.pop(name) for name in names), cut
     finally:
-        _num_unread_queries.reset(token)
+        if token is not None:
+            _num_unread_queries.reset(token)
     raise RuntimeError(f"{type(layer).__name__} was given a cache, but cached no keys and values")
 
 

@@ -31,6 +31,7 @@ from tiny_models import (
     small_model,
 )
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from duostream import DuoStreamForConditionalGeneration, DuoStreamForSequenceClassification, DuoStreamModel
@@ -80,8 +81,13 @@ def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "tiny":
         # Phi, whose head has a bias, is no language model to be split
         return small_model("tiny")
+    return composed_model(request.param)
+
+
+def composed_model(kind: str) -> Any:
+    """Three fusion layers, of which image tokens are updated by two."""
     torch.manual_seed(0)
-    language = AutoModelForCausalLM.from_config(TEXTS[request.param]())
+    language = AutoModelForCausalLM.from_config(TEXTS[kind]())
     vision = AutoModel.from_config(VISIONS["siglip"]())
     return roughen(DuoStreamForConditionalGeneration.from_backbones(language, vision, num_fusion_layers=3), 0.05)
 
@@ -577,6 +583,54 @@ def test_layers_that_are_compiled_alone_say_the_same(compile_layers: str) -> Non
             layer.forward = torch.compile(layer.forward, backend="aot_eager")
     for _ in range(2):
         assert difference(model(**inputs, logits_to_keep=1).logits, expected) < ENOUGH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "has_cache"), [("llama", True), ("llama", False), ("gpt2", True), ("gemma3", True), ("phi3", True)]
+)
+@torch.no_grad()
+def test_a_compiled_forward_makes_no_more_states_and_says_the_same(kind: str, has_cache: bool) -> None:
+    model = composed_model(kind)
+    inputs = {**Row(model, PICTURE, 8).inputs, "images_per_row": 1, "use_cache": has_cache}
+    input_ids = inputs["input_ids"]
+    inputs["mm_token_type_ids"] = (input_ids == model.config.image_token_id).long()
+    if has_cache:
+        cache = StaticCache(config=model.config, max_cache_len=input_ids.shape[1] + 3)
+        model(**inputs, past_key_values=cache)  # which makes its memory
+        inputs["past_key_values"] = cache
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    # Of all words and the picture's last token, and of the last word
+    for num_kept, num_made in ((0, 9), (1, 1)):
+        given = []
+        for forward in (model.forward, compiled):
+            if has_cache:
+                cache.reset()
+            with watched(model) as lengths:
+                outputs = forward(**inputs, logits_to_keep=num_kept)
+            assert lengths == [num_made]
+            layers = outputs.past_key_values.layers if has_cache else []
+            given.append([outputs.logits[:, -8:], *(each.keys.clone() for each in layers)])
+        for got, expected in zip(*given, strict=True):
+            assert difference(got, expected) < ENOUGH
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_forward_goes_on_with_prompts_of_other_sizes() -> None:
+    model = small_reader(1)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    num_graphs = []
+    # Long ones have too many words for it to be worth it
+    for num_rows, num_words in ((4, 6), (3, 7), (2, 50), (5, 4), (3, 60), (6, 5)):
+        inputs = batch([Row(model, PICTURE, num_words) for _ in range(num_rows)])
+        inputs |= {"images_per_row": 1, "use_cache": False, "logits_to_keep": 1}
+        assert difference(compiled(**inputs).logits, model(**inputs).logits) < ENOUGH
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[-1] == num_graphs[2] <= 4
 
 
 @torch.no_grad()
