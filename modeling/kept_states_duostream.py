@@ -64,15 +64,35 @@ class KeptPositions:
     """
 
     def __init__(self, index: torch.Tensor, seq_len: int):
-        batch_size, num_kept = index.shape
-        self.index = index
-        is_other = torch.ones(batch_size, seq_len, dtype=torch.bool, device=index.device).scatter(1, index, False)
-        # Those that are not kept, in order
-        self.others = first_where(is_other)[:, : seq_len - num_kept]  # (batch, seq_len - num_kept)
-        # The others, and then those that are kept
-        self.order = torch.cat([self.others, index], dim=1)  # (batch, seq_len)
-        # Where in that order each position stands
-        self.places = self.order.argsort(dim=1)  # (batch, seq_len)
+        self.index, self.seq_len = index, seq_len
+        # No `cached_property`: before Python 3.12 it has a lock, which no compiler knows
+        self._others: torch.Tensor | None = None
+        self._order: torch.Tensor | None = None
+        self._places: torch.Tensor | None = None
+
+    @property
+    def others(self) -> torch.Tensor:
+        """Those that are not kept, in order, of shape `(batch, seq_len - num_kept)`."""
+        if self._others is None:
+            batch_size, num_kept = self.index.shape
+            is_other = torch.ones(batch_size, self.seq_len, dtype=torch.bool, device=self.index.device)
+            self._others = first_where(is_other.scatter(1, self.index, False))[:, : self.seq_len - num_kept]
+        return self._others
+
+    @property
+    def order(self) -> torch.Tensor:
+        """The others, and then those that are kept, of shape `(batch, seq_len)`."""
+        if self._order is None:
+            self._order = torch.cat([self.others, self.index], dim=1)
+        return self._order
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where in that order each position stands, of shape `(batch, seq_len)`."""
+        if self._places is None:
+            numbers = torch.arange(self.seq_len, device=self.index.device).expand_as(self.order)
+            self._places = torch.empty_like(self.order).scatter(1, self.order, numbers)
+        return self._places
 
 
 class CacheOfKeptStates(Cache):
@@ -206,8 +226,7 @@ def is_worth_it(num_kept: int, shape: tuple[int, int, int], device: torch.device
     batch_size, seq_len, width = shape
     if not 0 < num_kept <= 0.75 * seq_len:
         return False
-    # A compiler leaves out of the first run what nobody reads
-    if device.type == "cpu" or torch.compiler.is_compiling():
+    if device.type == "cpu":
         return True
     operations = 2 * sum(weight.numel() for weight in layer.parameters()) + 4 * seq_len * width
     return operations * batch_size * (seq_len - num_kept) >= OPERATIONS_WORTH_A_LAUNCH
@@ -339,7 +358,8 @@ def _cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
         return None
     kept = cache.kept[layer]
     is_static = cache.is_compileable
-    names = list(signature(layer.forward).parameters)[: len(args)]
+    # The class's: one that is compiled can't be looked at while a model around it is
+    names = list(signature(type(layer).forward).parameters)[1 : len(args) + 1]
     if len(names) < len(args):
         return None
     given = dict(zip(names, args, strict=True)) | kwargs

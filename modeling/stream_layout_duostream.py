@@ -237,7 +237,11 @@ def lay_out(
         if images_per_row is None:
             text_len = int(text.sum(dim=1).max())
         else:
-            check((text.sum(dim=1) <= text_len).all(), f"`images_per_row={images_per_row}` does not hold of all rows")
+            check(
+                (text.sum(dim=1) <= text_len).all(),
+                "Not all rows have as many pictures as is told",
+                lambda: f": `images_per_row={images_per_row}`",
+            )
         text_index = first_where(text)[:, :text_len]  # (batch, text_len)
         slot = text.cumsum(dim=1) - 1  # (batch, seq_len)
         if not text_is_causal:
@@ -250,7 +254,8 @@ def lay_out(
         else:
             check(
                 chunk_kept.sum() == text_len,
-                f"`images_per_row={images_per_row}` does not hold: in a cache, columns of pictures must hold no text",
+                "In a cache, columns of pictures must hold no text",
+                lambda: f", which does not hold with `images_per_row={images_per_row}`",
             )
         order = first_where(kept)  # (past_len + seq_len,)
         # Each launch counts where the host is what takes time: nothing is sorted, or looked for, twice
