@@ -1,10 +1,7 @@
 """From conversations with pictures to a batch for `Trainer`."""
 
-import json
 import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, ClassVar
@@ -12,18 +9,15 @@ from typing import Any, ClassVar
 import datasets
 import PIL.Image
 import torch
-from jinja2 import TemplateError
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START, encode_marked_chat, render_jinja_template
 
-from .chat_template_duostream import check_contents, check_text, check_tools, default_chat_template
+from .conversations_duostream import conversations_of, encode_text, is_plain_text, render, tokenize
+from .packing_duostream import IGNORE_INDEX, first_fit_decreasing, join, shared_length
 from .pictures_duostream import read_picture
 from .processing_duostream import DuoStreamProcessor
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
 
 
 def load_picture(image: Any) -> PIL.Image.Image:
@@ -63,80 +57,6 @@ class ImageStates(BaseModelOutputWithPooling):
         # For a GPU `DataLoader` copies a mapping, and updates the copy with what it pinned; the library forbids it.
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
-
-
-def is_plain_text(row: dict[str, Any]) -> bool:
-    """Whether a row is a text, and no conversation that has one beside it."""
-    return "text" in row and "messages" not in row and "prompt" not in row
-
-
-def conversations_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is said in a row: its `conversations`, which begin alike, or the row itself."""
-    if "messages" in row or "prompt" in row:
-        return [row]
-    conversations = row.get("conversations") or [row]
-    if not isinstance(conversations, list) or not all(isinstance(each, dict) for each in conversations):
-        raise ValueError(f"expected a list of `conversations`, not {conversations!r:.100}")
-    return conversations
-
-
-def tools_of(row: dict[str, Any]) -> list[Any] | None:
-    """What a row's `tools` hold, as TRL has them: a list of JSON schemas, or such a list written as JSON."""
-    tools = row.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`tools` is {tools!r:.100}, which is no JSON: {error}") from error
-    if tools and not isinstance(tools, list):
-        raise ValueError(f"`tools` is {tools!r:.100}; expected a list of JSON schemas")
-    return tools or None
-
-
-def first_fit_decreasing(lengths: Sequence[int]) -> list[list[int]]:
-    """Items put together so that none of the groups is longer than the longest item, each group in order."""
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = next((group for group, left in enumerate(room) if left >= lengths[i]), None)
-        if fitting is None:
-            groups.append([])
-            room.append(max(lengths))
-            fitting = len(groups) - 1
-        groups[fitting].append(i)
-        room[fitting] -= lengths[i]
-    return [sorted(group) for group in groups]
-
-
-def join(
-    input_ids: list[list[int]],
-    labels: list[list[int]],
-    types: list[list[int]],
-    groups: list[list[int]],
-    shared: list[int],
-) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
-    """
-    Joins sequences to rows: what those of a group have in common, and what follows it in each, one after the other.
-
-    Args:
-        groups (`list[list[int]]`): The sequences of each row.
-        shared (`list[int]`): How many tokens those of each group have in common at their beginning.
-
-    Returns:
-        Token ids, labels, `token_type_ids`, and `segment_ids` of each row: 0 in what is shared, then the number of the
-        sequence.
-    """
-    joined_ids = [input_ids[group[0]][:length] for group, length in zip(groups, shared, strict=True)]
-    joined_types = [types[group[0]][:length] for group, length in zip(groups, shared, strict=True)]
-    joined_labels = [[IGNORE_INDEX] * length for length in shared]
-    segment_ids = [[0] * length for length in shared]
-    for i, (group, length) in enumerate(zip(groups, shared, strict=True)):
-        for number, n in enumerate(group, start=1):
-            joined_ids[i] += input_ids[n][length:]
-            # Nothing predicts the first token of a sequence without a beginning
-            joined_labels[i] += [IGNORE_INDEX, *labels[n][length + 1 :]]
-            joined_types[i] += types[n][length:]
-            segment_ids[i] += [number] * (len(input_ids[n]) - length)
-    return joined_ids, joined_labels, joined_types, segment_ids
 
 
 def targets_per_row(labels: torch.Tensor) -> int:
@@ -201,7 +121,7 @@ class DuoStreamDataCollator:
         for n, (i, conversation) in enumerate(owned):
             frame, is_text = None, is_plain_text(conversation)
             if is_text:
-                input_ids[n], frame = self.encode_text(conversation["text"], len(images[i]), names[i])
+                input_ids[n], frame = encode_text(self.processor, conversation["text"], len(images[i]), names[i])
                 image_token_id = self.processor.image_token_id
                 labels[n] = [IGNORE_INDEX if token == image_token_id else token for token in input_ids[n]]
             num_markers = input_ids[n].count(self.processor.image_token_id)
@@ -223,7 +143,10 @@ class DuoStreamDataCollator:
             shared = []
             for group, name in zip(groups, names, strict=True):
                 own_ids, own_labels, own_types = ([each[n] for n in group] for each in (input_ids, labels, types))
-                shared.append(self.shared_length(own_ids, own_labels, own_types, name))
+                try:
+                    shared.append(shared_length(own_ids, own_labels, own_types, self.processor.image_token_id))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
             input_ids, labels, types, segment_ids = join(input_ids, labels, types, groups, shared)
         groups = [[i] for i in range(len(rows))]
         packed = first_fit_decreasing([len(row) for row in input_ids]) if self.packing else groups
@@ -271,13 +194,15 @@ class DuoStreamDataCollator:
             if is_plain_text(conversation):
                 continue
             try:
-                pieces += [(n, text, is_answer) for text, is_answer in self.render({**rows[i], **conversation})]
+                pieces += [
+                    (n, text, is_answer) for text, is_answer in render(self.processor, {**rows[i], **conversation})
+                ]
             except Exception as error:
                 raise ValueError(f"{names[i]}: {error}") from error
         input_ids: list[list[int]] = [[] for _ in owned]
         labels: list[list[int]] = [[] for _ in owned]
         continues = [k > 0 and pieces[k - 1][0] == n for k, (n, _, _) in enumerate(pieces)]
-        encoded = self.tokenize([text for _, text, _ in pieces], continues) if pieces else []
+        encoded = tokenize(self.processor.tokenizer, [text for _, text, _ in pieces], continues) if pieces else []
         for (n, _, is_answer), ids in zip(pieces, encoded, strict=True):
             input_ids[n] += ids
             labels[n] += ids if is_answer else [IGNORE_INDEX] * len(ids)
@@ -290,30 +215,6 @@ class DuoStreamDataCollator:
                 self.processor.check_marker(ids, text, marker, names[i], at_least=1 if text else 0)
         return input_ids, labels
 
-    def shared_length(
-        self, input_ids: list[list[int]], labels: list[list[int]], types: list[list[int]], name: str
-    ) -> int:
-        """
-        How many tokens a row's conversations have in common at their beginning.
-
-        Raises:
-            ValueError: They differ before their last picture, or within a prefix that is read both ways.
-        """
-        differ = (position for position, tokens in enumerate(zip(*input_ids, strict=False)) if len(set(tokens)) > 1)
-        shared = next(differ, min(map(len, input_ids)))
-        for row in labels:
-            # Behind the beginning stands one more token, so that each first label is predicted in its own part
-            first_label = next((position for position, label in enumerate(row) if label != IGNORE_INDEX), len(row))
-            shared = min(shared, max(first_label - 1, 0))
-        if any(self.processor.image_token_id in ids[shared:] for ids in input_ids):
-            raise ValueError(f"{name}: its `conversations` differ before their last picture, which they are to share")
-        if len(input_ids) > 1 and any(0 in row[shared:] for row in types):
-            raise ValueError(
-                f"{name}: its `conversations` ask different things, which a prefix that is read both ways can't "
-                "share: use a processor with `bidirectional_prefix=False`"
-            )
-        return shared
-
     def names(self, rows: list[dict[str, Any]]) -> list[str]:
         """What errors call the rows. Raises `ValueError` where there is none, or one has no columns."""
         if not rows:
@@ -322,135 +223,6 @@ class DuoStreamDataCollator:
             if not isinstance(row, dict):
                 raise ValueError(f"Row {i} of the batch: expected columns, not {row!r:.100}")
         return [f"Row {row.get('row', f'{i} of the batch')}" for i, row in enumerate(rows)]
-
-    def render(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
-        """The conversation as the chat template writes it, in pieces, with whether the piece is to be learnt."""
-        if "messages" in row:
-            messages, num_given = row["messages"], 0
-        elif "prompt" in row and "completion" in row:
-            for name in ("prompt", "completion"):
-                if not isinstance(row[name], list | tuple):
-                    raise ValueError(f"there are no messages in `{name}`, which is {row[name]!r:.100}")
-            messages, num_given = [*row["prompt"], *row["completion"]], len(row["prompt"])
-        else:
-            raise ValueError(
-                f"expected `messages`, or `prompt` and `completion`, or `text`; its columns are {sorted(row)} "
-                "(`Trainer` takes away those that no model reads, unless `remove_unused_columns=False`)"
-            )
-        if not isinstance(messages, list | tuple):
-            raise ValueError(f"there are no messages in {messages!r:.100}")
-        # As `apply_chat_template` reads them, which takes a list for a batch
-        (messages,), _ = self.processor._normalize_conversations([messages])
-        # Control tokens in the messages' text are marked, and later encoded as plain text: see `apply_chat_template`
-        tokenizer, template = self.processor.tokenizer, default_chat_template(self.processor.chat_template)
-        tools = tools_of(row)
-        check_tools(template, messages, tools)
-        check_contents(template, messages)
-        marked, tools, *_ = tokenizer._mark_chat_inputs(template, [messages], tools, None, {}, True, False)
-        text, answers = self.render_marked(marked[0], tools)
-        check_text(text, "the conversation")
-        num_given_answers = sum(message["role"] == "assistant" for message in messages[:num_given])
-        if num_given_answers:
-            # A template may mark several pieces of a message, or none; one that takes no prompt alone, each as one
-            with suppress(TemplateError):
-                num_given_answers = len(self.render_marked(marked[0][:num_given], tools)[1])
-        pieces, end = [], 0
-        for start, stop in answers[num_given_answers:]:
-            pieces += [(text[end:start], False), (text[start:stop], True)]
-            end = stop
-        if not pieces:
-            raise ValueError("no message of the assistant to learn from")
-        return [*pieces, (text[end:], False)]
-
-    def encode_text(self, text: Any, num_images: int, name: str) -> tuple[list[int], list[int]]:
-        """
-        Token ids of a text without a chat behind its pictures' markers, as the library's pipelines encode it, and
-        which of them the tokenizer put around it (1). Control tokens in it stay text.
-        """
-        check_text(text, name)
-        tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
-        encoded = tokenizer(
-            text, split_special_tokens=True, return_attention_mask=False, return_special_tokens_mask=True
-        )
-        ids, frame = encoded["input_ids"], encoded["special_tokens_mask"]
-        # As where the processor reads pictures and text: behind [CLS] or the like
-        front = tokenizer.encode(self.processor.image_token).index(image_token_id) if num_images else 0
-        images = [image_token_id] * num_images
-        return ids[:front] + images + ids[front:], frame[:front] + [0] * num_images + frame[front:]
-
-    def render_marked(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None = None
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as one text, and where in it each answer starts and stops (in characters)."""
-
-        def render(messages: list, **kwargs: Any) -> tuple[list[str], list]:
-            return render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=template,
-                **kwargs,
-                **self.processor.tokenizer.special_tokens_map,
-            )
-
-        template = default_chat_template(self.processor.chat_template)
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            texts, spans = render(messages, return_assistant_tokens_mask=True)
-            return texts[0], spans[0]
-        # A template that doesn't mark its answers: each is what it adds to the conversation before it
-        text, spans = render(messages)[0][0], []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                if i == 0:  # without any message templates that read `messages[0]` write nothing
-                    _, prompt = self.processor.generation_prompt()
-                    before = text[: text.find(prompt)] + prompt
-                else:
-                    before = render(messages[:i], add_generation_prompt=True)[0][0]
-                after = render(messages[: i + 1])[0][0]
-                if not (after.startswith(before) and text.startswith(after)):
-                    raise ValueError(
-                        "the chat template rewrites earlier turns, so that answers can't be told apart: give one "
-                        "answer a row, or a template with `{% generation %}`"
-                    )
-                spans.append((len(before), len(after)))
-        return text, spans
-
-    def tokenize(self, texts: list[str], continues: list[bool]) -> list[list[int]]:
-        """Token ids of rendered pieces, in which control tokens that a user wrote are marked, and which may go on."""
-        tokenizer = self.processor.tokenizer
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-            marked = [i for i, text in enumerate(texts) if _CONTROL_TOKEN_START in text]
-            for i in marked:
-                encoded[i] = encode_marked_chat(tokenizer, texts[i])
-            return encoded
-
-        newline, x, newline_x = encode(["\n", "x", "\nx"])
-        if newline_x == newline + x:
-            return encode(texts)
-        # SentencePiece begins a text with a space: a piece that goes on is read behind the special token that it
-        # follows, or a newline, or a period, which is taken off where the tokenizer has kept it apart
-        added = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
-        fronts = ["."] if newline_x == x else ["\n", "."]
-        untried = [
-            [*[token for token in added if texts[i - 1].endswith(token)][:1], *fronts, ""] if goes_on else [""]
-            for i, goes_on in enumerate(continues)
-        ]
-        encoded: list[list[int]] = [[] for _ in texts]
-        left = list(range(len(texts)))
-        while left:
-            tried = {i: untried[i].pop(0) for i in left}
-            kinds = sorted({*tried.values()} - {""})
-            front_ids = {"": [], **dict(zip(kinds, encode(kinds) if kinds else [], strict=True))}
-            behind = dict(zip(left, encode([front + texts[i] for i, front in tried.items()]), strict=True))
-            left = []
-            for i, ids in behind.items():
-                front = front_ids[tried[i]]
-                if ids[: len(front)] == front:
-                    encoded[i] = ids[len(front) :]
-                else:
-                    left.append(i)
-        return encoded
 
     def load_images(self, row: dict[str, Any], name: str) -> list[Any]:
         """The row's pictures, or their states from the vision stream, if it has `image_features`."""

@@ -11,13 +11,9 @@ from transformers import DataCollatorForLanguageModeling
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .chat_template_duostream import check_text
-from .data_collator_duostream import (
-    IGNORE_INDEX,
-    DuoStreamDataCollator,
-    conversations_of,
-    is_plain_text,
-    targets_per_row,
-)
+from .conversations_duostream import conversations_of, is_plain_text
+from .data_collator_duostream import DuoStreamDataCollator, targets_per_row
+from .packing_duostream import IGNORE_INDEX
 
 # Byte-level BPE spells each byte as a letter, and SentencePiece those of a letter that it doesn't know by number
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}

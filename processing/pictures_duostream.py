@@ -25,8 +25,8 @@ MAX_ASPECT_RATIO = 200
 
 def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Image:
     """
-    A picture as it is seen, in RGB: its first frame, upright as its EXIF says, on white where it is transparent. Of 16
-    bits a channel the upper 8 are taken.
+    A picture as it is seen, in RGB: a file's first frame, upright as its EXIF says, on white where it is transparent.
+    Of 16 bits a channel the upper 8 are taken.
 
     Args:
         image (`str`, `os.PathLike`, `PIL.Image.Image`, or an array of `uint8`): An address, a path and base64 are
@@ -68,8 +68,17 @@ def read_picture(image: str | os.PathLike | PIL.Image.Image | np.ndarray | torch
     # TIFFs are turned as they are loaded, which their EXIF tells of no more, or (10.0) still
     if not isinstance(picture, TiffImageFile) and picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         picture = PIL.ImageOps.exif_transpose(picture)
+    hidden = picture.info.get("transparency")
     if is_16_bit:
-        return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(picture)
+        pixels = (values >> 8).astype(np.uint8)
+        if hidden is not None:
+            pixels[values == hidden] = 255
+        return PIL.Image.fromarray(pixels).convert("RGB")
+    if isinstance(hidden, tuple) and max(hidden) > 255:
+        # Of 16 bits, where Pillow keeps 8 of the pixels'
+        picture = picture.copy()
+        picture.info["transparency"] = tuple(value >> 8 for value in hidden)
     if "A" in picture.getbands() or "transparency" in picture.info:
         return PIL.Image.fromarray(convert_to_rgb(picture, return_numpy=True))
     return picture if picture.mode == "RGB" else picture.convert("RGB")

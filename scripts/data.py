@@ -13,7 +13,8 @@ from datasets import Dataset, Features, LargeList, List, Value, interleave_datas
 
 from ..configuration.configuration_duostream import MAX_LABELS
 from ..processing.chat_template_duostream import check_messages, parts_of
-from ..processing.data_collator_duostream import conversations_of, is_plain_text, load_picture
+from ..processing.conversations_duostream import conversations_of, is_plain_text
+from ..processing.data_collator_duostream import load_picture
 from .arguments import DataArguments, check_unused
 from .bad_rows import BadRows
 from .rows import UNDECODED, class_names, make_rows, num_chars

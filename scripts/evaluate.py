@@ -20,7 +20,7 @@ from datasets import Dataset, ReadInstruction
 from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
-from ..processing.data_collator_duostream import is_plain_text
+from ..processing.conversations_duostream import is_plain_text
 from .arguments import DataArguments, check_at_least_one, check_unused, parse
 from .card import read_run, save_samples, source_of, weights_fingerprints
 from .checkpoints import check_place, load_model

@@ -21,7 +21,9 @@ from ..processing import (
     DuoStreamRetrievalCollator,
 )
 from ..processing.chat_template_duostream import check_messages, parts_of
-from ..processing.data_collator_duostream import IGNORE_INDEX, load_pictures, tools_of
+from ..processing.conversations_duostream import tools_of
+from ..processing.data_collator_duostream import load_pictures
+from ..processing.packing_duostream import IGNORE_INDEX
 from . import metrics
 from .answering import TextRoom, answer, prompt_inputs
 from .data import picture_key

@@ -18,7 +18,7 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..processing import DuoStreamDataCollator
-from ..processing.data_collator_duostream import IGNORE_INDEX
+from ..processing.packing_duostream import IGNORE_INDEX
 from .arguments import DataArguments, parse
 from .comparison import Row, check_clock, check_repeats, compare, in_turn, record_of, timer, write_rows
 from .data import load_mixture, texts_of

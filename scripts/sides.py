@@ -45,7 +45,8 @@ from .. import (
     DuoStreamProcessor,
 )
 from ..configuration.image_tokens_duostream import image_token_shape, image_tokens
-from ..processing.data_collator_duostream import IGNORE_INDEX, load_picture
+from ..processing.data_collator_duostream import load_picture
+from ..processing.packing_duostream import IGNORE_INDEX
 from .arguments import DataArguments, DuoStreamTrainingArguments, json_mapping
 from .backbones import check_answers_end, load_vision, take_vision
 from .measuring import evaluate, references_of, score_answers, text_of

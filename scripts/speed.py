@@ -42,7 +42,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..modeling.kept_states_duostream import lower_half
 from ..modeling.masks_duostream import block_sequence_ids
-from ..processing.data_collator_duostream import IGNORE_INDEX
+from ..processing.packing_duostream import IGNORE_INDEX
 from .arguments import check_dtype, parse
 from .comparison import (
     CLOCKS,

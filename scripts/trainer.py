@@ -19,7 +19,7 @@ from ..modeling import (
     DuoStreamForSequenceClassification,
 )
 from ..modeling.liger_duostream import register_liger_kernel
-from ..processing.data_collator_duostream import IGNORE_INDEX
+from ..processing.packing_duostream import IGNORE_INDEX
 from .arguments import DataArguments
 from .card import write_card, write_run
 from .long_runs import LongRunTrainer
