@@ -22,15 +22,20 @@ NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no"]
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width: int, height: int) -> bytes:
     """A black PNG of one bit a pixel, without having so many pixels in memory as `PIL` would."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes((1 + -(-width // 8)) * height), 1)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return png_of(header, zlib.compress(bytes((1 + -(-width // 8)) * height), 1))
+
+
+def png_of(header: bytes, pixels: bytes, *others: bytes) -> bytes:
+    between = b"".join(others)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + between + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
@@ -52,6 +57,21 @@ def save_readable(folder: Path) -> dict[str, np.ndarray]:
         sixteen = np.linspace(0, 2**16 - 1, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
         save(f"sixteen.{suffix}", Image.fromarray(sixteen))
         shown[f"sixteen.{suffix}"] = np.repeat(sixteen[..., None] / 257, 3, axis=-1)
+    # Of two grays with the same upper 8 bits one is transparent. Pillow before 10.3 can't write it.
+    sixteen[0, 0] = 5 * 256 + 6
+    save("sixteen_hole.png", Image.fromarray(sixteen))
+    whole = (folder / "sixteen_hole.png").read_bytes()
+    after_header = whole.index(b"IDAT") - 4
+    (folder / "sixteen_hole.png").write_bytes(
+        whole[:after_header] + chunk(b"tRNS", bytes([5, 6])) + whole[after_header:]
+    )
+    shown["sixteen_hole.png"] = shown["sixteen.png"].copy()
+    shown["sixteen_hole.png"][0, 0] = 255
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(struct.pack(">B6H", 0, 300, 5000, 60000, 300, 5000, 50000))
+    hidden = chunk(b"tRNS", struct.pack(">3H", 300, 5000, 60000))
+    (folder / "deep_hole.png").write_bytes(png_of(header, pixels, hidden))
+    shown["deep_hole.png"] = np.array([[[255, 255, 255], [1, 19, 195]]])
     shown["palette.png"] = np.asarray(save("palette.png", picture.quantize(16)).convert("RGB"))
     colors = picture.quantize(16)
     rgba = np.dstack([np.asarray(colors.convert("RGB")), np.where(np.asarray(colors) == 3, 0, 255)])
@@ -77,7 +97,7 @@ def save_readable(folder: Path) -> dict[str, np.ndarray]:
 
 READABLE = [
     *("cmyk.jpg", "sixteen.png", "sixteen.tif", "palette.png", "hole.png", "transparent.png", "animated.gif"),
-    *("lying.png", "lying.tif", "one.png"),
+    *("sixteen_hole.png", "deep_hole.png", "lying.png", "lying.tif", "one.png"),
 ]
 
 
