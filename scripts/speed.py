@@ -156,7 +156,7 @@ class PrefillArguments(SpeedArguments):
         default="rows",
         metadata={
             "help": "How the matrices of all sides lie in memory: by `rows`, as in torch, or by `columns`, which "
-            "a CPU multiplies with few tokens faster."
+            "some CPUs multiply with few tokens faster."
         },
     )
 
