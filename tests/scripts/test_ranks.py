@@ -273,7 +273,7 @@ for problem_type, num_labels, label in (
     )
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        print("loss", loss)
+        sys.stdout.write(f"loss {loss}\\n")
 # A rank whose threads still wait for others when Python ends is aborted
 trainer.accelerator.end_training()
 """
@@ -293,6 +293,7 @@ def test_two_ranks_have_the_loss_of_one_though_some_rows_are_read_twice(tmp_path
 
 
 PAIRS = """
+import sys
 import torch
 import torch.distributed as dist
 from tiny_models import PICTURE, Row, batch, small_model
@@ -306,7 +307,9 @@ if dist.get_rank() == 0:
     inputs["paired_input_ids"] = inputs["input_ids"][:, -4:]
 loss = model(**inputs).loss
 loss.backward()
-print("loss", loss.item(), flush=True)
+# In one piece, as the other rank writes, too
+sys.stdout.write(f"loss {loss.item()}\\n")
+sys.stdout.flush()
 dist.destroy_process_group()
 """
 
