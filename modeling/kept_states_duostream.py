@@ -339,7 +339,9 @@ def take(states: torch.Tensor, kept: int | torch.Tensor, dim: int = 1) -> torch.
         dim (`int`, defaults to 1): At least 1.
     """
     if isinstance(kept, int):
-        return states.narrow(dim, max(states.shape[dim] - kept, 0), min(kept, states.shape[dim])) if kept else states
+        # No `min`: a compiled forward for any length would not know that one is left, not even of one
+        length = states.shape[dim]
+        return states.narrow(dim, length - kept, kept) if 0 < kept < length else states
     batch_size, num_kept = kept.shape
     if batch_size == states.shape[0] == 1:
         # The same, in a fraction of the time: whole rows are copied

@@ -616,12 +616,13 @@ def test_a_compiled_forward_makes_no_more_states_and_says_the_same(kind: str, ha
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True], ids=["for the sizes that come", "for any size"])
 @torch.no_grad()
-def test_a_compiled_forward_goes_on_with_prompts_of_other_sizes() -> None:
+def test_a_compiled_forward_goes_on_with_prompts_of_other_sizes(dynamic: bool | None) -> None:
     model = small_reader(1)
     torch.compiler.reset()
     counters.clear()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
     num_graphs = []
     # Long ones have too many words for it to be worth it
     for num_rows, num_words in ((4, 6), (3, 7), (2, 50), (5, 4), (3, 60), (6, 5)):
