@@ -109,6 +109,7 @@ class CacheOfKeptStates(Cache):
     def __init__(self, cache: Cache | None, config: PreTrainedConfig, kept: dict[nn.Module, int | KeptPositions]):
         super().__init__(layers=(DynamicCache(config=config) if cache is None else cache).layers)
         self.kept, self.stores = kept, cache is not None
+        # Of a whole that is compiled, not of a layer by itself
         self.is_traced = torch.compiler.is_compiling()
 
     def update(
